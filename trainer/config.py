@@ -1,0 +1,179 @@
+"""What one training run is: the model behind ``train.toml``.
+
+Needs neither torch, Ray nor DeepSpeed, so that a configuration is checked before anything heavy is
+imported. Every default of the trainer is on a field here and nowhere else.
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from schemas.config import StrictModel
+
+LossKind = Literal["hard", "truncated", "renormalised", "ghost"]
+
+
+class StudentConfig(StrictModel):
+    """The model to train: an existing checkpoint, or a fresh one from a Hugging Face config."""
+
+    path: str = Field("", description="checkpoint folder or hub name; empty: build from `config`")
+    config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Hugging Face config fields incl. model_type, for random initialisation",
+    )
+    seed: int = Field(0, description="seed of the random initialisation")
+    tokenizer: str = Field("", description="folder or hub name; empty: the one in `path`")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="type of the weights as built; deepspeed.precision sets the compute"
+    )
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if bool(self.path) == bool(self.config):
+            raise ValueError(
+                "student.path and student.config: exactly one of them says what the student is, "
+                f"found {'both' if self.path else 'neither'}"
+            )
+        if self.config and "model_type" not in self.config:
+            raise ValueError('student.config needs model_type, for example model_type = "llama"')
+        if self.config and not self.tokenizer:
+            raise ValueError("student.tokenizer is needed when the student is built from a config")
+        return self
+
+
+class LossConfig(StrictModel):
+    """Which training target the labels become, per position (1 - alpha) * CE + alpha * T^2 * KL."""
+
+    kind: LossKind = Field("ghost", description="hard uses the tokens alone, never the teacher")
+    alpha: float = Field(1.0, ge=0.0, le=1.0, description="weight of the distillation term")
+    temperature: float = Field(1.0, gt=0.0, description="distillation temperature T")
+    chunk_tokens: int = Field(
+        1024, ge=1, description="positions per chunk of the fused head; bounds its memory"
+    )
+
+    @model_validator(mode="after")
+    def _hard_has_no_teacher(self) -> Self:
+        if self.kind == "hard" and self.temperature != 1.0:
+            raise ValueError(
+                f'loss.temperature = {self.temperature} has no meaning with loss.kind = "hard"; '
+                "remove it or choose a target that uses the teacher"
+            )
+        return self
+
+
+class DataConfig(StrictModel):
+    """How rows become global steps. The order depends on these values and the view alone."""
+
+    max_tokens: int = Field(ge=2, description="tokens of one packed sequence: the context length")
+    sequences_per_step: int = Field(
+        ge=1, description="packed sequences (lanes) in one global step, over all workers"
+    )
+    micro_batch_size: int = Field(1, ge=1, description="packed sequences in one forward pass")
+    seed: int = Field(0, ge=0, description="seed of the order of rows")
+    epochs: int | None = Field(None, ge=1, description="passes over the view; or give `steps`")
+    steps: int | None = Field(
+        None, ge=1, description="global steps, over as many epochs as they need; or give `epochs`"
+    )
+    window_row_groups: int = Field(
+        4, ge=1, description="row groups (or pieces of one) a lane shuffles rows within"
+    )
+    long_rows: Literal["error", "drop"] = Field(
+        "error", description="what to do with rows longer than max_tokens"
+    )
+    cache_bytes: int = Field(
+        1 << 30, ge=0, description="decoded row groups kept in memory, per worker"
+    )
+    prefetch_steps: int = Field(2, ge=1, description="global steps prepared ahead of the training")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(
+                "data.epochs and data.steps: exactly one of them says how long to train, found "
+                f"{'neither' if self.epochs is None else 'both'}"
+            )
+        return self
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW. Weight decay is applied to matrices only, not to norms and biases."""
+
+    lr: float = Field(1e-4, gt=0.0, description="peak learning rate")
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0.0)
+    weight_decay: float = Field(0.1, ge=0.0)
+
+
+class ScheduleConfig(StrictModel):
+    """Learning rate by step: a linear warm-up, then the named decay to min_lr_ratio of the peak."""
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    warmup_ratio: float = Field(0.0, ge=0.0, lt=1.0, description="of all steps; or warmup_steps")
+    min_lr_ratio: float = Field(0.1, ge=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Self:
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError(
+                f"schedule.warmup_steps = {self.warmup_steps} and schedule.warmup_ratio = "
+                f"{self.warmup_ratio}: give one of them"
+            )
+        return self
+
+
+class DeepSpeedConfig(StrictModel):
+    """What the DeepSpeed engine does."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_clipping: float = Field(1.0, ge=0.0, description="global gradient norm; 0: no clipping")
+    gradient_checkpointing: bool = False
+    timeout_s: int = Field(1800, ge=1, description="a collective that takes longer is an error")
+    native: dict[str, Any] = Field(
+        default_factory=dict,
+        description="DeepSpeed configuration passed through; contradictions with ours are errors",
+    )
+
+
+class RayConfig(StrictModel):
+    """Where the workers run."""
+
+    num_workers: int = Field(1, ge=1, description="data-parallel ranks")
+    cpus_per_worker: int = Field(1, ge=1, description="CPUs and torch threads of one worker")
+    use_gpu: bool = Field(False, description="one GPU for every worker")
+    address: str = Field("", description="Ray address; empty: RAY_ADDRESS, else this machine alone")
+    max_failures: int = Field(
+        3, ge=0, description="lost workers to recover from; each resumes from the last checkpoint"
+    )
+
+
+class CheckpointConfig(StrictModel):
+    """What is kept so that a killed run goes on where it was."""
+
+    every_steps: int = Field(200, ge=1)
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+
+
+class LogConfig(StrictModel):
+    """The learning curve."""
+
+    every_steps: int = Field(10, ge=1, description="steps averaged in one line of metrics.jsonl")
+    tensorboard: bool = Field(True, description="also write TensorBoard events where installed")
+
+
+class TrainConfig(StrictModel):
+    """One training run: ``tutelage train train.toml``."""
+
+    run: str = Field(description="folder of checkpoints, metrics and the exported student")
+    view: str = Field(description="URL of the view that holds the rows to train on")
+    student: StudentConfig
+    loss: LossConfig = LossConfig()
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    ray: RayConfig = RayConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
