@@ -1,0 +1,184 @@
+"""What a ``label.toml`` may say, and the only place where its defaults live.
+
+Importing this module costs pydantic and nothing else, so that help and configuration errors are instant.
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from schemas.config import StrictModel
+from schemas.spec import GenerationSpec, RecordSpec
+
+
+class CorpusConfig(StrictModel):
+    """Where the corpus is and what a row of it holds."""
+
+    path: str = Field(description="file, folder or glob pattern; any fsspec URL")
+    format: Literal["parquet", "jsonl", "text", "hf"] = "parquet"
+    glob: str = Field(default="", description="which files of a folder; empty: by the format")
+    kind: Literal["text", "chat", "pair", "ids"] = "text"
+    column: str = Field(
+        default="",
+        description="the column to read; empty: text (text), messages (chat), token_ids (ids)",
+    )
+    prompt_column: str = Field(
+        default="prompt", description="kind pair, and prompts to generate from"
+    )
+    response_column: str = Field(default="response", description="kind pair")
+    spans_column: str = Field(
+        default="", description="kind ids: flat [start, end) pairs; empty: all but the first token"
+    )
+    keep_columns: tuple[str, ...] = Field(default=(), description="kept in the roster, for views")
+    piece_bytes: int = Field(
+        default=4 * 2**20, ge=1, description="what one tokenising task reads, about"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.format == "text" and self.kind != "text":
+            raise ValueError(
+                f'corpus.kind is "{self.kind}", but files of plain text only have kind "text"'
+            )
+        if self.format == "text" and self.keep_columns:
+            raise ValueError("corpus.keep_columns: files of plain text have no columns to keep")
+        if self.spans_column and self.kind != "ids":
+            raise ValueError('corpus.spans_column is only read where corpus.kind is "ids"')
+        return self
+
+    def text_column(self) -> str:
+        """The column that kinds text, chat and ids read."""
+        by_kind = {"text": "text", "chat": "messages", "ids": "token_ids", "pair": ""}
+        return self.column or by_kind[self.kind]
+
+
+class TextConfig(StrictModel):
+    """How documents become token sequences; part of the identity of a label set."""
+
+    max_tokens: int = Field(default=1024, ge=2, description="the longest sequence, in tokens")
+    overlap: int = Field(
+        default=128, ge=0, description="tokens of context that a later window repeats"
+    )
+    add_bos: bool | None = Field(
+        default=None, description="BOS before each document; unset: as the tokenizer does"
+    )
+    add_eos: bool = Field(default=True, description="EOS after each document (text, pair)")
+    split_long: bool = Field(
+        default=True, description="cut long documents into windows; false: quarantine them"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.split_long and self.overlap >= self.max_tokens - 1:
+            raise ValueError(
+                f"text.overlap is {self.overlap}, which leaves no room for new tokens in windows of "
+                f"{self.max_tokens}; it must be less than text.max_tokens - 1"
+            )
+        return self
+
+
+class TeacherConfig(StrictModel):
+    """The teacher and the engine that runs it."""
+
+    backend: Literal["vllm", "transformers", "none"] = Field(
+        default="vllm", description='"none": tokenise only, for training on hard labels'
+    )
+    model: str = Field(default="", description="folder or hub name; needed unless backend is none")
+    tokenizer: str = Field(default="", description="folder or hub name; empty: the model's own")
+    dtype: str = Field(default="auto", description="auto, float32, bfloat16, float16")
+    head_dtype: str = Field(default="auto", description="of the lm_head's product; auto: as dtype")
+    max_model_len: int | None = Field(
+        default=None, ge=2, description="the engine's context; unset: what text.max_tokens needs"
+    )
+    replicas: int = Field(default=1, ge=1, description="teacher actors")
+    tensor_parallel_size: int = Field(default=1, ge=1, description="GPUs of one replica")
+    engine: dict[str, Any] = Field(
+        default_factory=dict, description="options passed to the engine as they are"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.backend != "none" and not self.model:
+            raise ValueError(f'teacher.model is needed with teacher.backend = "{self.backend}"')
+        if self.backend == "none" and not (self.model or self.tokenizer):
+            raise ValueError('teacher.tokenizer is needed with teacher.backend = "none"')
+        return self
+
+
+class RunConfig(StrictModel):
+    """How the job runs; none of it changes a label."""
+
+    unit_rows: int = Field(default=128, ge=1, description="rows of one commit, and of one shard")
+    address: str = Field(
+        default="", description="of the Ray cluster; empty: RAY_ADDRESS, else one is started here"
+    )
+    num_cpus: int | None = Field(
+        default=None, ge=1, description="of a Ray started here; unset: all of them"
+    )
+    cpus_per_replica: float | None = Field(
+        default=None,
+        gt=0,
+        description="of a teacher actor; unset: half of the CPUs where no GPU is",
+    )
+    gpus_per_replica: float | None = Field(
+        default=None, ge=0, description="unset: tensor_parallel_size where the cluster has GPUs"
+    )
+    threads_per_replica: int | None = Field(
+        default=None, ge=1, description="OMP threads of a teacher actor; unset: the host's CPUs"
+    )
+    max_restarts: int = Field(default=2, ge=0, description="of a teacher actor that died")
+    max_task_retries: int = Field(default=2, ge=0, description="of a task whose worker died")
+    retry_quarantined: bool = Field(
+        default=False, description="try rows again that earlier runs put in quarantine"
+    )
+
+
+class LabelConfig(StrictModel):
+    """A whole ``label.toml``."""
+
+    labels: str = Field(description="URL of the label set")
+    view: str = Field(default="", description="URL of a view of all rows of this run; empty: none")
+    corpus: CorpusConfig
+    text: TextConfig = TextConfig()
+    teacher: TeacherConfig
+    record: RecordSpec = RecordSpec(kind="topk")
+    generate: GenerationSpec | None = None
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        tokens_only = self.record.kind == "tokens"
+        if (self.teacher.backend == "none") != tokens_only:
+            raise ValueError(
+                f'record.kind is "{self.record.kind}" and teacher.backend is "{self.teacher.backend}"; '
+                'kind "tokens" goes with backend "none", and only with it'
+            )
+        if self.teacher.max_model_len is not None:
+            longest = self.teacher.max_model_len - 1
+            if self.text.max_tokens > longest:
+                raise ValueError(
+                    f"text.max_tokens is {self.text.max_tokens}, but a teacher with "
+                    f"teacher.max_model_len = {self.teacher.max_model_len} labels at most {longest}"
+                )
+        if self.generate is not None:
+            self._check_generate(self.generate)
+        return self
+
+    def _check_generate(self, generate: GenerationSpec) -> None:
+        if self.teacher.backend == "none":
+            raise ValueError('[generate] needs a teacher, but teacher.backend is "none"')
+        if self.corpus.kind == "pair":
+            raise ValueError(
+                '[generate] wants prompts, but corpus.kind is "pair"; use text, chat or ids'
+            )
+        if generate.max_tokens >= self.text.max_tokens:
+            raise ValueError(
+                f"generate.max_tokens is {generate.max_tokens}, which leaves no room for a prompt in "
+                f"text.max_tokens = {self.text.max_tokens}"
+            )
+
+    def teacher_with_context(self) -> TeacherConfig:
+        """The teacher with ``max_model_len`` filled in: the longest sequence and one more token."""
+        if self.teacher.max_model_len is not None:
+            return self.teacher
+        return self.teacher.model_copy(update={"max_model_len": self.text.max_tokens + 1})
