@@ -1,0 +1,1 @@
+"""The demo: the running Python's own standard library, a small teacher, two equal students."""
