@@ -44,15 +44,25 @@ def library_files() -> Iterator[tuple[str, Path]]:
             yield relative.as_posix(), file
 
 
-def write_corpus(folder: Path) -> dict[Part, int]:
+def write_corpus(folder: Path, limits: dict[Part, int]) -> dict[Part, int]:
     """Copies the library's source into folder/teacher, folder/students and folder/heldout.
+
+    Args:
+        folder: where the parts go; files that are there already are written again.
+        limits: the parts wanted, with the bytes of text after which each is full; 0: no limit.
+            Files are taken in the order of a hash of their paths, so a part that is cut short is a
+            fair sample of the whole.
 
     Returns:
         Bytes of text in each part.
     """
-    sizes: dict[Part, int] = {part: 0 for part, _ in PARTS}
-    for relative, file in library_files():
+    sizes = dict.fromkeys(limits, 0)
+    for relative, file in sorted(
+        library_files(), key=lambda item: hashlib.sha256(item[0].encode()).digest()
+    ):
         part = part_of(relative.split("/")[0].removesuffix(".py"))
+        if part not in limits or (limits[part] and sizes[part] >= limits[part]):
+            continue
         try:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError:

@@ -55,7 +55,7 @@ def main() -> None:
     from trainer.config import TrainConfig
     from trainer.launch import run_train_job
 
-    write_corpus(RUN / "corpus")
+    write_corpus(RUN / "corpus", {"teacher": 0})
     make_tokenizer(RUN / "corpus" / "teacher", MODEL)
     run_label_job(load_toml(str(CONFIGS / "label.toml"), LabelConfig))
     run_train_job(load_toml(str(CONFIGS / "train.toml"), TrainConfig))
