@@ -1,0 +1,78 @@
+"""The command line before any heavy import: help, bad words, one-line errors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.__main__ import main
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cluster", *words], capture_output=True, text=True, check=False
+    )
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from cluster.__main__ import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'ray', 'vllm', 'pyarrow', 'numpy', 'transformers', 'deepspeed', 'pydantic'}\n"
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "label" in done.stdout
+    assert "evaluate" in done.stdout
+
+
+def test_no_command_is_a_usage_error() -> None:
+    done = run()
+    assert done.returncode == 2
+    assert "COMMAND" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["label", "train", "evaluate"])
+def test_missing_config_is_one_line(command: str) -> None:
+    done = run(command, "no/such/file.toml")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "no/such/file.toml" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_unknown_key_names_the_key_and_the_nearest(tmp_path: Path) -> None:
+    config = tmp_path / "label.toml"
+    config.write_text(
+        'labels = "x"\n[corpus]\npath = "y"\nformatt = "text"\n'
+        '[teacher]\nbackend = "vllm"\nmodel = "m"\n'
+    )
+    done = run("label", str(config))
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    for word in ("corpus.formatt", "format", str(config)):
+        assert word in done.stderr
+
+
+def test_submit_refuses_a_config_that_would_not_travel(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "label.toml"
+    config.write_text("")
+    other = tmp_path / "other"
+    other.mkdir()
+    assert main(["submit", "label", str(config), "--working-dir", str(other)]) == 1
+    assert "--working-dir" in capsys.readouterr().err
+
+
+def test_json_is_written_whole(tmp_path: Path) -> None:
+    from cluster.__main__ import _write_json
+
+    target = tmp_path / "deep" / "out.json"
+    _write_json(str(target), '{"a": 1}')
+    assert json.loads(target.read_text()) == {"a": 1}
+    assert [path.name for path in target.parent.iterdir()] == ["out.json"]
