@@ -1,0 +1,192 @@
+"""What a teacher is, what it gives back, and which requests it refuses before running anything.
+
+Nothing here imports torch or an engine; ``make_teacher`` does so when it is called.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from labeler.config import TeacherConfig
+from schemas.errors import TeacherError
+from schemas.spec import GenerationSpec, RecordSpec
+
+
+@dataclass(frozen=True)
+class RowLabels:
+    """The labels of one sequence of L tokens at its N target positions, before rounding.
+
+    Entry j describes the teacher's distribution **over** the token at target index t_j, computed from
+    the tokens before t_j; targets are those of the row's label spans, in rising order. K is
+    ``record.k``, or the vocabulary where that is smaller.
+
+    Attributes:
+        head_ids: int32 [N, K], by falling probability, ties by rising id.
+        head_logprobs: float32 [N, K], nats, at temperature 1; -inf where the model forbids an id.
+        tail_logmass: float32 [N], log of the probability outside the head; -inf where K is everything.
+        target_logprob: float32 [N], of the token that stands in the sequence.
+        target_rank: int32 [N], 1 + the number of ids strictly more probable.
+        entropy: float32 [N], nats, of the full distribution; None if the record has no such column.
+        lse: float32 [N, S], log sum of p^(1/T) for each temperature of the record; None if it has none.
+    """
+
+    head_ids: np.ndarray
+    head_logprobs: np.ndarray
+    tail_logmass: np.ndarray
+    target_logprob: np.ndarray
+    target_rank: np.ndarray
+    entropy: np.ndarray | None
+    lse: np.ndarray | None
+
+    @property
+    def num_labels(self) -> int:
+        """N."""
+        return len(self.target_rank)
+
+    def first_unusable(self) -> int | None:
+        """Index of the first label with a NaN or an impossible target, or None if there is none."""
+        usable = np.isfinite(self.target_logprob) & ~np.isnan(self.tail_logmass)
+        usable &= ~np.isnan(self.head_logprobs).any(axis=1)
+        if self.entropy is not None:
+            usable &= np.isfinite(self.entropy)
+        if self.lse is not None:
+            usable &= np.isfinite(self.lse).all(axis=1)
+        return None if usable.all() else int(np.argmin(usable))
+
+
+@dataclass(frozen=True)
+class RowFailure:
+    """A request that the teacher could not serve: a short fixed reason, and the facts."""
+
+    reason: str
+    detail: str
+
+
+class Teacher(Protocol):
+    """A model that labels token sequences and samples responses. Safe to call from several threads."""
+
+    def label(
+        self, token_ids: Sequence[np.ndarray], label_spans: Sequence[np.ndarray]
+    ) -> list[RowLabels | RowFailure]:
+        """Labels sequences.
+
+        Args:
+            token_ids: one integer array [L] a request.
+            label_spans: one flat integer array of half-open [start, end) pairs of target indices a
+                request; sorted, disjoint, start >= 1, end <= L.
+
+        Returns:
+            One result a request, in order. A request that cannot be labelled is a ``RowFailure`` and
+            does not disturb the others.
+
+        Raises:
+            TeacherError: the engine itself failed, so that nothing can be said about single rows.
+        """
+
+    def generate(
+        self,
+        prompt_ids: Sequence[np.ndarray],
+        generation: GenerationSpec,
+        seeds: Sequence[Sequence[int]],
+    ) -> list[list[np.ndarray] | RowFailure]:
+        """Samples ``generation.n`` responses a prompt.
+
+        Args:
+            prompt_ids: one integer array [P] a prompt.
+            generation: temperature (0 is greedy), top_p, max_tokens, n.
+            seeds: n seeds a prompt, one for each sample.
+
+        Returns:
+            For each prompt its n responses, int32 arrays of at most ``max_tokens`` ids without the
+            prompt. A response that ended by itself ends with its end-of-sequence id.
+        """
+
+    def provenance(self) -> dict[str, object]:
+        """Backend, versions, device and settings, for the manifests."""
+
+    def close(self) -> None:
+        """Frees the model. The teacher cannot be used after it."""
+
+
+def make_teacher(config: TeacherConfig, record: RecordSpec) -> Teacher:
+    """Loads the teacher of a configuration.
+
+    Raises:
+        TeacherError: the model cannot be loaded, or the backend cannot serve the record.
+    """
+    if config.backend == "vllm":
+        from labeler.teachers.vllm_teacher import VllmTeacher
+
+        return VllmTeacher(config, record)
+    if config.backend == "transformers":
+        from labeler.teachers.transformers_teacher import TransformersTeacher
+
+        return TransformersTeacher(config, record)
+    raise TeacherError(
+        f'there is no teacher to make for teacher.backend = "{config.backend}"; '
+        'expected "vllm" or "transformers"'
+    )
+
+
+def refuse_prompt(token_ids: np.ndarray, vocab_size: int, max_tokens: int) -> RowFailure | None:
+    """Why a sequence cannot be given to a model, or None if it can.
+
+    An engine aborts a whole batch on one bad prompt, so what is wrong is found before.
+
+    Args:
+        token_ids: integer [L].
+        vocab_size: ids are in [0, vocab_size).
+        max_tokens: the longest sequence that the model takes.
+    """
+    if len(token_ids) == 0:
+        return RowFailure("empty", "the sequence has no tokens")
+    if len(token_ids) > max_tokens:
+        return RowFailure(
+            "too_long", f"{len(token_ids)} tokens, but the teacher takes at most {max_tokens}"
+        )
+    bad = np.flatnonzero((token_ids < 0) | (token_ids >= vocab_size))
+    if len(bad):
+        place = int(bad[0])
+        return RowFailure(
+            "unknown_token",
+            f"token {int(token_ids[place])} at index {place}, but the teacher has the ids "
+            f"0 to {vocab_size - 1}",
+        )
+    return None
+
+
+def refuse_spans(num_tokens: int, spans: np.ndarray) -> RowFailure | None:
+    """Why flat [start, end) pairs cannot be label spans of ``num_tokens`` tokens, or None if they can."""
+    if len(spans) == 0 or len(spans) % 2:
+        return RowFailure("bad_spans", f"{len(spans)} span bounds; expected one or more pairs")
+    bounds = np.asarray(spans, dtype=np.int64)
+    starts, ends = bounds[::2], bounds[1::2]
+    if starts[0] < 1 or ends[-1] > num_tokens:
+        return RowFailure(
+            "bad_spans", f"spans cover [{starts[0]}, {ends[-1]}); expected within [1, {num_tokens})"
+        )
+    if (starts >= ends).any() or (ends[:-1] > starts[1:]).any():
+        return RowFailure("bad_spans", f"spans {bounds.tolist()} are empty, unsorted or overlap")
+    return None
+
+
+def span_targets(spans: np.ndarray) -> np.ndarray:
+    """Target indices, int64 [N], of flat [start, end) pairs."""
+    bounds = np.asarray(spans, dtype=np.int64)
+    return np.concatenate(
+        [np.arange(start, end) for start, end in zip(bounds[::2], bounds[1::2], strict=True)]
+    )
+
+
+def usable_or_failure(labels: RowLabels) -> RowLabels | RowFailure:
+    """The labels, or a failure where the model gave numbers that mean nothing."""
+    label = labels.first_unusable()
+    if label is None:
+        return labels
+    return RowFailure(
+        "not_finite",
+        f"label {label} of {labels.num_labels}: the teacher's logits hold NaN, or it gives the token "
+        "that stands there no probability at all",
+    )

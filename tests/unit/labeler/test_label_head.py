@@ -1,0 +1,159 @@
+"""Sparse labels from full logits, against a float64 reference."""
+
+import numpy as np
+import pytest
+import torch
+
+from labeler import label_head
+from labeler.label_head import PositionLabels, label_logits, ordered_topk
+from schemas.spec import RecordSpec
+
+TEMPERATURES = (0.5, 2.0, 4.0)
+
+
+def reference(
+    logits: np.ndarray, targets: np.ndarray, k: int, temperatures: tuple[float, ...]
+) -> dict[str, np.ndarray]:
+    """The labels in float64, position by position, from their definitions."""
+    columns: dict[str, list[object]] = {}
+    for row, target in zip(logits.astype(np.float64), targets, strict=True):
+        logprobs = row - np.logaddexp.reduce(row)
+        order = np.lexsort((np.arange(len(row)), -logprobs))
+        probs = np.exp(logprobs)
+        values = {
+            "head_ids": order[:k],
+            "head_logprobs": logprobs[order[:k]],
+            "tail_logmass": np.logaddexp.reduce(logprobs[order[k:]], initial=-np.inf),
+            "target_logprob": logprobs[target],
+            "target_rank": 1 + np.count_nonzero(row > row[target]),
+            "entropy": -np.sum(probs[probs > 0] * logprobs[probs > 0]),
+            "lse": np.array([np.logaddexp.reduce(logprobs / t) for t in temperatures]),
+        }
+        for name, value in values.items():
+            columns.setdefault(name, []).append(value)
+    return {name: np.array(column) for name, column in columns.items()}
+
+
+def check(labels: PositionLabels, expected: dict[str, np.ndarray], tolerance: float = 1e-4) -> None:
+    for name, column in labels._asdict().items():
+        if name in ("head_ids", "target_rank"):
+            np.testing.assert_array_equal(column.numpy(), expected[name], err_msg=name)
+        else:
+            np.testing.assert_allclose(
+                column.numpy(), expected[name], rtol=0, atol=tolerance, err_msg=name
+            )
+
+
+def make_logits(num_rows: int, vocab_size: int, scale: float, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_rows, vocab_size, generator=generator) * scale
+
+
+@pytest.mark.parametrize("scale", [0.05, 2.0, 12.0])
+@pytest.mark.parametrize(("vocab_size", "k"), [(50, 8), (320, 64), (4096, 64), (5003, 12)])
+def test_labels_agree_with_float64(vocab_size: int, k: int, scale: float) -> None:
+    logits = make_logits(40, vocab_size, scale)
+    targets = torch.randint(0, vocab_size, (40,), generator=torch.Generator().manual_seed(1))
+    targets[::2] = logits[::2].argmax(dim=1)
+    labels = label_logits(logits, targets, RecordSpec(k=k, temperatures=TEMPERATURES))
+    check(labels, reference(logits.numpy(), targets.numpy(), k, TEMPERATURES))
+
+
+def test_a_tail_too_small_for_the_softmax_keeps_its_digits() -> None:
+    logits = torch.full((3, 200), -150.0)
+    logits[:, 7] = 0.0
+    logits[1, 8] = -1.0
+    logits[2, 9:12] = -95.0
+    targets = torch.tensor([7, 8, 9])
+    labels = label_logits(logits, targets, RecordSpec(k=2, temperatures=(2.0,)))
+    check(labels, reference(logits.numpy(), targets.numpy(), 2, (2.0,)))
+    assert (labels.tail_logmass < -90).all()
+
+
+def test_large_logits_do_not_overflow() -> None:
+    logits = make_logits(10, 500, 1.0) * 20 + 3000.0
+    targets = torch.arange(10)
+    labels = label_logits(logits, targets, RecordSpec(k=16))
+    expected = reference(logits.numpy(), targets.numpy(), 16, ())
+    expected.pop("lse")
+    # float32 itself resolves 2e-4 at 3000.
+    check(labels._replace(lse=torch.zeros(10, 0)), {**expected, "lse": np.zeros((10, 0))}, 2e-3)
+
+
+def test_ids_that_the_model_forbids() -> None:
+    logits = make_logits(6, 100, 2.0)
+    logits[:, 90:] = -torch.inf
+    logits[3, 10:] = -torch.inf
+    targets = torch.tensor([1, 2, 3, 4, 5, 6])
+    labels = label_logits(logits, targets, RecordSpec(k=20, temperatures=(2.0,)))
+    with np.errstate(invalid="ignore"):
+        check(labels, reference(logits.numpy(), targets.numpy(), 20, (2.0,)))
+    assert torch.isneginf(labels.head_logprobs[3, 10:]).all()
+    assert torch.isneginf(labels.tail_logmass[3])
+
+
+def test_a_head_as_wide_as_the_vocabulary_has_no_tail() -> None:
+    logits = make_logits(5, 30, 1.0)
+    labels = label_logits(logits, torch.arange(5), RecordSpec(k=64))
+    assert labels.head_ids.shape == (5, 30)
+    assert torch.isneginf(labels.tail_logmass).all()
+    torch.testing.assert_close(labels.head_logprobs.exp().sum(dim=1), torch.ones(5))
+
+
+@pytest.mark.parametrize("vocab_size", [100, 4096])
+def test_equal_logits_are_ordered_by_id(vocab_size: int) -> None:
+    # bfloat16 keeps 8 bits, so that ties are everywhere, at the boundary of the head too.
+    logits = make_logits(50, vocab_size, 1.0).bfloat16().float()
+    logits[0] = 0.25
+    logits[1, ::2] = -0.0
+    logits[1, 1::2] = 0.0
+    ids, values = ordered_topk(logits, 16)
+    expected = np.lexsort((np.broadcast_to(np.arange(vocab_size), logits.shape), -logits.numpy()))
+    np.testing.assert_array_equal(ids.numpy(), expected[:, :16])
+    torch.testing.assert_close(values, logits.gather(1, ids))
+    assert ids[0].tolist() == list(range(16))
+    assert ids[1].tolist() == list(range(16))
+
+
+def test_rank_counts_only_what_is_strictly_more_probable() -> None:
+    logits = torch.tensor([[3.0, 1.0, 1.0, 1.0, 0.0, 2.0]]).expand(4, -1)
+    labels = label_logits(logits, torch.tensor([0, 3, 4, 5]), RecordSpec(k=2))
+    assert labels.target_rank.tolist() == [1, 3, 6, 2]
+
+
+def test_bfloat16_logits_are_computed_on_in_float32() -> None:
+    logits = make_logits(20, 300, 3.0).bfloat16()
+    targets = torch.arange(20)
+    labels = label_logits(logits, targets, RecordSpec(k=32, temperatures=(2.0,)))
+    check(labels, reference(logits.float().numpy(), targets.numpy(), 32, (2.0,)))
+
+
+def test_a_slice_of_any_size_gives_the_same_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, targets = make_logits(37, 400, 2.0), torch.arange(37)
+    record = RecordSpec(k=10, temperatures=(2.0,))
+    whole = label_logits(logits, targets, record)
+    monkeypatch.setattr(label_head, "_SLICE_ELEMENTS_CPU", 5 * 400)
+    for one, other in zip(whole, label_logits(logits, targets, record), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_only_the_columns_of_the_record_are_computed() -> None:
+    labels = label_logits(make_logits(3, 50, 1.0), torch.zeros(3), RecordSpec(k=4, entropy=False))
+    assert labels.entropy is None
+    assert labels.lse is None
+
+
+def test_no_positions() -> None:
+    record = RecordSpec(k=4, temperatures=(2.0, 3.0))
+    labels = label_logits(torch.zeros(0, 50), torch.zeros(0), record)
+    assert labels.head_ids.shape == (0, 4)
+    assert labels.lse is not None
+    assert labels.lse.shape == (0, 2)
+
+
+def test_nan_stays_in_its_row() -> None:
+    logits = make_logits(3, 300, 1.0)
+    logits[1, 5] = torch.nan
+    labels = label_logits(logits, torch.zeros(3), RecordSpec(k=4))
+    assert labels.target_logprob.isnan().tolist() == [False, True, False]
+    assert labels.tail_logmass.isnan().tolist() == [False, True, False]
