@@ -128,7 +128,9 @@ class DeepSpeedConfig(StrictModel):
 
     zero_stage: Literal[0, 1, 2, 3] = 0
     precision: Literal["fp32", "bf16"] = "fp32"
-    gradient_clipping: float = Field(1.0, ge=0.0, description="global gradient norm; 0: no clipping")
+    gradient_clipping: float = Field(
+        1.0, ge=0.0, description="global gradient norm; 0: no clipping"
+    )
     gradient_checkpointing: bool = False
     timeout_s: int = Field(1800, ge=1, description="a collective that takes longer is an error")
     native: dict[str, Any] = Field(

@@ -1,0 +1,105 @@
+"""What DeepSpeed is told, and that nothing else may be told it."""
+
+from typing import Any
+
+import pytest
+
+from schemas.errors import ConfigError
+from trainer.config import TrainConfig
+from trainer.deepspeed_config import build_deepspeed_config, num_micro_batches
+
+
+def config(
+    lanes: int = 8,
+    micro_batch_size: int = 1,
+    num_workers: int = 1,
+    native: dict[str, Any] | None = None,
+    **deepspeed: Any,
+) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {
+            "run": "r",
+            "view": "v",
+            "student": {"path": "p"},
+            "data": {
+                "max_tokens": 8,
+                "sequences_per_step": lanes,
+                "micro_batch_size": micro_batch_size,
+                "steps": 1,
+            },
+            "ray": {"num_workers": num_workers},
+            "deepspeed": {**deepspeed, "native": native or {}},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("lanes", "micro_batch_size", "num_workers", "expected"),
+    [(8, 1, 1, 8), (8, 2, 2, 2), (8, 3, 2, 2), (5, 1, 2, 3), (1, 4, 3, 1)],
+)
+def test_gradient_accumulation_is_derived(
+    lanes: int, micro_batch_size: int, num_workers: int, expected: int
+) -> None:
+    job = config(lanes, micro_batch_size, num_workers)
+    assert num_micro_batches(job) == expected
+    native = build_deepspeed_config(job, 1000)
+    assert native["gradient_accumulation_steps"] == expected
+    assert native["train_batch_size"] == expected * micro_batch_size * num_workers
+
+
+def test_everything_whose_default_changed_is_written_out() -> None:
+    native = build_deepspeed_config(config(gradient_clipping=0.5, precision="bf16"), 1000)
+    assert native["gradient_clipping"] == 0.5
+    assert native["bf16"] == {"enabled": True, "check_grad_overflow": False}
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "dtype"),
+    [("fp32", 0, "fp32"), ("bf16", 0, "bf16"), ("bf16", 1, "fp32"), ("bf16", 3, "fp32")],
+)
+def test_gradients_accumulate_in_float32_where_the_stage_allows(
+    precision: str, stage: int, dtype: str
+) -> None:
+    native = build_deepspeed_config(config(precision=precision, zero_stage=stage), 1000)
+    assert native["data_types"]["grad_accum_dtype"] == dtype
+
+
+def test_native_options_pass_through_and_change_defaults() -> None:
+    offload = {"device": "cpu"}
+    job = config(native={"zero_optimization": {"offload_optimizer": offload, "overlap_comm": True}})
+    zero = build_deepspeed_config(job, 1000)["zero_optimization"]
+    assert zero["stage"] == 0
+    assert zero["offload_optimizer"] == offload
+    assert zero["overlap_comm"] is True
+
+
+def test_a_native_option_that_agrees_is_fine() -> None:
+    native = {"zero_optimization": {"stage": 2}, "train_batch_size": "auto"}
+    build_deepspeed_config(config(zero_stage=2, native=native), 1000)
+
+
+@pytest.mark.parametrize(
+    ("native", "theirs", "ours"),
+    [
+        (
+            {"zero_optimization": {"stage": 2}},
+            "zero_optimization.stage = 2",
+            "deepspeed.zero_stage",
+        ),
+        ({"gradient_clipping": 0.1}, "gradient_clipping = 0.1", "deepspeed.gradient_clipping"),
+        ({"train_batch_size": 3}, "train_batch_size = 3", "data.sequences_per_step"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled = True", "deepspeed.precision"),
+        ({"optimizer": {"type": "Adam"}}, "native.optimizer", "[optimizer]"),
+        ({"scheduler": {"type": "WarmupLR"}}, "native.scheduler", "[schedule]"),
+    ],
+)
+def test_a_contradiction_names_both_sides(native: dict[str, Any], theirs: str, ours: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        build_deepspeed_config(config(native=native), 1000)
+    assert theirs in str(error.value)
+    assert ours in str(error.value)
+
+
+def test_buckets_are_no_larger_than_the_model() -> None:
+    zero = build_deepspeed_config(config(zero_stage=2), 100_000)["zero_optimization"]
+    assert zero["reduce_bucket_size"] == 100_000

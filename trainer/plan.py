@@ -1,0 +1,245 @@
+"""The order of training: which rows every global step reads.
+
+The order is a pure function of the view, the seed and the epoch. World size plays no part in it, so
+a run goes on unchanged on another number of workers. It is made in two levels, because a full
+permutation would decode every row group once for each of its rows:
+
+* The view is cut into *chunks*, contiguous runs of rows of one row group: whole row groups where
+  there are many of them, pieces otherwise (``CHUNKS_PER_LANE``).
+* A fixed number of *lanes* (``data.sequences_per_step``) share the chunks: in seeded order, each to
+  the lane with the fewest tokens so far. A lane shuffles the rows within a window of
+  ``data.window_row_groups`` chunks and packs them.
+
+Global step s takes pack s of every lane. A lane that has run dry gives an empty pack, which weighs
+nothing; the epoch ends when all lanes are dry, so its last steps may be partly empty, and every row
+is read exactly once an epoch. Only the windows at hand are ever planned, never the whole epoch.
+
+Random numbers are the raw stream of Philox, keyed by a hash: numpy guarantees that stream between
+its releases, which it does not do for ``Generator.permutation``.
+"""
+
+import hashlib
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice, zip_longest
+
+import numpy as np
+import pyarrow as pa
+from schemas.view import View
+
+from schemas.config import StrictModel
+from schemas.errors import ConfigError
+from trainer.config import DataConfig
+from trainer.packing import Packer
+
+PACKER_VERSION = 1
+"""Raised whenever the order of rows changes for the same view, seed and epoch."""
+
+CHUNKS_PER_LANE = 16
+"""Chunks dealt to every lane where rows allow: a lane then ends within about a sixteenth of its
+share of the others, however few row groups there are."""
+
+Int32s = np.ndarray[tuple[int], np.dtype[np.int32]]
+Int64s = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+
+class LoaderState(StrictModel):
+    """Where a run stands in its data: the whole state of the loader.
+
+    Attributes:
+        step: global steps of this epoch that are done.
+    """
+
+    view_hash: str
+    seed: int
+    epoch: int
+    step: int
+    packer_version: int = PACKER_VERSION
+
+
+@dataclass(frozen=True)
+class RowTable:
+    """Lengths and places of the rows that are trained on, in the order of the view.
+
+    Attributes:
+        num_tokens: int32 [R], L of every row.
+        num_labels: int32 [R], N of every row.
+        weight: float32 [R], factor on the loss of every position of the row.
+        group: int32 [R], index into ``groups``.
+        row: int32 [R], row number within its row group.
+        groups: (label set of the view, shard, row group number) of every row group.
+        num_dropped: rows left out for being longer than ``data.max_tokens``.
+    """
+
+    num_tokens: Int32s
+    num_labels: Int32s
+    weight: np.ndarray[tuple[int], np.dtype[np.float32]]
+    group: Int32s
+    row: Int32s
+    groups: list[tuple[int, str, int]]
+    num_dropped: int
+
+    def __len__(self) -> int:
+        return len(self.num_tokens)
+
+
+def read_row_table(view: View, data: DataConfig) -> RowTable:
+    """The rows of a view that fit the student's context.
+
+    Raises:
+        ConfigError: the view is empty, or has rows longer than ``data.max_tokens`` and
+            ``data.long_rows`` is "error", or has nothing but such rows.
+    """
+    table = view.table
+    lengths = _numpy(table, "num_tokens", np.int32)
+    if not len(lengths):
+        raise ConfigError(f"view {view.url} has no rows; label some or choose another view")
+    fits = lengths <= data.max_tokens
+    num_dropped = int(len(fits) - fits.sum())
+    if num_dropped and (data.long_rows == "error" or num_dropped == len(fits)):
+        longest = int(np.argmax(lengths))
+        raise ConfigError(
+            f"{num_dropped} of {len(fits)} rows of view {view.url} are longer than data.max_tokens "
+            f"= {data.max_tokens}; the longest, row {longest}, has {lengths[longest]} tokens. "
+            "Raise data.max_tokens, label with a smaller text.max_tokens"
+            + ("" if num_dropped == len(fits) else ', or leave them out: data.long_rows = "drop"')
+        )
+    shard_codes, shards = _dictionary(table, "shard")
+    places = np.stack(
+        [_numpy(table, "label_set", np.int32), shard_codes, _numpy(table, "row_group", np.int32)],
+        axis=1,
+    )[fits]
+    starts = np.flatnonzero(np.r_[True, (places[1:] != places[:-1]).any(axis=1)])
+    sizes = np.diff(np.r_[starts, len(places)])
+    return RowTable(
+        num_tokens=lengths[fits],
+        num_labels=_numpy(table, "num_labels", np.int32)[fits],
+        weight=_numpy(table, "weight", np.float32)[fits],
+        group=np.repeat(np.arange(len(starts), dtype=np.int32), sizes),
+        row=_numpy(table, "row", np.int32)[fits],
+        groups=[(int(s), shards[c], int(g)) for s, c, g in places[starts].tolist()],
+        num_dropped=num_dropped,
+    )
+
+
+def epoch_steps(
+    rows: RowTable, data: DataConfig, view_hash: str, epoch: int
+) -> Iterator[list[Int64s]]:
+    """The global steps of one epoch.
+
+    Yields:
+        For every lane the row ids (int64, indices into ``rows``) of its pack, in the order in which
+        they stand in it; empty for a lane that has run dry.
+    """
+    empty = np.empty(0, np.int64)
+    lanes = [
+        _lane_packs(chunks, rows, data, (view_hash, data.seed, epoch, lane))
+        for lane, chunks in enumerate(deal_chunks(rows, data, view_hash, epoch))
+    ]
+    for packs in zip_longest(*lanes):
+        yield [empty if pack is None else np.array(pack, np.int64) for pack in packs]
+
+
+def run_steps(
+    rows: RowTable, data: DataConfig, start: LoaderState
+) -> Iterator[tuple[LoaderState, list[Int64s]]]:
+    """Global steps from ``start`` on, over as many epochs as are asked for.
+
+    The steps before ``start.step`` are planned again from the lengths; no shard is read for them.
+
+    Yields:
+        The state after the step, and the step. Ends after ``data.epochs`` epochs; never where
+        ``data.steps`` is given.
+    """
+    epoch, done = start.epoch, start.step
+    while data.epochs is None or epoch < data.epochs:
+        steps = epoch_steps(rows, data, start.view_hash, epoch)
+        for number, step in enumerate(islice(steps, done, None), start=done + 1):
+            yield start.model_copy(update={"epoch": epoch, "step": number}), step
+        epoch, done = epoch + 1, 0
+
+
+def count_steps(rows: RowTable, data: DataConfig, view_hash: str) -> int:
+    """Global steps of the whole run. Plans every epoch once where epochs were asked for."""
+    if data.steps is not None:
+        return data.steps
+    return sum(
+        sum(1 for _ in epoch_steps(rows, data, view_hash, epoch))
+        for epoch in range(data.epochs or 0)
+    )
+
+
+def deal_chunks(
+    rows: RowTable, data: DataConfig, view_hash: str, epoch: int
+) -> list[list[tuple[int, int]]]:
+    """Shares the chunks of a view among the lanes.
+
+    Returns:
+        For every lane its chunks, half-open ranges of row ids, in the order of reading.
+    """
+    num_lanes = data.sequences_per_step
+    bounds = cut_chunks(rows.group, CHUNKS_PER_LANE * num_lanes)
+    total = np.r_[0, np.cumsum(rows.num_tokens, dtype=np.int64)]
+    tokens = np.diff(total[bounds])
+    lanes: list[list[tuple[int, int]]] = [[] for _ in range(num_lanes)]
+    loads = [(0, lane) for lane in range(num_lanes)]
+    for chunk in shuffled(len(tokens), view_hash, data.seed, epoch, "chunks").tolist():
+        load, lane = loads[0]
+        lanes[lane].append((int(bounds[chunk]), int(bounds[chunk + 1])))
+        heapq.heapreplace(loads, (load + int(tokens[chunk]), lane))
+    return lanes
+
+
+def cut_chunks(group: Int32s, num_wanted: int) -> Int64s:
+    """Cuts rows into at least ``num_wanted`` chunks where there are as many rows.
+
+    Args:
+        group: int32 [R], row group of every row; rows of one stand together.
+
+    Returns:
+        int64 [C + 1], the bounds of the chunks; none crosses a row group.
+    """
+    starts = np.flatnonzero(np.r_[True, group[1:] != group[:-1]])
+    sizes = np.diff(np.r_[starts, len(group)])
+    rows_per_chunk = len(group) if len(starts) >= num_wanted else max(1, len(group) // num_wanted)
+    pieces = -(-sizes // rows_per_chunk)
+    piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    bounds = np.repeat(starts, pieces) + np.repeat(sizes, pieces) * piece // np.repeat(
+        pieces, pieces
+    )
+    return np.r_[bounds, len(group)].astype(np.int64)
+
+
+def shuffled(size: int, *key: object) -> Int64s:
+    """A permutation of range(size) that is a pure function of the key."""
+    digest = hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=16).digest()
+    draws = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(size)
+    return np.argsort(draws, kind="stable")
+
+
+def _lane_packs(
+    chunks: list[tuple[int, int]], rows: RowTable, data: DataConfig, key: tuple[object, ...]
+) -> Iterator[list[int]]:
+    packer = Packer(data.max_tokens)
+    for window in range(0, len(chunks), data.window_row_groups):
+        ranges = chunks[window : window + data.window_row_groups]
+        ids = np.concatenate([np.arange(start, stop) for start, stop in ranges])
+        ids = ids[shuffled(len(ids), *key, window)]
+        yield from packer.add(ids.tolist(), rows.num_tokens[ids].tolist())
+    yield from packer.flush()
+
+
+def _numpy(table: pa.Table, column: str, dtype: type[np.generic]) -> np.ndarray:
+    return table[column].to_numpy().astype(dtype, copy=False)
+
+
+def _dictionary(table: pa.Table, column: str) -> tuple[Int32s, list[str]]:
+    """Codes and values of a string column, dictionary-encoded or not."""
+    values = table[column]
+    if not pa.types.is_dictionary(values.type):
+        values = values.dictionary_encode()
+    array = values.unify_dictionaries().combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = array.chunk(0)
+    return array.indices.to_numpy().astype(np.int32, copy=False), array.dictionary.to_pylist()
