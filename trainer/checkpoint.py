@@ -1,9 +1,9 @@
 """Checkpoints of a run: trusted only when complete and unharmed.
 
 ``RUN/checkpoints/step_<n>/`` holds what DeepSpeed saves for every rank, the random states of the
-ranks, and ``manifest.json``. The manifest is written last and atomically, with size and hash of every
-other file, so a process that dies at any moment leaves no checkpoint that is trusted by mistake. All
-functions here are collective: every rank calls them, and each hashes its share of the files.
+ranks, and ``manifest.json``. The manifest is written last and atomically, with size and hash of
+every other file, so a process that dies at any moment leaves no checkpoint that is trusted by
+mistake. All functions here are collective: every rank calls them and hashes its share of the files.
 """
 
 import hashlib
@@ -99,7 +99,7 @@ def find_checkpoint(root: Path) -> tuple[Path | None, CheckpointManifest | None,
     Returns:
         Its folder and manifest, or None twice; and a line for each newer one that was passed over.
     """
-    passed_over = []
+    passed_over: list[str] = []
     dist.barrier()
     for _, folder in _broadcast(_by_step(root)):
         manifest, problem = _verify(folder)
@@ -118,9 +118,9 @@ def load_checkpoint(engine: Any, folder: Path, manifest: CheckpointManifest) -> 
     world_size = dist.get_world_size()
     if manifest.world_size != world_size:
         raise ConfigError(
-            f"checkpoint {folder} was saved by {manifest.world_size} workers, but ray.num_workers = "
-            f"{world_size}; go on with ray.num_workers={manifest.world_size}, or choose a new run "
-            "folder: run=..."
+            f"checkpoint {folder} was saved by {manifest.world_size} workers, but "
+            f"ray.num_workers = {world_size}; go on with ray.num_workers={manifest.world_size}, "
+            "or choose a new run folder: run=..."
         )
     groups = [_hyperparameters(group) for group in engine.optimizer.param_groups]
     engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)

@@ -1,9 +1,10 @@
 """The one place where the DeepSpeed configuration is made.
 
 DeepSpeed 0.19 changed several defaults (gradient clipping is now 1.0, bfloat16 steps with a
-non-finite gradient are skipped in silence), and the type in which gradients are accumulated follows
-the model's. What matters to the result is therefore always written out here: either *fixed*, because
-another part of the configuration says it, or a *default* that ``deepspeed.native`` may change.
+non-finite gradient are skipped in silence), and the type in which gradients are accumulated
+follows the model's. What matters to the result is therefore always written out here: either
+*fixed*, because another part of the configuration says it, or a *default* that
+``deepspeed.native`` may change.
 """
 
 from collections.abc import Iterator, Mapping
@@ -41,8 +42,8 @@ _SAID_BY = {
 def num_micro_batches(config: TrainConfig) -> int:
     """Micro-batches of every rank in a global step: gradient_accumulation_steps.
 
-    The same for all ranks, as collectives must keep in step: the rank with the most lanes sets it and
-    the others fill up with micro-batches that weigh nothing.
+    The same for all ranks, as collectives must keep in step: the rank with the most lanes sets it,
+    and the others fill up with micro-batches that weigh nothing.
     """
     lanes = -(-config.data.sequences_per_step // config.ray.num_workers)
     return -(-lanes // config.data.micro_batch_size)
@@ -139,6 +140,8 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        both = isinstance(value, Mapping) and isinstance(old, Mapping)
-        merged[key] = _merged(old, value) if both else value
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            merged[key] = _merged(old, value)
+        else:
+            merged[key] = value
     return merged

@@ -134,16 +134,15 @@ def run_identity(config: TrainConfig, view_hash: str, label_sets: list[str]) -> 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes a file so that a reader finds all of it or none, also after a crash."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
+    folder = path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}.", delete=False) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
-    sync_folder(path.parent)
+    sync_folder(folder)
 
 
 def sync_folder(path: Path) -> None:
@@ -172,7 +171,7 @@ def _refuse_another_run(path: Path, found: RunIdentity, wanted: RunIdentity) -> 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, dict) and value and prefix + key not in ("student.config",):
+        if isinstance(value, dict) and value and prefix + key != "student.config":
             flat.update(_flatten(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = value

@@ -31,8 +31,7 @@ def lr_factor(schedule: ScheduleConfig, step: int, num_steps: int) -> float:
         return (step + 1) / warmup
     if schedule.kind == "constant":
         return 1.0
-    # Where the peak is the last warm-up step, the decay has num_steps - warmup steps to go down; with
-    # no warm-up the first step is the peak.
+    # The last step of the warm-up is the peak; without one, the first step is.
     peak = max(warmup - 1, 0)
     done = min((step - peak) / max(num_steps - 1 - peak, 1), 1.0)
     falling = (1.0 - done) if schedule.kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
