@@ -1,0 +1,46 @@
+"""Every error that a user can meet.
+
+One line each: what was found, what was expected, where, and what to do. Each class keeps a
+standard-library base, so that code which knows nothing of this project can still catch it by kind,
+and takes one string, so that it survives pickling between processes.
+"""
+
+
+class TutelageError(Exception):
+    """Root of the tree. Anything else that escapes is a bug of this project."""
+
+
+class ConfigError(TutelageError, ValueError):
+    """A configuration file or a ``key=value`` word does not say a valid run."""
+
+
+class CorpusError(TutelageError, ValueError):
+    """The corpus cannot be read as the configuration says."""
+
+
+class TeacherError(TutelageError, RuntimeError):
+    """The teacher cannot be loaded, or cannot give what the record asks for."""
+
+
+class StudentError(TutelageError, RuntimeError):
+    """The student cannot be built, trained or exported."""
+
+
+class VocabularyError(TutelageError, ValueError):
+    """Token ids mean different things to two parts that have to agree on them."""
+
+
+class RecordError(TutelageError, ValueError):
+    """Rows break an invariant of the label record."""
+
+
+class StoreError(TutelageError, OSError):
+    """A label set, roster or view is not there, is another one, or cannot be written."""
+
+
+class DamagedError(StoreError):
+    """Stored bytes are not what the manifest says."""
+
+
+class AccountsError(TutelageError, RuntimeError):
+    """A run cannot show what became of each row that it read."""

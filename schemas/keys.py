@@ -1,0 +1,111 @@
+"""Identities of rows and units: 16-byte BLAKE2b hashes.
+
+Every hash starts with its own domain (two kinds of key never collide by content), and every part
+is preceded by its length (two lists of parts never read as the same bytes). Integers are
+little-endian.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from schemas.spec import GenerationSpec
+
+KEY_BYTES = 16
+
+Keys = npt.NDArray[np.uint8]
+SortedKeys = npt.NDArray[np.bytes_]
+
+
+def row_key(
+    token_ids: npt.NDArray[Any],
+    label_spans: npt.NDArray[Any],
+    teacher_context: npt.NDArray[Any] | None = None,
+) -> bytes:
+    """Identity of one labelled request: everything the teacher saw, and what was asked of it.
+
+    Args:
+        token_ids: int [L].
+        label_spans: int [2 * spans], flat half-open [start, end) pairs of target indices.
+        teacher_context: int, the tokens that only the teacher saw; None and empty are the same.
+    """
+    context = np.empty(0, np.int32) if teacher_context is None else teacher_context
+    return _digest("row", _int32(token_ids), _int32(label_spans), _int32(context))
+
+
+def generated_row_key(
+    prompt_ids: npt.NDArray[Any], generation: GenerationSpec, sample_index: int
+) -> bytes:
+    """Identity of a response still to be sampled: prompt, generation spec and which sample it is.
+
+    How many samples are asked for is left out: asking for more keeps those that are there.
+    """
+    how = json.dumps(generation.model_dump(exclude={"n"}), sort_keys=True, separators=(",", ":"))
+    return _digest("generated", _int32(prompt_ids), how.encode(), _int64(sample_index))
+
+
+def content_key(token_ids: npt.NDArray[Any], label_spans: npt.NDArray[Any]) -> bytes:
+    """Hash of token ids and spans alone, by which label sets of different teachers join."""
+    return _digest("content", _int32(token_ids), _int32(label_spans))
+
+
+def place_key(source: str, place: int, window: int) -> bytes:
+    """Identity of a row that cannot be tokenised: where it stands in the source."""
+    return _digest("place", source.encode(), _int64(place), _int64(window))
+
+
+def unit_key(row_keys: Keys) -> str:
+    """Identity of a unit, 32 hexadecimal digits, from the keys of its rows in any order.
+
+    Args:
+        row_keys: uint8 [R, 16], labelled and quarantined rows alike.
+    """
+    return _digest("unit", keys_to_sorted(row_keys).tobytes()).hex()
+
+
+def stack_keys(keys: list[bytes]) -> Keys:
+    """uint8 [R, 16] from R keys of 16 bytes."""
+    return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES)
+
+
+def keys_to_sorted(keys: Keys) -> SortedKeys:
+    """uint8 [R, 16] to a sorted S16 [R], for `contains`.
+
+    numpy drops trailing zero bytes of an S16 element when it is taken out; in comparisons they do
+    not matter, because all keys are of one length.
+    """
+    return np.sort(as_strings(keys))
+
+
+def contains(sorted_keys: SortedKeys, keys: Keys) -> npt.NDArray[np.bool_]:
+    """bool [R]: which of `keys`, uint8 [R, 16], are among `sorted_keys`, S16 rising."""
+    if not len(sorted_keys):
+        return np.zeros(len(keys), bool)
+    wanted = as_strings(keys)
+    place = np.searchsorted(sorted_keys, wanted)
+    return sorted_keys[np.minimum(place, len(sorted_keys) - 1)] == wanted
+
+
+def as_strings(keys: Keys) -> SortedKeys:
+    """The same keys, uint8 [R, 16], as S16 [R] without a copy of contiguous ones."""
+    contiguous = np.ascontiguousarray(keys, np.uint8)
+    return contiguous.reshape(-1, KEY_BYTES).view(f"S{KEY_BYTES}").reshape(-1)
+
+
+def _int32(values: npt.NDArray[Any]) -> bytes:
+    return np.ascontiguousarray(values, "<i4").tobytes()
+
+
+def _int64(value: int) -> bytes:
+    return int(value).to_bytes(8, "little", signed=True)
+
+
+def _digest(domain: str, *parts: bytes) -> bytes:
+    hasher = hashlib.blake2b(digest_size=KEY_BYTES)
+    for part in (b"tutelage." + domain.encode(), *parts):
+        hasher.update(len(part).to_bytes(8, "little"))
+        hasher.update(part)
+    return hasher.digest()
