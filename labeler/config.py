@@ -1,6 +1,7 @@
 """What a ``label.toml`` may say, and the only place where its defaults live.
 
-Importing this module costs pydantic and nothing else, so that help and configuration errors are instant.
+Importing this module costs pydantic and nothing else, so that help and configuration errors are
+instant.
 """
 
 from typing import Any, Literal, Self
@@ -22,9 +23,7 @@ class CorpusConfig(StrictModel):
         default="",
         description="the column to read; empty: text (text), messages (chat), token_ids (ids)",
     )
-    prompt_column: str = Field(
-        default="prompt", description="kind pair, and prompts to generate from"
-    )
+    prompt_column: str = Field(default="prompt", description="kind pair")
     response_column: str = Field(default="response", description="kind pair")
     spans_column: str = Field(
         default="", description="kind ids: flat [start, end) pairs; empty: all but the first token"
@@ -71,8 +70,8 @@ class TextConfig(StrictModel):
     def _check(self) -> Self:
         if self.split_long and self.overlap >= self.max_tokens - 1:
             raise ValueError(
-                f"text.overlap is {self.overlap}, which leaves no room for new tokens in windows of "
-                f"{self.max_tokens}; it must be less than text.max_tokens - 1"
+                f"text.overlap is {self.overlap}, which leaves no room for new tokens in windows "
+                f"of {self.max_tokens}; it must be less than text.max_tokens - 1"
             )
         return self
 
@@ -150,7 +149,7 @@ class LabelConfig(StrictModel):
         tokens_only = self.record.kind == "tokens"
         if (self.teacher.backend == "none") != tokens_only:
             raise ValueError(
-                f'record.kind is "{self.record.kind}" and teacher.backend is "{self.teacher.backend}"; '
+                f'record.kind is "{self.record.kind}", teacher.backend is "{self.teacher.backend}"; '
                 'kind "tokens" goes with backend "none", and only with it'
             )
         if self.teacher.max_model_len is not None:
@@ -173,8 +172,8 @@ class LabelConfig(StrictModel):
             )
         if generate.max_tokens >= self.text.max_tokens:
             raise ValueError(
-                f"generate.max_tokens is {generate.max_tokens}, which leaves no room for a prompt in "
-                f"text.max_tokens = {self.text.max_tokens}"
+                f"generate.max_tokens is {generate.max_tokens}, which leaves no room for a prompt "
+                f"in text.max_tokens = {self.text.max_tokens}"
             )
 
     def teacher_with_context(self) -> TeacherConfig:

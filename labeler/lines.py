@@ -1,0 +1,43 @@
+"""Lines of a file and the byte offsets at which they begin, plain or compressed."""
+
+import os
+from collections.abc import Iterator
+
+import fsspec
+import pyarrow as pa
+
+READ_BYTES = 1 << 20
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+
+
+def compression_of(name: str) -> str | None:
+    """The compression that a file's name tells, as pyarrow calls it."""
+    return COMPRESSIONS.get(os.path.splitext(name)[1])
+
+
+def iter_lines(url: str, start: int = 0, end: int = -1) -> Iterator[tuple[int, bytes]]:
+    """Yields (byte offset, line without its newline) of the lines that **begin** in [start, end).
+
+    Offsets count decompressed bytes. Every line of a file therefore belongs to exactly one of its
+    ranges.
+    """
+    with fsspec.open(url, "rb") as stream:
+        compression = compression_of(url)
+        if compression is not None:
+            stream = pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), compression)
+        position, rest = 0, b""
+        skip_first = start > 0
+        if skip_first:  # from the byte before, so that a line that begins at start is not skipped
+            stream.seek(start - 1)
+            position = start - 1
+        while chunk := stream.read(READ_BYTES):
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                if end >= 0 and position >= end:
+                    return
+                if not skip_first:
+                    yield position, line
+                skip_first = False
+                position += len(line) + 1
+        if rest and not skip_first and (end < 0 or position < end):
+            yield position, rest

@@ -1,0 +1,74 @@
+"""Windows: how a document longer than the teacher's context is cut.
+
+Every token of a document but its first is a target exactly once; a later window repeats the last
+``overlap`` tokens of what came before as context, and never less than one, since a label needs a
+token before it::
+
+    document  0 1 2 3 4 5 6 7 8 9        max_tokens 5, overlap 2
+    window 0  0[1 2 3 4]                 [..] are the targets
+    window 1        3 4[5 6 7]
+    window 2              6 7[8 9]
+
+BOS, where the policy adds one, is a document's first token.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Int32Array = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens [start, end) of a document.
+
+    Attributes:
+        index: Number of the window in its document. Windows without a target are left out, so
+            numbers may have gaps.
+        start, end: Half-open range in the document's tokens.
+        spans: int32 [2 * spans], half-open [start, end) pairs of target indices **in the window**.
+    """
+
+    index: int
+    start: int
+    end: int
+    spans: Int32Array
+
+
+def all_but_first(num_tokens: int) -> Int32Array:
+    """The spans that make every token but the first a target."""
+    return np.array([1, num_tokens] if num_tokens > 1 else [], np.int32)
+
+
+def clip_spans(spans: Int32Array, start: int, end: int) -> Int32Array:
+    """The part of flat [start, end) pairs that lies in a range of the document."""
+    pairs = np.clip(spans.reshape(-1, 2), start, end)
+    return np.ascontiguousarray(pairs[pairs[:, 0] < pairs[:, 1]]).reshape(-1)
+
+
+def cut_windows(num_tokens: int, spans: Int32Array, max_tokens: int, overlap: int) -> list[Window]:
+    """Cuts a document into windows of at most ``max_tokens``.
+
+    Args:
+        num_tokens: Length of the document.
+        spans: int32 flat pairs, sorted and disjoint, 1 <= start < end <= num_tokens.
+        max_tokens: At least 2.
+        overlap: Context that a later window repeats; less than ``max_tokens - 1`` (one token at
+            least is repeated, whatever it says).
+
+    Returns:
+        The windows that have a target, in order.
+    """
+    context = max(overlap, 1)
+    windows = []
+    new, index = 1, 0  # the first index that no window has as a target yet
+    while new < num_tokens:
+        start = 0 if index == 0 else new - context
+        end = min(start + max_tokens, num_tokens)
+        inside = clip_spans(spans, new, end)
+        if inside.size:
+            windows.append(Window(index, start, end, inside - np.int32(start)))
+        new, index = end, index + 1
+    return windows
