@@ -1,8 +1,8 @@
 """From full logits to sparse labels: the arithmetic that every teacher shares.
 
-``label_logits`` takes the teacher's logits over the whole vocabulary and keeps what the record asks for.
-It is plain torch, runs on any device, and works through its input in slices of rows, so that its own
-buffers stay small next to the logits.
+``label_logits`` takes the teacher's logits over the whole vocabulary and keeps what the record
+asks for. It is plain torch, runs on any device, and works through its input in slices of rows, so
+that its own buffers stay small next to the logits.
 
 Shapes: T positions, V vocabulary, K kept entries, S temperatures.
 """
@@ -15,8 +15,8 @@ import torch
 
 from schemas.spec import RecordSpec
 
-# Elements of one slice of logits. On a CPU the passes over a slice want to find it in the cache; on a GPU
-# fewer, larger kernels are better.
+# Elements of one slice of logits. On a CPU the passes over a slice want to find it in the cache;
+# on a GPU fewer, larger kernels are better.
 _SLICE_ELEMENTS_CPU = 2**20
 _SLICE_ELEMENTS_GPU = 2**27
 
@@ -40,8 +40,8 @@ class PositionLabels(NamedTuple):
         target_logprob: float32 [T], of the token that stands in the sequence.
         target_rank: int32 [T], 1 + the number of ids strictly more probable.
         entropy: float32 [T], of the full distribution, in nats; None if the record has none.
-        lse: float32 [T, S], log sum over the vocabulary of p^(1/T) for each temperature of the record;
-            None if it has none.
+        lse: float32 [T, S], log sum over the vocabulary of p^(1/T) for each temperature of the
+            record; None if it has none.
     """
 
     head_ids: torch.Tensor
@@ -64,13 +64,14 @@ def label_logits(
     """Labels T positions from their full logits.
 
     Args:
-        logits: floating [T, V], what the model's softmax gets: after soft cap, scale and bias, without
-            the padding of the head. Computed on in float32.
+        logits: floating [T, V], what the model's softmax gets: after soft cap, scale and bias,
+            without the padding of the head. Computed on in float32.
         target_ids: integer [T], the token that stands at each target position.
         record: which columns to compute, and how many entries to keep.
 
     Returns:
-        The labels, on the device of the logits. A NaN among a row's logits makes that row's labels NaN.
+        The labels, on the device of the logits. A NaN among a row's logits makes that row's
+        labels NaN.
     """
     if len(logits) == 0:
         return _empty(logits, record)
@@ -139,8 +140,9 @@ def _label_slice(
 def ordered_topk(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest of each row, by falling value and, among equal values, by rising id.
 
-    ``torch.topk`` promises no order among equal values, neither which of them it keeps at the boundary
-    nor how it sorts them; bfloat16 logits are full of such ties. Here both are decided by the id, always.
+    ``torch.topk`` promises no order among equal values, neither which of them it keeps at the
+    boundary nor how it sorts them; bfloat16 logits are full of such ties. Here both are decided
+    by the id, always.
 
     Args:
         logits: float32 [T, V].
@@ -163,10 +165,11 @@ def ordered_topk(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def _candidate_topk(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``torch.topk`` in two rounds: ids are dealt into blocks, and only the best k blocks are searched.
+    """``torch.topk`` in two rounds: ids are dealt into blocks, the best k blocks are searched.
 
-    A value among the k largest always lies in one of the k blocks with the largest maxima, so this is
-    exact; it reads the row once with a vector maximum where a selection would branch on every element.
+    A value among the k largest always lies in one of the k blocks with the largest maxima, so
+    this is exact; it reads the row once with a vector maximum where a selection would branch on
+    every element.
     """
     num_rows, vocab_size = logits.shape
     # Balances the two rounds: vocab_size / depth maxima, then k * depth candidates.
@@ -219,9 +222,10 @@ def _entropy(logits: torch.Tensor, probs: torch.Tensor, normaliser: torch.Tensor
 def _tail_logmass(
     logits: torch.Tensor, probs: torch.Tensor, head_ids: torch.Tensor, normaliser: torch.Tensor
 ) -> torch.Tensor:
-    """Log of the probability outside the head [T], summed over the tail itself. Overwrites ``probs``.
+    """Log of the probability outside the head [T]; overwrites ``probs``.
 
-    Never 1 - (sum of the head): that loses every digit of a small tail.
+    Summed over the tail itself, never 1 - (sum of the head): that loses every digit of a small
+    tail.
     """
     tail = probs.scatter_(1, head_ids, 0.0).sum(dim=-1)
     logmass = tail.log()

@@ -18,18 +18,20 @@ from schemas.spec import GenerationSpec, RecordSpec
 class RowLabels:
     """The labels of one sequence of L tokens at its N target positions, before rounding.
 
-    Entry j describes the teacher's distribution **over** the token at target index t_j, computed from
-    the tokens before t_j; targets are those of the row's label spans, in rising order. K is
+    Entry j describes the teacher's distribution **over** the token at target index t_j, computed
+    from the tokens before t_j; targets are those of the row's label spans, in rising order. K is
     ``record.k``, or the vocabulary where that is smaller.
 
     Attributes:
         head_ids: int32 [N, K], by falling probability, ties by rising id.
         head_logprobs: float32 [N, K], nats, at temperature 1; -inf where the model forbids an id.
-        tail_logmass: float32 [N], log of the probability outside the head; -inf where K is everything.
+        tail_logmass: float32 [N], log of the probability outside the head; -inf where K is
+            everything.
         target_logprob: float32 [N], of the token that stands in the sequence.
         target_rank: int32 [N], 1 + the number of ids strictly more probable.
         entropy: float32 [N], nats, of the full distribution; None if the record has no such column.
-        lse: float32 [N, S], log sum of p^(1/T) for each temperature of the record; None if it has none.
+        lse: float32 [N, S], log sum of p^(1/T) for each temperature of the record; None if it has
+            none.
     """
 
     head_ids: np.ndarray
@@ -65,7 +67,7 @@ class RowFailure:
 
 
 class Teacher(Protocol):
-    """A model that labels token sequences and samples responses. Safe to call from several threads."""
+    """A model that labels sequences and samples responses; may be called from several threads."""
 
     def label(
         self, token_ids: Sequence[np.ndarray], label_spans: Sequence[np.ndarray]
@@ -78,8 +80,8 @@ class Teacher(Protocol):
                 request; sorted, disjoint, start >= 1, end <= L.
 
         Returns:
-            One result a request, in order. A request that cannot be labelled is a ``RowFailure`` and
-            does not disturb the others.
+            One result a request, in order. A request that cannot be labelled is a ``RowFailure``
+            and does not disturb the others.
 
         Raises:
             TeacherError: the engine itself failed, so that nothing can be said about single rows.
@@ -158,7 +160,7 @@ def refuse_prompt(token_ids: np.ndarray, vocab_size: int, max_tokens: int) -> Ro
 
 
 def refuse_spans(num_tokens: int, spans: np.ndarray) -> RowFailure | None:
-    """Why flat [start, end) pairs cannot be label spans of ``num_tokens`` tokens, or None if they can."""
+    """Why flat [start, end) pairs cannot span labels of ``num_tokens`` tokens; None if they can."""
     if len(spans) == 0 or len(spans) % 2:
         return RowFailure("bad_spans", f"{len(spans)} span bounds; expected one or more pairs")
     bounds = np.asarray(spans, dtype=np.int64)
@@ -187,6 +189,6 @@ def usable_or_failure(labels: RowLabels) -> RowLabels | RowFailure:
         return labels
     return RowFailure(
         "not_finite",
-        f"label {label} of {labels.num_labels}: the teacher's logits hold NaN, or it gives the token "
-        "that stands there no probability at all",
+        f"label {label} of {labels.num_labels}: the teacher's logits hold NaN, or it gives the "
+        "token that stands there no probability at all",
     )

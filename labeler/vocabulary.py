@@ -1,0 +1,69 @@
+"""Whether a tokenizer and a model mean the same by an id. Sizes may agree where mappings do not."""
+
+from typing import Any
+
+from schemas.errors import VocabularyError
+
+# Embeddings are padded to round sizes: 128 to 465 rows in the models in use. What goes beyond is
+# another vocabulary, not padding.
+_PADDING_IDS = 1024
+_PADDING_SHARE = 0.05
+_SHOWN = 3
+
+
+def vocabulary(tokenizer: Any) -> dict[str, int]:
+    """The mapping token -> id of a tokenizer, added tokens included."""
+    return dict(tokenizer.get_vocab())
+
+
+def check_vocabulary_fits(tokenizer: Any, vocab_size: int, where: str, model: str) -> None:
+    """Checks a tokenizer against the size of a model's vocabulary.
+
+    Every id must be below ``vocab_size``, and at most 1,024 ids or 5% of the vocabulary, whichever
+    is more, may be left over: that is padding.
+
+    Raises:
+        VocabularyError: it names the first ids that the model does not have, or how many are left.
+    """
+    mapping = vocabulary(tokenizer)
+    outside = sorted((id_, token) for token, id_ in mapping.items() if id_ >= vocab_size)
+    if outside:
+        raise VocabularyError(
+            f"the tokenizer of {where} has {len(outside)} ids that {model} does not have, the "
+            f"first {_show(outside)}; the model's ids are 0 to {vocab_size - 1}; use its own "
+            "tokenizer"
+        )
+    unused = vocab_size - 1 - max(mapping.values(), default=-1)
+    if unused > max(_PADDING_IDS, vocab_size * _PADDING_SHARE):
+        raise VocabularyError(
+            f"the tokenizer of {where} ends at id {vocab_size - 1 - unused}, but {model} has ids "
+            f"up to {vocab_size - 1}; {unused} unused ids are more than padding; use its own "
+            "tokenizer"
+        )
+
+
+def check_same_vocabulary(tokenizer: Any, own: Any, where: str, model: str) -> None:
+    """Checks that a tokenizer maps every token to the id that the model's own tokenizer gives it.
+
+    Raises:
+        VocabularyError: it names the first ids that differ.
+    """
+    given, expected = _by_id(tokenizer), _by_id(own)
+    differ = sorted(i for i in given.keys() | expected.keys() if given.get(i) != expected.get(i))
+    if differ:
+        shown = "; ".join(
+            f"id {i} is {given.get(i)!r} there and {expected.get(i)!r} in the model"
+            for i in differ[:_SHOWN]
+        )
+        raise VocabularyError(
+            f"the tokenizer of {where} is not that of {model}: {len(differ)} ids differ ({shown}); "
+            "leave teacher.tokenizer empty to use the model's own"
+        )
+
+
+def _by_id(tokenizer: Any) -> dict[int, str]:
+    return {id_: token for token, id_ in vocabulary(tokenizer).items()}
+
+
+def _show(pairs: list[tuple[int, str]]) -> str:
+    return ", ".join(f"{id_} ({token!r})" for id_, token in pairs[:_SHOWN])
