@@ -1,0 +1,115 @@
+"""Dense float64 losses, written from their definitions, and labels of random teachers to feed them.
+
+Nothing here shares code with the trainer: logits are [T, V], gradients come from autograd.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.config import LossConfig
+from trainer.fused_head import LogitTransform
+from trainer.targets import SparseTargets
+
+
+def random_targets(
+    rng: np.random.Generator,
+    num_labels: int,
+    vocab_size: int,
+    num_tokens: int,
+    temperatures: tuple[float, ...] = (),
+    head_sizes: np.ndarray | None = None,
+    spread: float = 2.0,
+) -> SparseTargets:
+    """Labels of random teachers, stored as a record stores them: top entries in float16.
+
+    Args:
+        rng: source of everything.
+        num_labels: T.
+        vocab_size: V.
+        num_tokens: L, hidden states that the positions point into (each at most once).
+        temperatures: those with a stored normaliser.
+        head_sizes: [T] entries of each position; None: 1 to V // 2 at random.
+        spread: standard deviation of the teacher's logits; larger is sharper.
+    """
+    if head_sizes is None:
+        head_sizes = rng.integers(1, max(2, vocab_size // 2), num_labels)
+    logits = rng.normal(0, spread, (num_labels, vocab_size))
+    logp = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    order = np.argsort(-logp, axis=1, kind="stable")
+    ids = [order[j, : head_sizes[j]] for j in range(num_labels)]
+    tail = [np.exp(np.delete(logp[j], ids[j])).sum() for j in range(num_labels)]
+    with np.errstate(divide="ignore"):
+        tail_logmass = np.log(np.array(tail))
+    lse = [[np.log(np.exp(row / t).sum()) for t in temperatures] for row in logp]
+    flat_ids = np.concatenate([*ids, np.zeros(0, np.int64)]).astype(np.int32)
+    flat_logp = np.concatenate([logp[j, ids[j]] for j in range(num_labels)])
+    bounds = torch.from_numpy(np.concatenate([[0], np.cumsum(head_sizes)]))
+    token_ids = rng.integers(0, vocab_size, num_labels)
+    return SparseTargets(
+        positions=torch.from_numpy(np.sort(rng.permutation(num_tokens)[:num_labels])),
+        token_ids=torch.from_numpy(token_ids),
+        weights=torch.from_numpy(rng.uniform(0.2, 2.0, num_labels).astype(np.float32)),
+        entry_ids=torch.from_numpy(flat_ids),
+        entry_logprobs=torch.from_numpy(flat_logp.astype(np.float16)),
+        entry_bounds=bounds,
+        entry_offsets=bounds,
+        tail_logmass=torch.from_numpy(tail_logmass.astype(np.float16)),
+        lse=torch.from_numpy(np.array(lse).astype(np.float16)) if temperatures else None,
+        temperatures=temperatures,
+        num_ids=vocab_size,
+    )
+
+
+def dense_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: SparseTargets,
+    loss: LossConfig,
+    transform: LogitTransform | None = None,
+) -> Tensor:
+    """The weighted sum over positions, from [T, V] logits in the dtype of `hidden`."""
+    logits = hidden[targets.positions] @ weight.T
+    if bias is not None:
+        logits = logits + bias
+    if transform is not None:
+        logits = logits * transform.scale
+        if transform.softcap is not None:
+            logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    position_weights = targets.weights.to(logits.dtype)
+    ce = torch.nn.functional.cross_entropy(logits, targets.token_ids, reduction="none")
+    if loss.kind == "hard":
+        return (position_weights * ce).sum()
+    kl = torch.stack(
+        [_position_kl(row, targets, j, loss) for j, row in enumerate(logits / loss.temperature)]
+    )
+    mixed = (1 - loss.alpha) * ce + loss.alpha * loss.temperature**2 * kl
+    return (position_weights * mixed).sum()
+
+
+def _position_kl(logits: Tensor, targets: SparseTargets, j: int, loss: LossConfig) -> Tensor:
+    """KL of one position, from a [V] row of logits at the distillation temperature."""
+    cut = slice(int(targets.entry_bounds[j]), int(targets.entry_bounds[j + 1]))
+    ids = targets.entry_ids[cut].long()
+    scaled = targets.entry_logprobs[cut].to(logits.dtype) / loss.temperature
+    if loss.temperature == 1.0:
+        tail = targets.tail_logmass[j].to(logits.dtype).exp()
+        w = scaled.exp() * (1 - tail) / scaled.exp().sum()
+    else:
+        column = targets.temperatures.index(loss.temperature)
+        w = (scaled - targets.lse[j, column].to(logits.dtype)).exp()
+        w = w / max(1.0, float(w.sum()))
+        tail = 1 - w.sum()
+    log_q = torch.log_softmax(logits, 0)
+    off = torch.ones_like(logits, dtype=torch.bool)
+    off[ids] = False
+    if loss.kind == "truncated":
+        return (torch.xlogy(w, w) - w * log_q[ids]).sum()
+    if loss.kind == "renormalised":
+        w = w / w.sum()
+        return (torch.xlogy(w, w) - w * log_q[ids]).sum()
+    kl = (torch.xlogy(w, w) - w * log_q[ids]).sum()
+    if tail > 1e-12:
+        kl = kl + tail * (tail.log() - torch.logsumexp(log_q[off], 0))
+    return kl

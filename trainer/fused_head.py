@@ -1,0 +1,377 @@
+"""The student's output head and its loss in one step, without ever holding a [T, V] tensor.
+
+A language-model head turns T hidden states into T x V logits, which at 32k tokens and 128k ids is
+16 GB in float32, several times over once a loss and its gradient are taken. Here the positions are
+worked off in chunks: logits, loss and gradient of one chunk live in one buffer, and only the
+gradients of the hidden states and of the weight remain. The gradient is computed in the forward
+pass, while the logits are there, and scaled in the backward pass by what comes in.
+
+One pass over the logits of a chunk, at distillation temperature 1:
+
+1. read the logits of the hard label and of the cached ids S, then take S out of the row;
+2. softmax over the rest, in place; its normaliser joined with S gives the full log-sum-exp, and the
+   bucket's log-mass without the cancellation in 1 - Q;
+3. loss and gradient of the target on S and on the bucket (`trainer.objectives`), cross-entropy
+   mixed in; the row times one number is the gradient off S, and S is written over it.
+
+So a distillation step costs what a cross-entropy step does. Another temperature needs a second
+softmax, hence a second pass and buffer.
+
+Shapes: L tokens of the micro-batch, T labelled positions, H hidden size, V vocabulary, E entries.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from schemas.errors import VocabularyError
+from trainer.config import LossConfig
+from trainer.objectives import OBJECTIVES, Pull, StudentPartition
+from trainer.segments import segment_logsumexp
+from trainer.targets import SparseTargets, teacher_partition
+
+METRICS = ("loss", "ce", "kl", "weight")
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to its logits after the head: scale, then cap * tanh(logit / cap).
+
+    Attributes:
+        scale: factor on every logit.
+        softcap: bound of the absolute value, as in Gemma 2; None for no bound.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def apply_(self, logits: Tensor) -> Tensor | None:
+        """Transforms [T, V] logits in place; returns what `backward_` needs."""
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.softcap is None:
+            return None
+        bounded = logits.div_(self.softcap).tanh_().clone()
+        logits.mul_(self.softcap)
+        return bounded
+
+    def backward_(self, gradient: Tensor, bounded: Tensor | None) -> None:
+        """Turns the gradient of the transformed logits into that of the head's, in place."""
+        if bounded is not None:
+            gradient.mul_(bounded.square_().neg_().add_(1.0))
+        if self.scale != 1.0:
+            gradient.mul_(self.scale)
+
+
+def fused_distillation_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: SparseTargets,
+    loss: LossConfig,
+    transform: LogitTransform = LogitTransform(),
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum over positions of weight * ((1 - alpha) * CE + alpha * T^2 * KL), and its parts.
+
+    `loss.kind = "hard"` is cross-entropy alone, whatever alpha is. Logarithms and sums are float32
+    (float64 for a float64 head); the gradient of the weight is accumulated in float32.
+
+    Args:
+        hidden: [..., H], all hidden states of the micro-batch; `targets.positions` index the
+            flattened leading axes. Labels of token t use the state at t - 1.
+        weight: [V, H], the head.
+        bias: [V] or None.
+        targets: labels, on the device of `hidden`.
+        loss: target, alpha, temperature, positions per chunk.
+        transform: what the model does to its logits.
+
+    Returns:
+        The sum (scalar, nats; the caller divides), and detached sums by name: `loss` the same
+        again, `ce` and `kl` weighted without alpha and T^2, `weight` of the positions.
+
+    Raises:
+        VocabularyError: an id of the labels lies outside the head.
+        ConfigError: the labels cannot serve the loss (see `trainer.targets.check_loss`).
+    """
+    if targets.num_ids > weight.shape[0]:
+        raise VocabularyError(
+            f"labels name id {targets.num_ids - 1} but the student's head has {weight.shape[0]} "
+            "rows; train a student with the vocabulary of the labels"
+        )
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    # needs_input_grad stays true under no_grad, so what is wanted is said here.
+    on = torch.is_grad_enabled()
+    wanted = _Wanted(
+        hidden=on and hidden.requires_grad,
+        weight=on and weight.requires_grad,
+        bias=on and bias is not None and bias.requires_grad,
+    )
+    total, parts = _FusedDistillation.apply(flat, weight, bias, targets, loss, transform, wanted)
+    return total, dict(zip(METRICS, parts.unbind(), strict=True))
+
+
+class DistillationHead(nn.Linear):
+    """The student's lm_head, which computes a loss when it is given targets, logits otherwise.
+
+    It takes the place of the model's own head and owns the same parameters, so that ZeRO-3, which
+    gathers parameters around the forward of the module that owns them, gathers this weight as well,
+    tied to the embedding or not. Names in the state dict do not change.
+    """
+
+    transform: LogitTransform
+
+    @classmethod
+    def around(cls, linear: nn.Linear, transform: LogitTransform) -> "DistillationHead":
+        """A head that shares the parameters of `linear`."""
+        head = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        head.weight, head.bias = linear.weight, linear.bias
+        head.transform = transform
+        return head
+
+    def forward(
+        self,
+        hidden: Tensor,
+        targets: SparseTargets | None = None,
+        loss: LossConfig | None = None,
+    ) -> Any:
+        """Logits [..., V] of hidden [..., H]; with targets, see `fused_distillation_loss`."""
+        if targets is None:
+            return super().forward(hidden)
+        assert loss is not None
+        return fused_distillation_loss(
+            hidden, self.weight, self.bias, targets, loss, self.transform
+        )
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Which gradients are needed."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    @property
+    def any(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
+class _FusedDistillation(torch.autograd.Function):
+    """See `fused_distillation_loss`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: SparseTargets,
+        loss: LossConfig,
+        transform: LogitTransform,
+        wanted: _Wanted,
+    ) -> tuple[Tensor, Tensor]:
+        head = _HeadPass(hidden, weight, bias, transform, wanted)
+        parts = torch.zeros(len(METRICS), dtype=head.dtype, device=hidden.device)
+        for start in range(0, targets.num_labels, loss.chunk_tokens):
+            stop = min(start + loss.chunk_tokens, targets.num_labels)
+            parts += head.run(targets.chunk(start, stop), loss)
+        ctx.gradients = head.gradients()
+        ctx.mark_non_differentiable(parts)
+        return parts[0].clone(), parts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the fused head was run backward twice; its gradients are gone")
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = [None if g is None else g.mul_(grad_total.to(g.dtype)) for g in gradients]
+        return (*scaled, None, None, None, None)
+
+
+class _HeadPass:
+    """Works off chunks of positions and collects the gradients, in the dtypes of the inputs."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        transform: LogitTransform,
+        wanted: _Wanted,
+    ) -> None:
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.transform, self.wanted = transform, wanted
+        self.dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.buffer = hidden.new_empty(0, dtype=self.dtype)
+        self.d_hidden = torch.zeros_like(hidden) if wanted.hidden else None
+        self.d_weight = torch.zeros_like(weight, dtype=self.dtype) if wanted.weight else None
+        self.d_bias = (
+            torch.zeros_like(bias, dtype=self.dtype) if wanted.bias and bias is not None else None
+        )
+
+    def run(self, chunk: SparseTargets, loss: LossConfig) -> Tensor:
+        """Adds one chunk's gradients; returns its part of each of METRICS."""
+        rows = self.hidden.index_select(0, chunk.positions).to(self.weight.dtype)
+        logits = self._logits(rows)
+        bounded = self.transform.apply_(logits)
+        ce, kl, gradient = _loss_and_gradient(logits, chunk, loss, self.wanted.any)
+        if gradient is not None:
+            self.transform.backward_(gradient, bounded)
+            self._accumulate(gradient, rows, chunk.positions)
+        return _sums(ce, kl, chunk.weights.to(self.dtype), loss)
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of hidden, weight and bias."""
+        return (
+            self.d_hidden,
+            None if self.d_weight is None else self.d_weight.to(self.weight.dtype),
+            None if self.d_bias is None else self.d_bias.to(self.weight.dtype),
+        )
+
+    def _logits(self, rows: Tensor) -> Tensor:
+        """[T, V] logits of [T, H] rows, in the buffer that all chunks share where that is free."""
+        if rows.dtype != self.dtype:
+            logits = _mm_wide(rows, self.weight.t(), self.dtype)
+            return logits if self.bias is None else logits.add_(self.bias)
+        num_rows, vocab_size = rows.shape[0], self.weight.shape[0]
+        if self.buffer.numel() < num_rows * vocab_size:
+            self.buffer = self.buffer.new_empty(num_rows * vocab_size)
+        logits = self.buffer[: num_rows * vocab_size].view(num_rows, vocab_size)
+        torch.mm(rows, self.weight.t(), out=logits)
+        return logits if self.bias is None else logits.add_(self.bias)
+
+    def _accumulate(self, gradient: Tensor, rows: Tensor, positions: Tensor) -> None:
+        """Adds the gradients that follow from that of a chunk's logits, [T, V]."""
+        if self.d_bias is not None:
+            self.d_bias += gradient.sum(0)
+        narrow = gradient.to(self.weight.dtype)
+        if self.d_hidden is not None:
+            d_rows = torch.mm(narrow, self.weight).to(self.d_hidden.dtype)
+            self.d_hidden.index_add_(0, positions, d_rows)
+        if self.d_weight is not None:
+            if narrow.dtype == self.dtype:
+                self.d_weight.addmm_(narrow.t(), rows)
+            else:
+                self.d_weight += _mm_wide(narrow.t(), rows, self.dtype)
+
+
+def _mm_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b of two half-precision matrices, accumulated and returned in `dtype`."""
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a.to(dtype), b.to(dtype))
+
+
+def _loss_and_gradient(
+    logits: Tensor, chunk: SparseTargets, loss: LossConfig, need_gradient: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """CE [T], KL [T] or None, and the gradient of the chunk's weighted loss, in `logits`' place."""
+    weights = chunk.weights.to(logits.dtype)
+    if loss.kind == "hard" or loss.alpha == 0.0:
+        ce = _cross_entropy(logits, chunk.token_ids, weights if need_gradient else None)
+        return ce, None, logits if need_gradient else None
+    if loss.temperature == 1.0:
+        ce, kl = _distil(logits, chunk, loss, weights if need_gradient else None)
+        return ce, kl, logits if need_gradient else None
+    scaled = logits / loss.temperature
+    factor = weights * (loss.alpha * loss.temperature)
+    _, kl = _distil(scaled, chunk, loss, factor if need_gradient else None)
+    hard = weights * (1.0 - loss.alpha) if need_gradient and loss.alpha < 1.0 else None
+    ce = _cross_entropy(logits, chunk.token_ids, hard)
+    if not need_gradient:
+        return ce, kl, None
+    return ce, kl, scaled if hard is None else scaled.add_(logits)
+
+
+def _cross_entropy(logits: Tensor, token_ids: Tensor, weights: Tensor | None) -> Tensor:
+    """Cross-entropy [T] in nats; with weights, `logits` becomes the gradient of weights * CE."""
+    token_ids = token_ids[:, None]
+    at_token = logits.gather(1, token_ids)[:, 0]
+    lse = _softmax_(logits)
+    if weights is not None:
+        logits.mul_(weights[:, None])
+        logits.scatter_add_(1, token_ids, -weights[:, None])
+    return lse - at_token
+
+
+def _distil(
+    logits: Tensor, chunk: SparseTargets, loss: LossConfig, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """CE and KL, [T] each, of logits [T, V] already divided by the distillation temperature.
+
+    With weights, `logits` becomes the gradient of weights * KL, at temperature 1 that of
+    weights * ((1 - alpha) * CE + alpha * KL): CE belongs to the same softmax there.
+    """
+    rows = chunk.entry_rows()
+    flat = rows * logits.shape[1] + chunk.entry_ids
+    everything = logits.view(-1)
+    at_entries = everything.gather(0, flat)
+    at_token = logits.gather(1, chunk.token_ids[:, None])[:, 0]
+
+    # Not -inf: a row whose every id is in S must stay a number. Its bucket then has no mass.
+    everything.scatter_(0, flat, torch.finfo(logits.dtype).min)
+    lse_off = _softmax_(logits)
+    lse = torch.logaddexp(lse_off, segment_logsumexp(at_entries, chunk.entry_offsets, rows))
+
+    student = StudentPartition(at_entries - lse[rows], lse_off - lse, rows, chunk.entry_offsets)
+    teacher = teacher_partition(chunk, loss.temperature, rows, logits.dtype)
+    pull = OBJECTIVES[loss.kind](teacher, student)
+    if weights is not None:
+        share = loss.alpha if loss.temperature == 1.0 else 1.0
+        _write_gradient(logits, flat, chunk.token_ids, pull, student, weights, share)
+    return lse - at_token, pull.loss
+
+
+def _write_gradient(
+    logits: Tensor,
+    flat: Tensor,
+    token_ids: Tensor,
+    pull: Pull,
+    student: StudentPartition,
+    weights: Tensor,
+    alpha: float,
+) -> None:
+    """Turns the softmax off S in `logits` into the gradient, over S too.
+
+    Args:
+        logits: [T, V], the softmax over the ids off S.
+        flat: [E], places of S in the flattened logits.
+        token_ids: [T], hard labels.
+        pull, student: the target's gradient and what it was computed from.
+        weights: [T], factor of each position.
+        alpha: share of the target; the rest is cross-entropy.
+    """
+    tail, entries = pull.tail_gradient, pull.entry_gradient
+    if alpha < 1.0:
+        tail = alpha * tail + (1.0 - alpha) * student.log_tail.exp()
+        entries = alpha * entries + (1.0 - alpha) * student.log_entries.exp()
+    logits.mul_((weights * tail)[:, None])
+    logits.view(-1).scatter_(0, flat, weights[student.rows] * entries)
+    if alpha < 1.0:
+        logits.scatter_add_(1, token_ids[:, None], (weights * (alpha - 1.0))[:, None])
+
+
+def _softmax_(logits: Tensor) -> Tensor:
+    """Softmax of each row in place; returns its log-sum-exp [T].
+
+    The log-sum-exp is read off the softmax at the row's peak, which saves a second pass of
+    exponentials over the row.
+    """
+    peak = logits.amax(1)
+    torch.softmax(logits, 1, out=logits)
+    return peak - logits.amax(1).log()
+
+
+def _sums(ce: Tensor, kl: Tensor | None, weights: Tensor, loss: LossConfig) -> Tensor:
+    """The chunk's part of each of METRICS."""
+    ce_sum = torch.dot(weights, ce)
+    if kl is None:
+        zero = torch.zeros_like(ce_sum)
+        return torch.stack([ce_sum, ce_sum, zero, weights.sum()])
+    kl_sum = torch.dot(weights, kl)
+    total = (1.0 - loss.alpha) * ce_sum + loss.alpha * loss.temperature**2 * kl_sum
+    return torch.stack([total, ce_sum, kl_sum, weights.sum()])

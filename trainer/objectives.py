@@ -1,0 +1,94 @@
+"""The training targets: what each pulls the student towards, and its gradient.
+
+A student's softmax q over V ids is seen through the cached ids S of a position and one bucket that
+holds all the others, r = 1 - sum of q over S. A target gives, per position, a loss and its gradient
+with respect to the student's logits in two parts: one number per entry of S, and one number c for
+the bucket, which spreads over the ids off S in proportion to their share of r:
+
+    dloss / dlogit_i = entry_gradient_i      i in S
+    dloss / dlogit_i = (q_i / r) * c         i off S
+
+Shares of r, not q itself, keep this exact where r is as small as float32 can say.
+With w the teacher's probabilities on S, m its mass off S and P = 1 - m:
+
+| target       | loss                                    | entry_gradient | c     |
+|--------------|-----------------------------------------|----------------|-------|
+| truncated    | sum w (log w - log q)                   | P q - w        | P r   |
+| renormalised | sum w/P (log w/P - log q)               | q - w/P        | r     |
+| ghost        | sum w (log w - log q) + m log(m / r)    | q - w          | r - m |
+
+The truncated loss may be negative at a position; it is reported as it is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainer.segments import segment_sum
+from trainer.targets import TeacherPartition
+
+
+@dataclass(frozen=True)
+class StudentPartition:
+    """The student at the distillation temperature, seen through S and the bucket.
+
+    Attributes:
+        log_entries: [E], log of the full softmax at the entries of S, nats.
+        log_tail: [T], log of its mass off S, nats, from a sum over the ids off S (never 1 - Q).
+        rows: [E] int64, position of each entry.
+        offsets: [T + 1] int64, CSR offsets of the entries.
+    """
+
+    log_entries: Tensor
+    log_tail: Tensor
+    rows: Tensor
+    offsets: Tensor
+
+
+@dataclass(frozen=True)
+class Pull:
+    """Loss [T] (nats) of each position and its gradient in the two parts [E] and [T]."""
+
+    loss: Tensor
+    entry_gradient: Tensor
+    tail_gradient: Tensor
+
+
+def truncated(teacher: TeacherPartition, student: StudentPartition) -> Pull:
+    """Forward KL summed over S alone, the student's softmax over everything. Biased."""
+    head = 1.0 - teacher.tail
+    loss = _cross(teacher.weights, teacher.log_weights - student.log_entries)
+    gradient = head[student.rows] * student.log_entries.exp() - teacher.weights
+    return Pull(segment_sum(loss, student.offsets), gradient, head * student.log_tail.exp())
+
+
+def renormalised(teacher: TeacherPartition, student: StudentPartition) -> Pull:
+    """Forward KL from the teacher renormalised over S to the student's full softmax. Biased."""
+    shares = teacher.log_shares.exp()
+    loss = _cross(shares, teacher.log_shares - student.log_entries)
+    gradient = student.log_entries.exp() - shares
+    return Pull(segment_sum(loss, student.offsets), gradient, student.log_tail.exp())
+
+
+def ghost(teacher: TeacherPartition, student: StudentPartition) -> Pull:
+    """Forward KL over S and the bucket: a lower bound of the full KL, with the exact tail mass."""
+    loss = segment_sum(
+        _cross(teacher.weights, teacher.log_weights - student.log_entries), student.offsets
+    )
+    loss = loss + _cross(teacher.tail, teacher.log_tail - student.log_tail)
+    gradient = student.log_entries.exp() - teacher.weights
+    return Pull(loss, gradient, student.log_tail.exp() - teacher.tail)
+
+
+def _cross(weights: Tensor, log_ratio: Tensor) -> Tensor:
+    """weights * log_ratio, with 0 * log 0 = 0."""
+    return torch.where(weights > 0, weights * log_ratio, 0.0)
+
+
+OBJECTIVES: dict[str, Callable[[TeacherPartition, StudentPartition], Pull]] = {
+    "truncated": truncated,
+    "renormalised": renormalised,
+    "ghost": ghost,
+}
