@@ -1,0 +1,128 @@
+"""The one table of the label record's columns. A column exists only if it is declared here.
+
+Alignment, once for all: label j of a row describes the teacher's distribution **over** the token
+at target index ``t_j``, computed from the tokens before ``t_j``. A student's loss for it uses the
+hidden state at ``t_j - 1``.
+
+Every column and every list element is non-nullable, because that alone halves the cost of writing
+and cuts the cost of reading to a third. What is absent is absent as a whole column.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+import pyarrow as pa
+
+from schemas.spec import SCHEMA_VERSION, RecordSpec
+
+
+class Length(Enum):
+    """How many values a row has in a column."""
+
+    ROW = "one value"
+    TOKENS = "L, the number of tokens"
+    SPANS = "two for each span"
+    LABELS = "N, the number of labelled positions"
+    ENTRIES = "head_len + tail_len, summed over the positions"
+    DRAWS = "tail_len, summed over the positions"
+    TEMPERATURES = "N times the number of temperatures, position by position"
+    FREE = "any number"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its name, the Arrow type of one value, how many a row has, what they mean."""
+
+    name: str
+    value_type: pa.DataType
+    length: Length
+    doc: str
+
+    def field(self) -> pa.Field:
+        """The Arrow field: the value type itself, or a list of it, with nulls nowhere."""
+        if self.length is Length.ROW:
+            return pa.field(self.name, self.value_type, nullable=False)
+        element = pa.field("element", self.value_type, nullable=False)
+        return pa.field(self.name, pa.list_(element), nullable=False)
+
+
+_TABLE = (
+    Column("row_key", pa.binary(16), Length.ROW, "identity of the labelled request"),
+    Column(
+        "content_key",
+        pa.binary(16),
+        Length.ROW,
+        "hash of token ids and spans alone, by which sets of different teachers join",
+    ),
+    Column(
+        "token_ids",
+        pa.int32(),
+        Length.TOKENS,
+        "the sequence as the student will see it, prompt and response",
+    ),
+    Column(
+        "label_spans",
+        pa.int32(),
+        Length.SPANS,
+        "half-open [start, end) pairs of target indices, rising and disjoint, start >= 1",
+    ),
+    Column("num_tokens", pa.int32(), Length.ROW, "L"),
+    Column("num_labels", pa.int32(), Length.ROW, "N, the sum of the lengths of the spans"),
+    Column("head_len", pa.uint16(), Length.LABELS, "how many exact entries the position has"),
+    Column("tail_len", pa.uint16(), Length.LABELS, "how many tail draws the position has"),
+    Column(
+        "entry_ids",
+        pa.int32(),
+        Length.ENTRIES,
+        "by position: head ids by falling teacher probability (ties by id, before rounding), then "
+        "tail draws; each id once",
+    ),
+    Column(
+        "entry_logprobs",
+        pa.float16(),
+        Length.ENTRIES,
+        "teacher log-probability of each entry, nats, at temperature 1",
+    ),
+    Column("entry_counts", pa.uint8(), Length.DRAWS, "how often each tail entry was drawn"),
+    Column(
+        "tail_logmass",
+        pa.float16(),
+        Length.LABELS,
+        "log of the teacher's probability outside the head, nats",
+    ),
+    Column(
+        "target_logprob",
+        pa.float16(),
+        Length.LABELS,
+        "teacher log-probability of the token that stands in the sequence, nats",
+    ),
+    Column(
+        "target_rank",
+        pa.int32(),
+        Length.LABELS,
+        "1 + number of ids that are strictly more probable than that token",
+    ),
+    Column(
+        "entropy", pa.float16(), Length.LABELS, "of the teacher's full distribution, nats; optional"
+    ),
+    Column(
+        "lse",
+        pa.float16(),
+        Length.TEMPERATURES,
+        "log of the sum over the full vocabulary of p^(1/T), for each T of the spec; optional",
+    ),
+    Column(
+        "teacher_context",
+        pa.int32(),
+        Length.FREE,
+        "tokens that only the teacher saw, before the sequence; optional",
+    ),
+)
+
+COLUMNS: dict[str, Column] = {column.name: column for column in _TABLE}
+
+
+def arrow_schema(spec: RecordSpec) -> pa.Schema:
+    """The Arrow schema of a label set of this spec, which is that of each of its shards."""
+    fields = [COLUMNS[name].field() for name in spec.columns]
+    return pa.schema(fields, metadata={"tutelage.schema_version": str(SCHEMA_VERSION)})

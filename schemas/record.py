@@ -1,0 +1,24 @@
+"""The label record: its columns, its rows in memory, and what always holds between them.
+
+``columns``     the table of columns, and the Arrow schema of a spec
+``rows``        `LabelRows`, a batch of rows as flat arrays, to and from Arrow
+``invariants``  `validate`, what every batch has to satisfy before it is written
+``rounding``    `round_logprobs`, what is stored of a log-probability
+"""
+
+from schemas.columns import COLUMNS, Column, Length, arrow_schema
+from schemas.invariants import validate
+from schemas.rounding import LOWEST_LOGPROB, round_logprobs
+from schemas.rows import LabelRows, target_positions
+
+__all__ = [
+    "COLUMNS",
+    "LOWEST_LOGPROB",
+    "Column",
+    "LabelRows",
+    "Length",
+    "arrow_schema",
+    "round_logprobs",
+    "target_positions",
+    "validate",
+]
