@@ -149,7 +149,7 @@ class LabelConfig(StrictModel):
         tokens_only = self.record.kind == "tokens"
         if (self.teacher.backend == "none") != tokens_only:
             raise ValueError(
-                f'record.kind is "{self.record.kind}", teacher.backend is "{self.teacher.backend}"; '
+                f'record.kind is "{self.record.kind}", teacher.backend "{self.teacher.backend}"; '
                 'kind "tokens" goes with backend "none", and only with it'
             )
         if self.teacher.max_model_len is not None:
