@@ -16,8 +16,8 @@ from schemas.spec import RecordSpec
 
 # How far float32 arithmetic of a teacher may be from a sum of exactly one.
 MASS_SLACK = 1e-3
-# Entries that are checked together; bounds the memory of the temporary arrays.
-CHUNK_ENTRIES = 1 << 20
+# Entries that are checked together, so that the temporary arrays stay in the CPU's cache.
+CHUNK_ENTRIES = 1 << 17
 
 _DTYPES = {
     "row_key": np.uint8,
@@ -31,6 +31,10 @@ _DTYPES = {
     "entropy": np.float16,
     "lse": np.float16,
 }
+# exp of each float16 by its bits: four times as fast as widening it and taking the exp.
+with np.errstate(over="ignore", invalid="ignore"):
+    _EXP = np.exp(np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32))
+
 _Bools = npt.NDArray[np.bool_]
 _NEGATIVE_ZERO = np.uint16(0x8000)
 _INFINITE = np.uint16(0xFC00)
@@ -76,9 +80,14 @@ class _Check:
         raise RecordError(f"{self.where}: {problem}" if self.where else problem)
 
     def refuse_labels(self, bad: _Bools, column: str, expected: str, first: int = 0) -> None:
-        """Fails if any of a run of positions is bad; `first` is the position that `bad[0]` is."""
+        """Fails if any of a run of positions is bad, or, where bad is [n, m], any value of one.
+
+        `first` is the position that ``bad[0]`` is about.
+        """
         if not bad.any():
             return
+        if bad.ndim == 2:
+            bad = np.logical_or.reduce(bad, axis=1)
         at = first + int(np.argmax(bad))
         row = int(np.searchsorted(self.rows.label_offsets, at, side="right")) - 1
         values = getattr(self.rows, column)
@@ -205,7 +214,7 @@ class _Check:
             bad = ~((rows.entropy >= 0) & (rows.entropy <= highest))
             self.refuse_labels(bad, "entropy", f"expected 0 to log {self.vocab_size}")
         if rows.lse is not None:
-            bad = _any(~np.isfinite(rows.lse))
+            bad = ~np.isfinite(rows.lse)
             self.refuse_labels(bad, "lse", "expected finite")
 
     def entries(self) -> None:
@@ -225,17 +234,17 @@ class _Check:
 
     def entry_ids(self, ids: npt.NDArray[np.int32], first: int) -> None:
         rule = f"expected ids in [0, {self.vocab_size})"
-        self.refuse_labels(_any(self.outside(ids)), "entry_ids", rule, first)
+        self.refuse_labels(self.outside(ids), "entry_ids", rule, first)
         ordered = np.sort(ids, axis=1)
-        twice = _any(ordered[:, 1:] == ordered[:, :-1])
+        twice = ordered[:, 1:] == ordered[:, :-1]
         self.refuse_labels(twice, "entry_ids", "expected each id once", first)
 
     def entry_logprobs(self, logprobs: npt.NDArray[np.float16], first: int) -> None:
-        bad = _any(~_is_logprob(logprobs))
+        bad = ~_is_logprob(logprobs)
         self.refuse_labels(bad, "entry_logprobs", "expected finite and not positive", first)
         # The bits of negative floats rise with the magnitude; 0 is put where -0 is.
         bits = logprobs.view(np.uint16) | _NEGATIVE_ZERO
-        bad = _any(bits[:, 1:] < bits[:, :-1])
+        bad = bits[:, 1:] < bits[:, :-1]
         self.refuse_labels(bad, "entry_logprobs", "expected a falling order", first)
 
     def entry_mass(
@@ -246,13 +255,12 @@ class _Check:
         A log-probability l was rounded by at most |l| * 2^-(bits + 1), which changes its
         probability p by at most about p * |l| * 2^-(bits + 1).
         """
-        wide = logprobs.astype(np.float32)
-        mass = np.exp(wide)
-        wide_tail = tail.astype(np.float32)
-        tail_mass = np.exp(wide_tail)
-        total = mass.sum(axis=1) + tail_mass
-        np.multiply(mass, wide, out=mass)
-        moved = -(mass.sum(axis=1) + tail_mass * wide_tail) * 2.0 ** -(self.spec.logprob_bits + 1)
+        total = _EXP.take(logprobs.view(np.uint16)).sum(axis=1) + _EXP.take(tail.view(np.uint16))
+        if (np.abs(total - 1.0) <= MASS_SLACK).all():
+            return
+        wide, wide_tail = logprobs.astype(np.float32), tail.astype(np.float32)
+        moved = -((np.exp(wide) * wide).sum(axis=1) + np.exp(wide_tail) * wide_tail)
+        moved *= 2.0 ** -(self.spec.logprob_bits + 1)
         bad = np.abs(total - 1.0) > 1.1 * moved + MASS_SLACK
         rule = "expected head and tail_logmass to sum to a probability of 1"
         if bad.any():
@@ -302,11 +310,6 @@ def _is_logprob(values: npt.NDArray[np.float16]) -> _Bools:
     """Finite and not positive, by the bits: the sign bit set and no infinity or NaN; or zero."""
     bits = values.view(np.uint16)
     return ((bits >= _NEGATIVE_ZERO) & (bits < _INFINITE)) | (bits == 0)
-
-
-def _any(bad: _Bools) -> _Bools:
-    """bool [n] from bool [n, m]."""
-    return np.logical_or.reduce(bad, axis=1)
 
 
 def _have(values: Any) -> Any:

@@ -134,17 +134,33 @@ class LabelRows:
         if missing:
             raise RecordError(f"the table lacks {', '.join(missing)}; it has {table.column_names}")
         values: dict[str, Any] = {}
+        found_offsets: dict[str, Int64s] = {}
         for name, column in columns.items():
             length = COLUMNS[name].length
             if length is not Length.ROW:
-                values[name], offsets = _list_values(column)
+                values[name], found_offsets[name] = _list_values(column)
                 if name in _OWN_OFFSETS:
-                    values[_OWN_OFFSETS[name]] = offsets
+                    values[_OWN_OFFSETS[name]] = found_offsets[name]
             elif name in ("row_key", "content_key"):
                 values[name] = _key_values(column)
         if "lse" in values:
             values["lse"] = values["lse"].reshape(-1, len(spec.temperatures))
-        return LabelRows(**values)
+        rows = LabelRows(**values)
+        rows._check_lengths(found_offsets)
+        return rows
+
+    def _check_lengths(self, found: dict[str, Int64s]) -> None:
+        """Lists that have to be of one length are: otherwise labels would slide along the rows."""
+        for name, offsets in found.items():
+            if COLUMNS[name].length in (Length.ENTRIES, Length.DRAWS) and self.head_len is None:
+                continue
+            expected = self.row_offsets(name)
+            if name == "lse" and self.lse is not None:
+                expected = expected * self.lse.shape[1]
+            if not np.array_equal(offsets, expected):
+                raise RecordError(
+                    f"the lists of column {name} do not have {COLUMNS[name].length.value}"
+                )
 
     def row_offsets(self, name: str) -> Int64s:
         """int64 [R + 1]: where the values of each row begin and end in a list column."""
