@@ -36,7 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("config")
     submit.add_argument("overrides", nargs="*", metavar="key.sub=value")
     submit.add_argument(
-        "--address", help="the cluster's job server, http://HOST:8265; default: RAY_API_SERVER_ADDRESS"
+        "--address",
+        help="the job server, http://HOST:8265; default: RAY_API_SERVER_ADDRESS",
     )
     submit.add_argument(
         "--working-dir", default=".", help="the folder that travels to the cluster (default: .)"
@@ -63,8 +64,9 @@ def _write_json(path: str | None, text: str) -> None:
 
 
 def _label(args: argparse.Namespace) -> int:
-    from labeler.config import LabelConfig
     from labeler.job import run_label_job
+
+    from labeler.config import LabelConfig
     from schemas.config import load_toml
 
     config = load_toml(args.config, LabelConfig, args.overrides)
@@ -85,8 +87,9 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from schemas.config import load_toml
     from trainer.evaluate import EvaluateConfig, run_evaluate
+
+    from schemas.config import load_toml
 
     config = load_toml(args.config, EvaluateConfig, args.overrides)
     summary = run_evaluate(config)

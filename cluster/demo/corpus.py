@@ -40,7 +40,9 @@ def library_files() -> Iterator[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))
     for file in sorted(root.rglob("*.py")):
         relative = file.relative_to(root)
-        if SKIPPED_NAMES.isdisjoint(relative.parts) and not relative.name.startswith("_sysconfigdata"):
+        if SKIPPED_NAMES.isdisjoint(relative.parts) and not relative.name.startswith(
+            "_sysconfigdata"
+        ):
             yield relative.as_posix(), file
 
 

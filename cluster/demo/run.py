@@ -96,9 +96,7 @@ def _write_configs(out: Path) -> None:
 
 
 def _make_corpus(out: Path) -> None:
-    sizes = write_corpus(
-        out / "corpus", {"students": STUDENT_BYTES, "heldout": HELDOUT_BYTES}
-    )
+    sizes = write_corpus(out / "corpus", {"students": STUDENT_BYTES, "heldout": HELDOUT_BYTES})
     prompts = write_prompts(
         out / "corpus" / "students", out / "corpus" / "prompts.jsonl", NUM_PROMPTS
     )
@@ -127,10 +125,11 @@ def _ray() -> Iterator[None]:
 
 
 def _label(out: Path, stages: Stages) -> dict[str, Any]:
-    from labeler.config import LabelConfig
     from labeler.job import run_label_job
     from schemas.label_set import LabelSet
     from schemas.view import build_view
+
+    from labeler.config import LabelConfig
 
     def job(name: str) -> Any:
         return run_label_job(load_toml(str(out / f"{name}.toml"), LabelConfig))
@@ -149,10 +148,16 @@ def _label(out: Path, stages: Stages) -> dict[str, Any]:
         ],
     )
     jobs = [corpus, responses, heldout]
-    counts = (
-        "rows_read rows_labelled rows_reused rows_duplicate rows_quarantined tokens labels "
-        "rows_generated"
-    ).split()
+    counts = [
+        "rows_read",
+        "rows_labelled",
+        "rows_reused",
+        "rows_duplicate",
+        "rows_quarantined",
+        "tokens",
+        "labels",
+        "rows_generated",
+    ]
     totals = {name: sum(getattr(one, name) for one in jobs) for name in counts}
     return {
         "teacher_backend": corpus.teacher_backend,

@@ -49,8 +49,9 @@ def keep_model(student: Path, folder: Path) -> None:
 
 def main() -> None:
     """Corpus, tokenizer, tokens, training, export."""
-    from labeler.config import LabelConfig
     from labeler.job import run_label_job
+
+    from labeler.config import LabelConfig
     from schemas.config import load_toml
     from trainer.config import TrainConfig
     from trainer.launch import run_train_job

@@ -117,9 +117,7 @@ def test_label_and_train_on_a_cluster(
     assert trained["world_size"] == 2
 
 
-def test_errors_and_exit_code_reach_the_submitter(
-    job_server: str, travelling_folder: Path
-) -> None:
+def test_errors_and_exit_code_reach_the_submitter(job_server: str, travelling_folder: Path) -> None:
     (travelling_folder / "broken.toml").write_text('labels = "x"\nlables = "y"\n')
     done = submit(job_server, travelling_folder, "label", "broken.toml")
     assert done.returncode != 0

@@ -21,7 +21,9 @@ def test_a_top_level_name_decides_the_part() -> None:
 def test_parts_are_disjoint_and_cover_the_library(tmp_path: Path) -> None:
     write_corpus(tmp_path, {"teacher": 0, "students": 0, "heldout": 0})
     parts = {
-        part: {path.relative_to(tmp_path / part).parts[0] for path in (tmp_path / part).rglob("*.py")}
+        part: {
+            path.relative_to(tmp_path / part).parts[0] for path in (tmp_path / part).rglob("*.py")
+        }
         for part in ("teacher", "students", "heldout")
     }
     assert not parts["teacher"] & parts["students"]
