@@ -64,9 +64,8 @@ def _write_json(path: str | None, text: str) -> None:
 
 
 def _label(args: argparse.Namespace) -> int:
-    from labeler.job import run_label_job
-
     from labeler.config import LabelConfig
+    from labeler.job import run_label_job
     from schemas.config import load_toml
 
     config = load_toml(args.config, LabelConfig, args.overrides)
@@ -87,9 +86,8 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from trainer.evaluate import EvaluateConfig, run_evaluate
-
     from schemas.config import load_toml
+    from trainer.evaluate import EvaluateConfig, run_evaluate
 
     config = load_toml(args.config, EvaluateConfig, args.overrides)
     summary = run_evaluate(config)

@@ -40,9 +40,8 @@ def library_files() -> Iterator[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))
     for file in sorted(root.rglob("*.py")):
         relative = file.relative_to(root)
-        if SKIPPED_NAMES.isdisjoint(relative.parts) and not relative.name.startswith(
-            "_sysconfigdata"
-        ):
+        generated = relative.name.startswith("_sysconfigdata")
+        if SKIPPED_NAMES.isdisjoint(relative.parts) and not generated:
             yield relative.as_posix(), file
 
 
@@ -79,7 +78,7 @@ def write_corpus(folder: Path, limits: dict[Part, int]) -> dict[Part, int]:
 
 
 def function_headers(folder: Path, limit: int) -> Iterator[str]:
-    """Yields prompts that end after the `def` line and docstring of a function, spread over files."""
+    """Yields prompts that end after a function's `def` line and docstring, from all files."""
     headers: list[tuple[str, str]] = []
     for file in sorted(folder.rglob("*.py")):
         text = file.read_text(encoding="utf-8")
@@ -99,7 +98,7 @@ def function_headers(folder: Path, limit: int) -> Iterator[str]:
 
 
 def write_prompts(folder: Path, path: Path, limit: int) -> int:
-    """Writes function headers found below `folder` as JSONL rows {"prompt": ...}; returns how many."""
+    """Writes function headers found below `folder` as JSONL {"prompt": ...}; returns how many."""
     prompts = list(function_headers(folder, limit))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(

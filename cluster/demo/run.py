@@ -63,8 +63,8 @@ def run_demo(out: Path) -> DemoSummary:
     """
     if not EXAMPLES.is_dir():
         raise ConfigError(
-            f"{EXAMPLES}: no such folder; the demo needs the examples of a clone of the repository, "
-            "installed with `pip install --editable`"
+            f"{EXAMPLES}: no such folder; the demo needs the examples of the repository, "
+            "from a clone installed with `pip install --editable`"
         )
     stages = Stages()
     _write_configs(out)
@@ -125,11 +125,10 @@ def _ray() -> Iterator[None]:
 
 
 def _label(out: Path, stages: Stages) -> dict[str, Any]:
+    from labeler.config import LabelConfig
     from labeler.job import run_label_job
     from schemas.label_set import LabelSet
     from schemas.view import build_view
-
-    from labeler.config import LabelConfig
 
     def job(name: str) -> Any:
         return run_label_job(load_toml(str(out / f"{name}.toml"), LabelConfig))

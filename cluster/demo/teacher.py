@@ -1,7 +1,7 @@
 """Makes the demo's teacher: `python -m cluster.demo.teacher` (about half an hour on two cores).
 
-A byte-level BPE tokenizer and a small Llama, both from the teacher's part of the demo's corpus only,
-trained by this project's own trainer on hard labels. The result is kept in examples/teacher.
+A byte-level BPE tokenizer and a small Llama, both from the teacher's part of the demo's corpus
+only, trained by this project's own trainer on hard labels. The result is kept in examples/teacher.
 """
 
 import shutil
@@ -38,7 +38,7 @@ def make_tokenizer(corpus: Path, folder: Path) -> None:
 
 
 def keep_model(student: Path, folder: Path) -> None:
-    """Copies an exported student to `folder` in bfloat16, which halves what the repository holds."""
+    """Copies an exported student to `folder` in bfloat16, half of what the repository would hold."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -49,9 +49,8 @@ def keep_model(student: Path, folder: Path) -> None:
 
 def main() -> None:
     """Corpus, tokenizer, tokens, training, export."""
-    from labeler.job import run_label_job
-
     from labeler.config import LabelConfig
+    from labeler.job import run_label_job
     from schemas.config import load_toml
     from trainer.config import TrainConfig
     from trainer.launch import run_train_job

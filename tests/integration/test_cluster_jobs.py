@@ -1,4 +1,4 @@
-"""`ray job submit` against a real Ray cluster on loopback: output, errors and exit codes come back."""
+"""`ray job submit` against a real Ray cluster on loopback: output, errors, exit codes come back."""
 
 import json
 import os

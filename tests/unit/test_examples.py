@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from trainer.evaluate import EvaluateConfig
 
 from labeler.config import LabelConfig
 from schemas.config import StrictModel, dump_toml, load_toml
 from trainer.config import TrainConfig
+from trainer.evaluate import EvaluateConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "examples").rglob("*.toml"))
