@@ -33,7 +33,7 @@ def row_key(
         teacher_context: int, the tokens that only the teacher saw; None and empty are the same.
     """
     context = np.empty(0, np.int32) if teacher_context is None else teacher_context
-    return _digest("row", _int32(token_ids), _int32(label_spans), _int32(context))
+    return digest("row", _int32(token_ids), _int32(label_spans), _int32(context))
 
 
 def generated_row_key(
@@ -44,17 +44,17 @@ def generated_row_key(
     How many samples are asked for is left out: asking for more keeps those that are there.
     """
     how = json.dumps(generation.model_dump(exclude={"n"}), sort_keys=True, separators=(",", ":"))
-    return _digest("generated", _int32(prompt_ids), how.encode(), _int64(sample_index))
+    return digest("generated", _int32(prompt_ids), how.encode(), _int64(sample_index))
 
 
 def content_key(token_ids: npt.NDArray[Any], label_spans: npt.NDArray[Any]) -> bytes:
     """Hash of token ids and spans alone, by which label sets of different teachers join."""
-    return _digest("content", _int32(token_ids), _int32(label_spans))
+    return digest("content", _int32(token_ids), _int32(label_spans))
 
 
 def place_key(source: str, place: int, window: int) -> bytes:
     """Identity of a row that cannot be tokenised: where it stands in the source."""
-    return _digest("place", source.encode(), _int64(place), _int64(window))
+    return digest("place", source.encode(), _int64(place), _int64(window))
 
 
 def unit_key(row_keys: Keys) -> str:
@@ -63,7 +63,7 @@ def unit_key(row_keys: Keys) -> str:
     Args:
         row_keys: uint8 [R, 16], labelled and quarantined rows alike.
     """
-    return _digest("unit", keys_to_sorted(row_keys).tobytes()).hex()
+    return digest("unit", keys_to_sorted(row_keys).tobytes()).hex()
 
 
 def stack_keys(keys: list[bytes]) -> Keys:
@@ -89,6 +89,22 @@ def contains(sorted_keys: SortedKeys, keys: Keys) -> npt.NDArray[np.bool_]:
     return sorted_keys[np.minimum(place, len(sorted_keys) - 1)] == wanted
 
 
+def find_keys(haystack: Keys, keys: Keys) -> npt.NDArray[np.int64]:
+    """int64 [R]: where each of `keys` is in `haystack`, whose keys differ; -1 where it is not.
+
+    Args:
+        haystack: uint8 [n, 16], in any order.
+        keys: uint8 [R, 16].
+    """
+    if not len(haystack):
+        return np.full(len(keys), -1)
+    strings, wanted = as_strings(haystack), as_strings(keys)
+    order = np.argsort(strings)
+    place = np.searchsorted(strings, wanted, sorter=order)
+    place = order[np.minimum(place, len(strings) - 1)]
+    return np.where(strings[place] == wanted, place, -1)
+
+
 def as_strings(keys: Keys) -> SortedKeys:
     """The same keys, uint8 [R, 16], as S16 [R] without a copy of contiguous ones."""
     contiguous = np.ascontiguousarray(keys, np.uint8)
@@ -103,7 +119,8 @@ def _int64(value: int) -> bytes:
     return int(value).to_bytes(8, "little", signed=True)
 
 
-def _digest(domain: str, *parts: bytes) -> bytes:
+def digest(domain: str, *parts: bytes) -> bytes:
+    """16 bytes: the hash of `parts`, in order, that no other `domain` can give."""
     hasher = hashlib.blake2b(digest_size=KEY_BYTES)
     for part in (b"tutelage." + domain.encode(), *parts):
         hasher.update(len(part).to_bytes(8, "little"))

@@ -98,6 +98,22 @@ class LabelRows:
         stop = max(start, stop)
         return LabelRows(**{field.name: self._cut(field.name, start, stop) for field in _FIELDS})
 
+    def take(self, indices: npt.NDArray[np.integer[Any]]) -> "LabelRows":
+        """The rows with the given numbers, in the given order, as a copy."""
+        values: dict[str, Any] = {}
+        for field in _FIELDS:
+            name, mine = field.name, getattr(self, field.name)
+            # The other two kinds of offsets follow from the columns.
+            if mine is None or name in ("label_offsets", "entry_offsets"):
+                continue
+            if name in _OWN_OFFSETS.values():
+                values[name] = offsets_of(np.diff(mine)[indices])
+            elif COLUMNS[name].length is Length.ROW:
+                values[name] = mine[indices]
+            else:
+                values[name] = mine[_ranges(self.row_offsets(name), indices)]
+        return LabelRows(**values)
+
     @staticmethod
     def concat(parts: Sequence["LabelRows"]) -> "LabelRows":
         """All rows of `parts`, in order.
@@ -228,6 +244,14 @@ def offsets_of(lengths: npt.NDArray[Any]) -> Int64s:
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
+
+
+def _ranges(offsets: Int64s, indices: npt.NDArray[np.integer[Any]]) -> Int64s:
+    """int64: the values [offsets[i], offsets[i + 1]) of each i of `indices`, one after another."""
+    starts = offsets[indices]
+    lengths = offsets[indices + 1] - starts
+    ends = offsets_of(lengths)
+    return np.arange(ends[-1]) + np.repeat(starts - ends[:-1], lengths)
 
 
 def target_positions(label_spans: Int32s, span_offsets: Int64s) -> tuple[Int64s, Int64s]:
