@@ -30,7 +30,6 @@ from torch.autograd.function import once_differentiable
 from schemas.errors import VocabularyError
 from trainer.config import LossConfig
 from trainer.objectives import OBJECTIVES, Pull, StudentPartition
-from trainer.segments import segment_logsumexp
 from trainer.targets import SparseTargets, teacher_partition
 
 METRICS = ("loss", "ce", "kl", "weight")
@@ -306,19 +305,18 @@ def _distil(
     With weights, `logits` becomes the gradient of weights * KL, at temperature 1 that of
     weights * ((1 - alpha) * CE + alpha * KL): CE belongs to the same softmax there.
     """
-    rows = chunk.entry_rows()
-    flat = rows * logits.shape[1] + chunk.entry_ids
+    segments = chunk.segments()
+    flat = segments.rows * logits.shape[1] + chunk.entry_ids
     everything = logits.view(-1)
-    at_entries = everything.gather(0, flat)
+    at_entries = everything.index_select(0, flat)
     at_token = logits.gather(1, chunk.token_ids[:, None])[:, 0]
 
     # Not -inf: a row whose every id is in S must stay a number. Its bucket then has no mass.
     everything.scatter_(0, flat, torch.finfo(logits.dtype).min)
     lse_off = _softmax_(logits)
-    lse = torch.logaddexp(lse_off, segment_logsumexp(at_entries, chunk.entry_offsets, rows))
-
-    student = StudentPartition(at_entries - lse[rows], lse_off - lse, rows, chunk.entry_offsets)
-    teacher = teacher_partition(chunk, loss.temperature, rows, logits.dtype)
+    lse = torch.logaddexp(lse_off, segments.logsumexp(at_entries))
+    student = StudentPartition(at_entries.sub_(segments.spread(lse)), lse_off - lse, segments)
+    teacher = teacher_partition(chunk, loss.temperature, segments, logits.dtype)
     pull = OBJECTIVES[loss.kind](teacher, student)
     if weights is not None:
         share = loss.alpha if loss.temperature == 1.0 else 1.0
@@ -350,7 +348,7 @@ def _write_gradient(
         tail = alpha * tail + (1.0 - alpha) * student.log_tail.exp()
         entries = alpha * entries + (1.0 - alpha) * student.log_entries.exp()
     logits.mul_((weights * tail)[:, None])
-    logits.view(-1).scatter_(0, flat, weights[student.rows] * entries)
+    logits.view(-1).scatter_(0, flat, student.segments.spread(weights) * entries)
     if alpha < 1.0:
         logits.scatter_add_(1, token_ids[:, None], (weights * (alpha - 1.0))[:, None])
 

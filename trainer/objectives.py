@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.segments import segment_sum
+from trainer.segments import Segments
 from trainer.targets import TeacherPartition
 
 
@@ -37,14 +37,12 @@ class StudentPartition:
     Attributes:
         log_entries: [E], log of the full softmax at the entries of S, nats.
         log_tail: [T], log of its mass off S, nats, from a sum over the ids off S (never 1 - Q).
-        rows: [E] int64, position of each entry.
-        offsets: [T + 1] int64, CSR offsets of the entries.
+        segments: how the entries belong to the positions.
     """
 
     log_entries: Tensor
     log_tail: Tensor
-    rows: Tensor
-    offsets: Tensor
+    segments: Segments
 
 
 @dataclass(frozen=True)
@@ -58,27 +56,31 @@ class Pull:
 
 def truncated(teacher: TeacherPartition, student: StudentPartition) -> Pull:
     """Forward KL summed over S alone, the student's softmax over everything. Biased."""
-    head = 1.0 - teacher.tail
-    loss = _cross(teacher.weights, teacher.log_weights - student.log_entries)
-    gradient = head[student.rows] * student.log_entries.exp() - teacher.weights
-    return Pull(segment_sum(loss, student.offsets), gradient, head * student.log_tail.exp())
+    segments, head = student.segments, 1.0 - teacher.tail
+    log_weights = teacher.log_weights(segments)
+    weights = log_weights.exp()
+    loss = segments.sum(_cross(weights, log_weights - student.log_entries))
+    gradient = (segments.spread(head) * student.log_entries.exp()).sub_(weights)
+    return Pull(loss, gradient, head * student.log_tail.exp())
 
 
 def renormalised(teacher: TeacherPartition, student: StudentPartition) -> Pull:
     """Forward KL from the teacher renormalised over S to the student's full softmax. Biased."""
-    shares = teacher.log_shares.exp()
-    loss = _cross(shares, teacher.log_shares - student.log_entries)
-    gradient = student.log_entries.exp() - shares
-    return Pull(segment_sum(loss, student.offsets), gradient, student.log_tail.exp())
+    segments = student.segments
+    log_weights = teacher.log_shares(segments)
+    weights = log_weights.exp()
+    loss = segments.sum(_cross(weights, log_weights - student.log_entries))
+    return Pull(loss, student.log_entries.exp().sub_(weights), student.log_tail.exp())
 
 
 def ghost(teacher: TeacherPartition, student: StudentPartition) -> Pull:
     """Forward KL over S and the bucket: a lower bound of the full KL, with the exact tail mass."""
-    loss = segment_sum(
-        _cross(teacher.weights, teacher.log_weights - student.log_entries), student.offsets
-    )
-    loss = loss + _cross(teacher.tail, teacher.log_tail - student.log_tail)
-    gradient = student.log_entries.exp() - teacher.weights
+    segments = student.segments
+    log_weights = teacher.log_weights(segments)
+    weights = log_weights.exp()
+    loss = segments.sum(_cross(weights, log_weights - student.log_entries))
+    loss += _cross(teacher.tail, teacher.log_tail - student.log_tail)
+    gradient = student.log_entries.exp().sub_(weights)
     return Pull(loss, gradient, student.log_tail.exp() - teacher.tail)
 
 

@@ -1,42 +1,73 @@
-"""Sums over ragged groups of cached entries.
+"""Ragged groups of cached entries: sums within a position, numbers of a position at its entries.
 
 Entries are stored in CSR style: the entries of position p are `offsets[p]:offsets[p + 1]`. Segment
 reductions read each group in order, so they give the same bits on every run, on GPUs too, where
-scattered adds do not.
+scattered adds do not. Where every position has as many entries as the others, which is what top-k
+labels look like, groups are the rows of a matrix, and everything is faster.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
-    """Sums the entries of every position.
+@dataclass(frozen=True)
+class Segments:
+    """How E entries belong to T positions.
 
-    Args:
-        values: [E] floating point, entries.
-        offsets: [T + 1] int64, on the device of `values`.
-
-    Returns:
-        [T], in the dtype of `values`; 0 where a position has no entries.
-    """
-    if not values.numel():
-        return values.new_zeros(offsets.numel() - 1)
-    return torch.segment_reduce(values, "sum", offsets=offsets, initial=0.0, unsafe=True)
-
-
-def segment_logsumexp(values: Tensor, offsets: Tensor, rows: Tensor) -> Tensor:
-    """Log of the summed exponentials of the entries of every position.
-
-    Args:
-        values: [E] floating point, entries, nats.
-        offsets: [T + 1] int64, on the device of `values`.
+    Attributes:
+        offsets: [T + 1] int64, CSR offsets.
         rows: [E] int64, the position of each entry.
-
-    Returns:
-        [T], nats; -inf where a position has no entries.
+        width: entries of every position where that is one number, else None.
     """
-    if not values.numel():
-        return values.new_full((offsets.numel() - 1,), -torch.inf)
-    lowest = torch.finfo(values.dtype).min
-    peak = torch.segment_reduce(values, "max", offsets=offsets, initial=lowest, unsafe=True)
-    return peak + segment_sum((values - peak[rows]).exp_(), offsets).log()
+
+    offsets: Tensor
+    rows: Tensor
+    width: int | None
+
+    @classmethod
+    def of(cls, offsets: Tensor, bounds: Tensor) -> "Segments":
+        """Groups of these offsets.
+
+        Args:
+            offsets: [T + 1] int64, starting at 0.
+            bounds: the same numbers on the CPU, so that nothing waits for the device.
+        """
+        lengths = bounds.diff()
+        num_positions, num_entries = lengths.numel(), int(bounds[-1])
+        width = num_entries // num_positions if num_positions else 0
+        positions = torch.arange(num_positions, device=offsets.device)
+        if bool((lengths == width).all()):
+            rows = positions[:, None].expand(-1, width).reshape(-1)
+            return cls(offsets, rows, width)
+        rows = torch.repeat_interleave(positions, offsets.diff(), output_size=num_entries)
+        return cls(offsets, rows, None)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[E], the number of its position at every entry; from values [T]."""
+        if self.width is not None:
+            return values[:, None].expand(-1, self.width).reshape(-1)
+        return values.index_select(0, self.rows)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """[T], the sum of each position's values [E]; 0 where it has no entries."""
+        if self.width is not None:
+            return values.view(-1, self.width).sum(1) if self.width else self._full(values, 0.0)
+        return torch.segment_reduce(values, "sum", offsets=self.offsets, initial=0.0, unsafe=True)
+
+    def logsumexp(self, values: Tensor) -> Tensor:
+        """[T], log of the sum of each position's exp(values [E]); -inf where it has no entries."""
+        if self.width == 0:
+            return self._full(values, -torch.inf)
+        if self.width is not None:
+            peak = values.view(-1, self.width).amax(1)
+        else:
+            lowest = torch.finfo(values.dtype).min
+            peak = torch.segment_reduce(
+                values, "max", offsets=self.offsets, initial=lowest, unsafe=True
+            )
+        return peak + self.sum((values - self.spread(peak)).exp_()).log()
+
+    def _full(self, values: Tensor, number: float) -> Tensor:
+        return values.new_full((self.offsets.numel() - 1,), number)

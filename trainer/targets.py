@@ -20,7 +20,7 @@ from schemas.errors import ConfigError, RecordError
 from schemas.record import LabelRows, target_positions
 from schemas.spec import RecordSpec
 from trainer.config import LossConfig
-from trainer.segments import segment_logsumexp
+from trainer.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,9 @@ class SparseTargets:
     def _tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
-    def entry_rows(self) -> Tensor:
-        """[E] int64, the position (0 to T - 1) that each entry belongs to."""
-        rows = torch.arange(self.num_labels, device=self.positions.device)
-        return torch.repeat_interleave(
-            rows, self.entry_offsets.diff(), output_size=self.num_entries
-        )
+    def segments(self) -> Segments:
+        """How the entries belong to the positions."""
+        return Segments.of(self.entry_offsets, self.entry_bounds)
 
 
 @dataclass(frozen=True)
@@ -112,20 +109,29 @@ class TeacherPartition:
     """The teacher at one temperature, on the cached ids S and one bucket for all the others.
 
     Attributes:
-        log_shares: [E], log of each entry's share of the head; shares of a position sum to 1.
-        weights, log_weights: [E], probability of each entry; of a position they sum to 1 - tail.
+        scaled: [E], log-probability of each entry over the temperature, not normalised.
+        log_sum: [T], log of their summed exponentials.
+        log_head: [T], log of the probability of the head.
         tail, log_tail: [T], probability of the bucket; exactly 0 and -inf where nothing is left.
     """
 
-    log_shares: Tensor
-    weights: Tensor
-    log_weights: Tensor
+    scaled: Tensor
+    log_sum: Tensor
+    log_head: Tensor
     tail: Tensor
     log_tail: Tensor
 
+    def log_weights(self, segments: Segments) -> Tensor:
+        """[E], log-probability of each entry; those of a position sum to 1 - tail."""
+        return self.scaled + segments.spread(self.log_head - self.log_sum)
+
+    def log_shares(self, segments: Segments) -> Tensor:
+        """[E], log of each entry's share of the head; those of a position sum to 1."""
+        return self.scaled - segments.spread(self.log_sum)
+
 
 def teacher_partition(
-    targets: SparseTargets, temperature: float, rows: Tensor, dtype: torch.dtype
+    targets: SparseTargets, temperature: float, segments: Segments, dtype: torch.dtype
 ) -> TeacherPartition:
     """Reads the teacher's distribution at `temperature` from its cached labels.
 
@@ -137,7 +143,7 @@ def teacher_partition(
     Args:
         targets: labels with a teacher.
         temperature: distillation temperature.
-        rows: [E], `targets.entry_rows()`.
+        segments: `targets.segments()`.
         dtype: of the result.
 
     Raises:
@@ -148,23 +154,19 @@ def teacher_partition(
             "the loss needs a teacher's labels, but these rows are tokens alone; use "
             'loss.kind = "hard" or a label set with a teacher'
         )
-    offsets = targets.entry_offsets
     scaled = targets.entry_logprobs.to(dtype) / temperature
-    log_sum = segment_logsumexp(scaled, offsets, rows)
+    log_sum = segments.logsumexp(scaled)
     if temperature == 1.0:
         log_tail = targets.tail_logmass.to(dtype)
-        log_head, tail = torch.log(-torch.expm1(log_tail)), log_tail.exp()
-    else:
-        column = temperature_column(targets.temperatures, temperature)
-        if targets.lse is None:
-            raise ConfigError("column lse was not read, which a temperature other than 1 needs")
-        # Rounding may lift the sum over 1: then the head is everything there is.
-        log_head = (log_sum - targets.lse[:, column].to(dtype)).clamp(max=0.0)
-        tail = -torch.expm1(log_head)
-        log_tail = tail.log()
-    log_shares = scaled - log_sum[rows]
-    log_weights = log_shares + log_head[rows]
-    return TeacherPartition(log_shares, log_weights.exp(), log_weights, tail, log_tail)
+        log_head = torch.log(-torch.expm1(log_tail))
+        return TeacherPartition(scaled, log_sum, log_head, log_tail.exp(), log_tail)
+    column = temperature_column(targets.temperatures, temperature)
+    if targets.lse is None:
+        raise ConfigError("column lse was not read, which a temperature other than 1 needs")
+    # Rounding may lift the sum over 1: then the head is everything there is.
+    log_head = (log_sum - targets.lse[:, column].to(dtype)).clamp(max=0.0)
+    tail = -torch.expm1(log_head)
+    return TeacherPartition(scaled, log_sum, log_head, tail, tail.log())
 
 
 def temperature_column(stored: Sequence[float], temperature: float) -> int:

@@ -7,7 +7,13 @@ from schemas.record import LabelRows
 from schemas.spec import RecordSpec
 from trainer.config import LossConfig
 from trainer.fused_head import fused_distillation_loss
-from trainer.targets import SparseTargets, build_targets, check_loss, teacher_partition
+from trainer.targets import (
+    SparseTargets,
+    TeacherPartition,
+    build_targets,
+    check_loss,
+    teacher_partition,
+)
 
 EMPTY_KEYS = np.zeros((2, 16), np.uint8)
 
@@ -41,13 +47,17 @@ def build(rows: LabelRows | None = None, vocab_size: int = 30) -> SparseTargets:
     )
 
 
+def weights_of(partition: TeacherPartition, targets: SparseTargets) -> torch.Tensor:
+    return partition.log_weights(targets.segments()).exp()
+
+
 def test_position_is_the_state_before_the_target_token():
     targets = build()
     assert targets.positions.tolist() == [2, 4, 5, 9]
     assert targets.token_ids.tolist() == [11, 13, 14, 22]
     assert targets.weights.tolist() == [1.0, 1.0, 1.0, 0.5]
     assert targets.entry_bounds.tolist() == [0, 2, 3, 6, 8]
-    assert targets.entry_rows().tolist() == [0, 0, 1, 2, 2, 2, 3, 3]
+    assert targets.segments().rows.tolist() == [0, 0, 1, 2, 2, 2, 3, 3]
     assert targets.num_ids == 23
 
 
@@ -57,7 +67,7 @@ def test_chunks_are_the_whole_cut_apart():
     assert chunk.positions.tolist() == [4, 5]
     assert chunk.entry_ids.tolist() == [13, 14, 2, 3]
     assert chunk.entry_offsets.tolist() == [0, 1, 4]
-    assert chunk.entry_rows().tolist() == [0, 1, 1, 1]
+    assert chunk.segments().rows.tolist() == [0, 1, 1, 1]
     assert chunk.lse.shape == (2, 1)
 
 
@@ -77,9 +87,9 @@ def test_a_loss_off_by_one_would_be_seen():
 def test_head_sums_to_what_the_tail_leaves_whatever_rounding_did():
     rows = two_rows(entry_logprobs=np.full(8, -0.3, np.float16))
     targets = build(rows)
-    partition = teacher_partition(targets, 1.0, targets.entry_rows(), torch.float64)
+    partition = teacher_partition(targets, 1.0, targets.segments(), torch.float64)
     head = torch.zeros(4, dtype=torch.float64).index_add_(
-        0, targets.entry_rows(), partition.weights
+        0, targets.segments().rows, weights_of(partition, targets)
     )
     torch.testing.assert_close(head, 1 - partition.tail)
     torch.testing.assert_close(partition.tail, targets.tail_logmass.double().exp())
@@ -87,11 +97,11 @@ def test_head_sums_to_what_the_tail_leaves_whatever_rounding_did():
 
 def test_weights_at_another_temperature_come_from_the_stored_normaliser():
     targets = build()
-    partition = teacher_partition(targets, 2.0, targets.entry_rows(), torch.float64)
+    partition = teacher_partition(targets, 2.0, targets.segments(), torch.float64)
     expected = (
-        targets.entry_logprobs.double() / 2 - targets.lse[targets.entry_rows(), 0].double()
+        targets.entry_logprobs.double() / 2 - targets.lse[targets.segments().rows, 0].double()
     ).exp()
-    torch.testing.assert_close(partition.weights, expected)
+    torch.testing.assert_close(weights_of(partition, targets), expected)
     assert partition.tail[1].item() == pytest.approx(1 - expected[2].item())
     assert (partition.tail > 0).all()
 
@@ -99,11 +109,11 @@ def test_weights_at_another_temperature_come_from_the_stored_normaliser():
 def test_a_head_that_rounding_lifted_over_one_is_everything():
     rows = two_rows(lse=np.full((4, 1), -0.5, np.float16))
     targets = build(rows)
-    partition = teacher_partition(targets, 2.0, targets.entry_rows(), torch.float64)
+    partition = teacher_partition(targets, 2.0, targets.segments(), torch.float64)
     assert not partition.tail.any()
     assert torch.isneginf(partition.log_tail).all()
     sums = torch.zeros(4, dtype=torch.float64).index_add_(
-        0, targets.entry_rows(), partition.weights
+        0, targets.segments().rows, weights_of(partition, targets)
     )
     torch.testing.assert_close(sums, torch.ones(4, dtype=torch.float64))
 
@@ -116,9 +126,11 @@ def test_entries_the_student_lacks_go_to_the_tail_and_nothing_else_changes():
     tail = folded.tail_logmass.double().exp()
     assert tail.tolist() == pytest.approx([0.5, 0.1, 0.1, 0.4], rel=2e-3)
     assert torch.equal(folded.tail_logmass[1:3], full.tail_logmass[1:3])
-    at_two = teacher_partition(folded, 2.0, folded.entry_rows(), torch.float64)
-    whole = teacher_partition(full, 2.0, full.entry_rows(), torch.float64)
-    assert at_two.tail[3].item() == pytest.approx((whole.tail[3] + whole.weights[7]).item())
+    at_two = teacher_partition(folded, 2.0, folded.segments(), torch.float64)
+    whole = teacher_partition(full, 2.0, full.segments(), torch.float64)
+    assert at_two.tail[3].item() == pytest.approx(
+        (whole.tail[3] + weights_of(whole, full)[7]).item()
+    )
 
 
 def test_rows_without_a_teacher_are_hard_labels_only():
