@@ -65,8 +65,8 @@ def show_closing(
     """Prints what the comparison came to, where the time went, and what to try next."""
     kd, ce = evaluate["student_kd"], evaluate["student_ce"]
     print(
-        f"\nheld-out perplexity: {kd['perplexity']:.1f} distilled, {ce['perplexity']:.1f} with hard "
-        f"labels; KL to the teacher: {kd['kl_to_teacher']:.3f} and {ce['kl_to_teacher']:.3f}"
+        f"\nheld-out perplexity: {kd['perplexity']:.1f} distilled, {ce['perplexity']:.1f} with "
+        f"hard labels; KL to the teacher: {kd['kl_to_teacher']:.3f} and {ce['kl_to_teacher']:.3f}"
     )
     print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
     print(

@@ -38,7 +38,7 @@ def make_tokenizer(corpus: Path, folder: Path) -> None:
 
 
 def keep_model(student: Path, folder: Path) -> None:
-    """Copies an exported student to `folder` in bfloat16, half of what the repository would hold."""
+    """Copies an exported student to `folder` in bfloat16, half of what float32 would take."""
     import torch
     from transformers import AutoModelForCausalLM
 
