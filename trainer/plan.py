@@ -26,10 +26,10 @@ from itertools import islice, zip_longest
 
 import numpy as np
 import pyarrow as pa
-from schemas.view import View
 
 from schemas.config import StrictModel
 from schemas.errors import ConfigError
+from schemas.view import View
 from trainer.config import DataConfig
 from trainer.packing import Packer
 

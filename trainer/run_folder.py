@@ -106,6 +106,10 @@ class RunFolder:
             write_atomic(self.path / "run.json", _json(identity))
             return None
         _refuse_another_run(self.path, found, identity)
+        return self.summary()
+
+    def summary(self) -> TrainSummary | None:
+        """What the run came to; None while it is not finished."""
         summary = self._read_json("summary.json")
         return None if summary is None else TrainSummary.model_validate(summary)
 

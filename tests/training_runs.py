@@ -1,0 +1,94 @@
+"""Views of random labels and small training configurations, for tests of the trainer."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from label_rows import make_rows, make_spec
+
+from schemas.config import validated
+from schemas.keys import unit_key
+from schemas.label_set import LabelSet
+from schemas.record import LabelRows
+from schemas.roster import close_roster, write_part
+from schemas.spec import RecordSpec
+from schemas.view import View, build_view
+from trainer.config import TrainConfig
+
+MAX_TOKENS = 48
+
+
+def make_view(
+    folder: Path,
+    record: RecordSpec,
+    vocabulary: dict[str, int],
+    num_rows: int = 96,
+    unit_rows: int = 24,
+    seed: int = 0,
+) -> View:
+    """A view of a label set of random labels, committed unit by unit."""
+    vocab_size = 1 + max(vocabulary.values())
+    spec = make_spec(record, vocab_size)
+    label_set = LabelSet.create_or_open(str(folder / "labels"), spec, vocabulary)
+    rows = make_rows(num_rows, record, vocab_size, seed=seed, max_tokens=MAX_TOKENS)
+    for start in range(0, num_rows, unit_rows):
+        unit = rows.slice(start, start + unit_rows)
+        label_set.commit_unit(unit, [], {}, unit_key(unit.row_key))
+    write_part(label_set.store, "run", _roster_part(rows))
+    close_roster(label_set, "run")
+    return build_view(str(folder / "view"), [(label_set, "run")])
+
+
+def make_config(run: Path, view: str, tokenizer: str, **sections: dict[str, Any]) -> TrainConfig:
+    """A run of twelve steps of a tiny Llama; ``sections`` change single values."""
+    content: dict[str, dict[str, Any]] = {
+        "student": {
+            "config": {
+                "model_type": "llama",
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+            },
+            "tokenizer": tokenizer,
+        },
+        "loss": {"kind": "ghost", "alpha": 0.7},
+        "data": {"max_tokens": 64, "sequences_per_step": 4, "steps": 12},
+        "optimizer": {"lr": 1e-2},
+        "checkpoint": {"every_steps": 3},
+        "log": {"every_steps": 1, "tensorboard": False},
+    }
+    for name, values in sections.items():
+        content[name] = {**content.get(name, {}), **values}
+    whole = {"run": str(run), "view": view, **content}
+    return validated(whole, TrainConfig, "test")
+
+
+def losses(run: Path) -> list[float]:
+    """The learning curve of a run, which must have one point for each step."""
+    points = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [point["step"] for point in points] == list(range(1, len(points) + 1))
+    return [point["loss"] for point in points]
+
+
+def copy_run(run: Path, to: Path) -> Path:
+    """A copy of a run folder as it is now."""
+    shutil.copytree(run, to)
+    return to
+
+
+def _roster_part(rows: LabelRows) -> pa.Table:
+    size = len(rows)
+    return pa.table(
+        {
+            "row_key": pa.array([bytes(key) for key in rows.row_key], pa.binary(16)),
+            "source": pa.array(["corpus"] * size),
+            "place": pa.array(np.arange(size)),
+            "window": pa.array(np.zeros(size, np.int32)),
+            "sample": pa.array(np.full(size, -1, np.int32)),
+        }
+    )

@@ -1,0 +1,79 @@
+"""The DeepSpeed engine around a student. Imported in workers only: it imports DeepSpeed.
+
+``DS_ACCELERATOR`` must be set before that import, so it happens inside the functions here.
+"""
+
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.config import OptimizerConfig, TrainConfig
+from trainer.deepspeed_config import build_deepspeed_config
+from trainer.student import StudentWithHead
+
+
+def prepare_process(config: TrainConfig) -> None:
+    """Settings of the worker's process, before any tensor is made."""
+    if not config.ray.use_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    # Ray sets OMP_NUM_THREADS, but torch may have been imported by then.
+    torch.set_num_threads(config.ray.cpus_per_worker)
+    torch.manual_seed(config.data.seed)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def build_engine(student: StudentWithHead, config: TrainConfig) -> Any:
+    """Wraps a student, which is on the CPU, for training. Collective.
+
+    Every rank builds the whole student in its own memory, also under ZeRO-3, which then splits it.
+    """
+    import deepspeed
+
+    _no_compiled_ops(deepspeed)
+    num_parameters = sum(parameter.numel() for parameter in student.parameters())
+    engine, *_ = deepspeed.initialize(
+        model=student,
+        optimizer=build_optimizer(student, config.optimizer, fused=config.ray.use_gpu),
+        config=build_deepspeed_config(config, num_parameters),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, fused: bool) -> torch.optim.AdamW:
+    """AdamW in two groups: matrices, which decay, and norms and biases, which do not."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=fused,
+    )
+
+
+def gradient_norm(engine: Any) -> float | None:
+    """Global norm of the reduced gradients, where DeepSpeed computes none itself.
+
+    To be called between the last ``backward`` and ``step``. None where the engine knows the norm
+    after its step: everywhere but in float32 without ZeRO, whose optimizer is torch's own.
+    """
+    if not isinstance(engine.optimizer, torch.optim.Optimizer):
+        return None
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def _no_compiled_ops(deepspeed: Any) -> None:
+    """Keeps DeepSpeed from compiling a shared-memory kernel that only inference uses.
+
+    Can go when ``deepspeed.comm`` no longer builds ``deepspeed_shm_comm`` on every start on CPU.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

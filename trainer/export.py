@@ -1,0 +1,103 @@
+"""The trained student as an ordinary Hugging Face folder."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from schemas.config import dump_toml
+from trainer.config import TrainConfig
+from trainer.run_folder import sync_folder
+
+CARD = """---
+library_name: transformers
+tags: [distillation, tutelage]
+---
+
+# {name}
+
+A student trained by Tutelage on cached teacher labels.
+
+| | |
+|---|---|
+| label sets | {label_sets} |
+| view | `{view_hash}` |
+| rows, steps | {num_rows:,} rows, {num_steps:,} steps |
+| final loss | {final_loss:.4f} nats per label |
+
+The label sets and the view are named by fingerprint: the labels of the same teacher weights,
+tokenizer, numerics and record have the same one, wherever they lie.
+
+## Configuration
+
+```toml
+{config}```
+"""
+
+
+def model_card(
+    config: TrainConfig,
+    label_sets: list[str],
+    view_hash: str,
+    num_rows: int,
+    num_steps: int,
+    final_loss: float,
+) -> str:
+    """README.md of the exported student, which pins what it was trained on."""
+    return CARD.format(
+        name=Path(config.run).name,
+        label_sets=", ".join(f"`{fingerprint}`" for fingerprint in label_sets),
+        view_hash=view_hash,
+        num_rows=num_rows,
+        num_steps=num_steps,
+        final_loss=final_loss,
+        config=dump_toml(config),
+    )
+
+
+def export_student(engine: Any, tokenizer: Any, folder: Path, card: str) -> None:
+    """Writes the student to ``folder``, all of it or nothing. Collective; rank 0 writes.
+
+    Args:
+        engine: the DeepSpeed engine around a ``StudentWithHead``.
+        tokenizer: the student's.
+        card: text of README.md.
+    """
+    weights = _whole_weights(engine.module.model)
+    if dist.get_rank() == 0:
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        engine.module.model.save_pretrained(partial, state_dict=weights)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        sync_folder(folder.parent)
+    dist.barrier()
+
+
+def _whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict on the CPU, gathered where ZeRO-3 has split it; empty on ranks other than 0.
+
+    Parameters are gathered one by one, so that no more than one is ever whole on a device.
+    """
+    import deepspeed
+
+    mine = dist.get_rank() == 0
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    weights: dict[str, torch.Tensor] = {}
+    whole: dict[int, torch.Tensor] = {}  # tied parameters stay one tensor, which is saved once
+    for name, value in model.state_dict(keep_vars=True).items():
+        parameter = parameters.get(name)
+        if parameter is None or not hasattr(parameter, "ds_id"):
+            if mine:
+                whole.setdefault(value.data_ptr(), value.detach().cpu())
+                weights[name] = whole[value.data_ptr()]
+            continue
+        with deepspeed.zero.GatheredParameters([parameter]):
+            if mine:
+                whole.setdefault(id(parameter), parameter.detach().cpu().clone())
+                weights[name] = whole[id(parameter)]
+    return weights

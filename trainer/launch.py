@@ -1,0 +1,238 @@
+"""Starts a training run: checks what can be checked first, then hands over to Ray Train.
+
+Everything that a person may have got wrong is found here in seconds, before a cluster is asked for
+anything: the configuration, the view and its shards, the vocabulary, the run folder.
+"""
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from schemas.errors import ConfigError, StudentError, TutelageError
+from schemas.view import View
+from trainer.board import Board, Watcher
+from trainer.config import RayConfig, StudentConfig, TrainConfig
+from trainer.deepspeed_config import build_deepspeed_config
+from trainer.plan import count_steps, read_row_table
+from trainer.run_folder import RunFolder, TrainSummary
+
+START_ATTEMPTS = 10
+"""Times that Ray Train tries to place the workers; each waits a minute for nodes. Its default is to
+try for ever."""
+
+
+def run_train_job(config: TrainConfig, progress: bool = True) -> TrainSummary:
+    """Trains the student of a configuration, or goes on where an earlier process stopped.
+
+    Args:
+        config: the run.
+        progress: print how far it is to standard error.
+
+    Returns:
+        What the run came to; at once where it was finished before.
+
+    Raises:
+        TutelageError: the one line that says what is wrong.
+    """
+    build_deepspeed_config(config, num_parameters=1)  # its contradictions, before anything else
+    view = View.open(config.view)
+    folder = RunFolder(config.run)
+    label_sets = [label_set.fingerprint for label_set in view.label_sets]
+    finished = folder.open(config, view.view_hash, label_sets)
+    if finished is not None:
+        _say(progress, f"{config.run} is finished: {finished.steps} steps, {finished.exported}")
+        return finished
+    view.check_shards()
+    _check_labels(config, view)
+    rows = read_row_table(view, config.data)
+    num_steps = count_steps(rows, config.data, view.view_hash)
+    _say(
+        progress,
+        f"{len(rows):,} rows, {int(rows.num_tokens.sum()):,} tokens, {num_steps:,} steps of "
+        f"{config.data.sequences_per_step} x {config.data.max_tokens} tokens on "
+        f"{config.ray.num_workers} workers"
+        + (f"; {rows.num_dropped:,} longer rows are left out" if rows.num_dropped else ""),
+    )
+    with _ray(config.ray, progress):
+        _train(config, view.view_hash, num_steps, folder, progress)
+    summary = folder.summary()
+    if summary is None:
+        raise StudentError(f"the run in {config.run} ended without a summary; run it again")
+    _say(
+        progress,
+        f"trained {summary.steps} steps, loss {summary.final_loss:.4f}: {summary.exported}",
+    )
+    return summary
+
+
+def _check_labels(config: TrainConfig, view: View) -> None:
+    """Refuses labels that the student or the loss cannot use."""
+    from trainer.loader import common_record
+    from trainer.student import load_tokenizer
+    from trainer.targets import check_loss
+    from trainer.vocabulary import check_vocabularies
+
+    check_loss(config.loss, common_record(view))
+    tokenizer = load_tokenizer(config.student.tokenizer or config.student.path)
+    vocab_size = _vocab_size(config.student, tokenizer)
+    for label_set in view.label_sets:
+        check_vocabularies(tokenizer, vocab_size, label_set)
+
+
+def _vocab_size(student: StudentConfig, tokenizer: Any) -> int:
+    """Rows of the student's output head, from its configuration alone."""
+    if not student.path:
+        given = student.config.get("vocab_size")
+        return int(given) if given is not None else 1 + max(tokenizer.get_vocab().values())
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(student.path)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise StudentError(f"student.path = {student.path} cannot be used: {reason}") from error
+    return int(config.get_text_config().vocab_size)
+
+
+def _train(
+    config: TrainConfig, view_hash: str, num_steps: int, folder: RunFolder, progress: bool
+) -> None:
+    """Runs all workers to the end.
+
+    Raises:
+        TutelageError: what a worker met; a StudentError for what nobody foresaw.
+    """
+    import ray
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from trainer.loop import TrainJob, train_worker
+
+    board = ray.remote(num_cpus=0)(Board).remote()
+    job = TrainJob(config=config, view_hash=view_hash, num_steps=num_steps, board=board)
+    storage = (folder.path / "ray").resolve()
+    watcher = Watcher(lambda seen: ray.get(board.news.remote(seen)))
+    failure: Exception | None = None
+    try:
+        with watcher if progress else contextlib.nullcontext():
+            _torch_trainer(config, train_worker, job, str(storage)).fit()
+    except TrainingFailedError as error:
+        failure = error
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)  # Ray's own notes; ours are in the run folder
+    known: TutelageError | None = ray.get(board.error.remote())
+    if known is not None:
+        raise known from failure
+    if failure is not None:
+        raise StudentError(_unforeseen(failure, config)) from failure
+
+
+def _torch_trainer(config: TrainConfig, worker: Any, job: Any, storage: str) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    return TorchTrainer(
+        worker,
+        train_loop_config=job,
+        torch_config=TorchConfig(
+            backend="nccl" if config.ray.use_gpu else "gloo",
+            timeout_s=config.deepspeed.timeout_s,
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=config.ray.num_workers,
+            use_gpu=config.ray.use_gpu,
+            resources_per_worker={
+                "CPU": config.ray.cpus_per_worker,
+                **({"GPU": 1} if config.ray.use_gpu else {}),
+            },
+        ),
+        run_config=RunConfig(
+            # Ray restores a run of a name that it knows; checkpoints here are our own.
+            name=f"train-{uuid.uuid4().hex[:12]}",
+            storage_path=storage,
+            failure_config=FailureConfig(
+                max_failures=config.ray.max_failures,
+                controller_failure_limit=START_ATTEMPTS,
+            ),
+        ),
+    )
+
+
+@contextlib.contextmanager
+def _ray(config: RayConfig, progress: bool) -> Iterator[None]:
+    """A connection to Ray: the one that is there, the cluster's, or an instance of this machine.
+
+    Raises:
+        ConfigError: the cluster is not there, or this machine is too small for the workers.
+    """
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        _connect(config)
+    try:
+        missing = _missing_resources(config, ray.cluster_resources())
+        if missing and started and not _address(config):
+            raise ConfigError(f"{missing}; lower ray.num_workers or ray.cpus_per_worker")
+        if missing:
+            _say(progress, f"{missing}; waiting for more nodes")
+        yield
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _address(config: RayConfig) -> str:
+    return config.address or os.environ.get("RAY_ADDRESS", "")
+
+
+def _connect(config: RayConfig) -> None:
+    import ray
+
+    address = _address(config)
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    if not address:
+        ray.init(address="local", include_dashboard=False, **quiet)
+        return
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"no Ray cluster at {address} ({' '.join(str(error).split())[:200]}); start it, or "
+            "unset ray.address and RAY_ADDRESS to use this machine"
+        ) from error
+
+
+def _missing_resources(config: RayConfig, there: dict[str, float]) -> str:
+    """What the workers need and the cluster does not have; empty where it has everything."""
+    wanted = {"CPU": config.num_workers * config.cpus_per_worker}
+    if config.use_gpu:
+        wanted["GPU"] = config.num_workers
+    for name, number in wanted.items():
+        if there.get(name, 0) < number:
+            return (
+                f"ray.num_workers = {config.num_workers} need {number} {name}s, but there are "
+                f"{there.get(name, 0):g}"
+            )
+    return ""
+
+
+def _unforeseen(failure: Exception, config: TrainConfig) -> str:
+    """One line about an error that is not one of ours: the first worker's, without its trace."""
+    causes = getattr(failure, "worker_failures", None) or {0: failure}
+    rank, cause = min(causes.items())
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    reason = lines[-1].strip() if lines else type(cause).__name__
+    return (
+        f"worker {rank} failed: {reason[:500]}. The run continues from its last checkpoint when "
+        f"started again; Ray's logs of this session have the whole trace ({config.run})"
+    )
+
+
+def _say(progress: bool, text: str) -> None:
+    if progress:
+        from trainer.board import show
+
+        show(text)
