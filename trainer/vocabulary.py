@@ -6,10 +6,10 @@ rows for the same tokenizer), so the mapping from token to id is what is compare
 
 from collections.abc import Mapping
 
-from schemas.label_set import LabelSet
 from transformers import PreTrainedTokenizerBase
 
 from schemas.errors import VocabularyError
+from schemas.label_set import LabelSet
 
 _SHOWN = 5
 

@@ -1,0 +1,47 @@
+import re
+
+import pytest
+
+from schemas.errors import VocabularyError
+from trainer.vocabulary import compare_vocabularies
+
+LABELS = {f"token{i}": i for i in range(10)}
+
+
+def test_equal_mappings_pass_whatever_the_padding():
+    for vocab_size in (10, 16, 1000):
+        compare_vocabularies(dict(LABELS), vocab_size, LABELS, "student")
+
+
+def test_tokens_that_labels_never_name_pass():
+    compare_vocabularies({**LABELS, "<pad>": 10}, 11, LABELS, "student")
+
+
+def test_equal_sizes_with_other_ids_are_refused_and_named():
+    student = {**LABELS, "token3": 4, "token4": 3}
+    expected = re.escape(
+        "the tokenizer of student differs from the labels' in 2 of 10 tokens: "
+        "id 3 is 'token3' in the labels, 'token4' in the student, which has id 4 there; "
+        "id 4 is 'token4' in the labels, 'token3' in the student, which has id 3 there"
+    )
+    with pytest.raises(VocabularyError, match=expected):
+        compare_vocabularies(student, 10, LABELS, "student")
+
+
+def test_a_missing_token_is_named():
+    student = {token: i for token, i in LABELS.items() if i != 7}
+    with pytest.raises(
+        VocabularyError, match=r"id 7 is 'token7' .* nothing in the student, which it lacks"
+    ):
+        compare_vocabularies(student, 10, LABELS, "student")
+
+
+def test_only_the_first_few_are_shown():
+    with pytest.raises(VocabularyError, match=r"in 10 of 10 .*token4.*; \.\.\.\.") as error:
+        compare_vocabularies({}, 10, LABELS, "student")
+    assert "token5" not in str(error.value)
+
+
+def test_a_head_with_too_few_rows_is_refused():
+    with pytest.raises(VocabularyError, match=r"9 rows .* 10 ids"):
+        compare_vocabularies(dict(LABELS), 9, LABELS, "student")
