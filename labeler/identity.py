@@ -202,14 +202,16 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def eos_ids(config: TeacherConfig) -> tuple[int, ...]:
-    """Ids that end a response: of generation_config.json, config.json and the tokenizer."""
+    """Ids that end a response: those of generation_config.json, config.json and the tokenizer."""
     from transformers import GenerationConfig
 
     found: set[int] = set()
     folder = model_folder(config)
-    sources = [load_model_config(config).get_text_config(), load_tokenizer(config)]
+    sources = [load_model_config(config).get_text_config()]
     if (folder / "generation_config.json").is_file():
         sources.append(GenerationConfig.from_pretrained(folder))
+    if has_tokenizer(tokenizer_folder(config)):
+        sources.append(load_tokenizer(config))
     for source in sources:
         value = getattr(source, "eos_token_id", None)
         found.update([value] if isinstance(value, int) else value or ())

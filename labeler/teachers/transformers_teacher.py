@@ -162,6 +162,9 @@ def _load(config: TeacherConfig, model_config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     options = {name: value for name, value in config.engine.items() if name != "hf_overrides"}
+    if getattr(model_config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        # transformers' fused attention leaves the cap out, without a word.
+        options.setdefault("attn_implementation", "eager")
     try:
         model = AutoModelForCausalLM.from_pretrained(
             model_folder(config),

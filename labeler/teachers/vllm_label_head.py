@@ -46,6 +46,16 @@ _SPANS = "tutelage_label_spans"
 _MIN_ROWS = 256
 _LOGIT_ELEMENTS = 2**21
 
+_RUNNER_PARTS = (
+    "num_prompt_logprobs",
+    "requests",
+    "input_batch",
+    "query_start_loc",
+    "model",
+    "model_config",
+    "discard_request_mask",
+    "_sample",
+)
 _STEP_PARAMETERS = ("hidden_states", "num_scheduled_tokens")
 
 
@@ -106,7 +116,9 @@ class LabelHeadExtension:
         runner = self.model_runner
         complaint = _complaint(runner)
         if not complaint:
-            head = _LabelHead(runner, RecordSpec.model_validate_json(record_json))
+            shim = _DiscardedSamples(runner)
+            head = _LabelHead(runner, RecordSpec.model_validate_json(record_json), shim.restore)
+            runner._sample = shim.sample
             runner._get_prompt_logprobs_dict = head.step
         return type(runner).__name__, complaint
 
@@ -118,8 +130,9 @@ def _complaint(runner: Any) -> str:
     parameters = tuple(inspect.signature(step).parameters)
     if parameters != _STEP_PARAMETERS:
         return f"_get_prompt_logprobs_dict takes {parameters}, expected {_STEP_PARAMETERS}"
-    needed = ("num_prompt_logprobs", "requests", "input_batch", "query_start_loc", "model")
-    missing = [name for name in needed if not hasattr(runner, name)]
+    missing = [name for name in _RUNNER_PARTS if not hasattr(runner, name)]
+    if missing:
+        return f"the model runner lacks {', '.join(missing)}"
     missing += [] if hasattr(runner.query_start_loc, "np") else ["query_start_loc.np"]
     missing += [] if hasattr(runner.model, "compute_logits") else ["model.compute_logits"]
     from vllm.v1.worker.gpu_input_batch import CachedRequestState
@@ -128,6 +141,34 @@ def _complaint(runner: Any) -> str:
     fields = ("prompt_token_ids", "num_computed_tokens", "in_progress_prompt_logprobs_cpu")
     missing += [f"request.{name}" for name in (*fields, "sampling_params") if name not in state]
     return f"the model runner lacks {', '.join(missing)}" if missing else ""
+
+
+class _DiscardedSamples:
+    """Works around a bug of vLLM 0.32: seeded sampling and chunked prefill kill an engine on a CPU.
+
+    The runner samples a token for a prompt that is not complete yet, throws it away, and winds the
+    request's random generator back by an offset, which generators of a CPU do not have ("CPU
+    Generator does not use offset"). Here, such a request has no generator while it is sampled
+    for, so that there is nothing to wind back. Can go when the runner does not sample for
+    incomplete prompts, or checks the kind of generator.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self._stock_sample: Callable[..., Any] = runner._sample
+        self._hidden: dict[int, Any] = {}
+
+    def sample(self, *args: Any, **kwargs: Any) -> Any:
+        batch = self._runner.input_batch
+        incomplete = np.flatnonzero(self._runner.discard_request_mask.np[: batch.num_reqs])
+        for index in incomplete.tolist():
+            if index in batch.generators:
+                self._hidden[index] = batch.generators.pop(index)
+        return self._stock_sample(*args, **kwargs)
+
+    def restore(self) -> None:
+        self._runner.input_batch.generators.update(self._hidden)
+        self._hidden.clear()
 
 
 @dataclass
@@ -161,8 +202,9 @@ class _Share:
 class _LabelHead:
     """Replaces ``GPUModelRunner._get_prompt_logprobs_dict`` of one worker."""
 
-    def __init__(self, runner: Any, record: RecordSpec) -> None:
+    def __init__(self, runner: Any, record: RecordSpec, on_step: Callable[[], None]) -> None:
         self._runner = runner
+        self._on_step = on_step
         self._record = record
         self._vocab_size = runner.model_config.get_vocab_size()
         self._stock_step: Callable[..., dict[str, Any]] = runner._get_prompt_logprobs_dict
@@ -179,6 +221,7 @@ class _LabelHead:
         Returns:
             For each request whose prompt is now complete, its ``LogprobsTensors``.
         """
+        self._on_step()
         pending: dict[str, int] = self._runner.num_prompt_logprobs
         ours = [name for name in pending if self._spans(name) is not None]
         finished = self._stock(pending, ours, hidden_states, num_scheduled_tokens)

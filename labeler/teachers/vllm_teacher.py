@@ -11,7 +11,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -59,6 +59,9 @@ class VllmTeacher:
     ``teacher.engine`` is passed to ``vllm.LLM``.
     """
 
+    # Engines of one process would share its communication groups, and the first to end ends them.
+    _engine_is_here: ClassVar[bool] = False
+
     def __init__(self, config: TeacherConfig, record: RecordSpec) -> None:
         self._config = config
         self._record = record
@@ -71,6 +74,7 @@ class VllmTeacher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vllm")
         self._llm: Any = None
         self._runners: list[str] = []
+        self._in_process = False
         self._on_engine_thread(self._start)
 
     def _start(self) -> None:
@@ -84,10 +88,17 @@ class VllmTeacher:
             ) from error
         from labeler.teachers import vllm_label_head
 
+        self._in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
+        if self._in_process and VllmTeacher._engine_is_here:
+            raise TeacherError(
+                "this process already runs a vLLM engine; close that teacher first, or set "
+                "VLLM_ENABLE_V1_MULTIPROCESSING=1 to give each engine a process of its own"
+            )
         try:
             self._llm = LLM(**self._options)
         except Exception as error:
             raise TeacherError(f"vLLM does not start with {self._config.model}: {error}") from error
+        VllmTeacher._engine_is_here |= self._in_process
         self._runners = vllm_label_head.install(self._llm, self._record)
 
     def _on_engine_thread(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
@@ -217,7 +228,7 @@ class VllmTeacher:
             "vllm": f"{distribution} {importlib.metadata.version(distribution)}",
             "torch": importlib.metadata.version("torch"),
             "model_runner": ", ".join(sorted(set(self._runners))),
-            "in_process": os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0",
+            "in_process": self._in_process,
             "engine": {name: _plain(value) for name, value in self._options.items()},
         }
 
@@ -228,11 +239,13 @@ class VllmTeacher:
         self._thread.shutdown()
 
     def _stop(self) -> None:
-        from vllm.distributed import cleanup_dist_env_and_memory
-
         self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
-        cleanup_dist_env_and_memory()
+        if self._in_process:
+            from vllm.distributed import cleanup_dist_env_and_memory
+
+            cleanup_dist_env_and_memory()
+            VllmTeacher._engine_is_here = False
 
 
 def _prepare_environment() -> None:

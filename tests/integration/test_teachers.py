@@ -1,0 +1,198 @@
+"""The teachers against each other and against vLLM's own path. One engine for the whole module."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from teacher_requests import (
+    CONTEXT,
+    RECORD,
+    VOCAB_SIZE,
+    assert_same,
+    config,
+    labelled,
+    make_rows,
+)
+
+from labeler.teachers import transformers_teacher, vllm_label_head
+from labeler.teachers.base import RowFailure, RowLabels, Teacher, make_teacher, span_targets
+from labeler.teachers.transformers_teacher import TransformersTeacher
+from labeler.teachers.vllm_teacher import VllmTeacher
+from schemas.errors import TeacherError
+from schemas.spec import GenerationSpec
+
+
+@pytest.fixture(scope="module")
+def vllm(tiny_model_dir: Path) -> Iterator[VllmTeacher]:
+    teacher = VllmTeacher(config(tiny_model_dir), RECORD)
+    yield teacher
+    teacher.close()
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model_dir: Path) -> Iterator[TransformersTeacher]:
+    teacher = TransformersTeacher(config(tiny_model_dir, "transformers"), RECORD)
+    yield teacher
+    teacher.close()
+
+
+def test_vllm_agrees_with_transformers(vllm: Teacher, reference: Teacher) -> None:
+    tokens, spans = make_rows()
+    ours, theirs = vllm.label(tokens, spans), reference.label(tokens, spans)
+    for row, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        assert labelled(one).num_labels == len(span_targets(spans[row]))
+        assert labelled(one).head_ids.dtype == np.int32
+        assert labelled(one).head_ids.shape == (labelled(one).num_labels, RECORD.k)
+        assert_same(labelled(one), labelled(other), 1e-4)
+
+
+def stock_labels(vllm: VllmTeacher, tokens: list[np.ndarray]) -> list[Any]:
+    """vLLM's own flat log-probabilities, of requests that share their batch with labelled ones."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=1, prompt_logprobs=RECORD.k, flat_logprobs=True, detokenize=False
+    )
+    spans = np.array([1, 5], dtype=np.int32)
+    names: dict[str, int] = {}
+    for row, ids in enumerate(tokens):
+        stock, labels = (
+            vllm._add(ids, params),
+            vllm._add(
+                tokens[2], vllm_label_head.label_params(spans, RECORD), vllm_label_head.keep_arrays
+            ),
+        )
+        assert isinstance(stock, str)
+        assert isinstance(labels, str)
+        names[stock] = row
+    outputs = {output.request_id: output for output in vllm._finished(list(names))}
+    return [outputs[name].prompt_logprobs for name in names]
+
+
+def test_vllm_agrees_with_its_own_path(vllm: VllmTeacher) -> None:
+    tokens, spans = make_rows()
+    ours = vllm.label(tokens, spans)
+    for row, flat in enumerate(vllm._on_engine_thread(stock_labels, vllm, tokens)):
+        for j, target in enumerate(span_targets(spans[row])):
+            # Column 0 is the token that stands there, then come the candidates.
+            here = slice(flat.start_indices[target], flat.end_indices[target])
+            labels = labelled(ours[row])
+            assert flat.token_ids[here][0] == tokens[row][target]
+            assert abs(flat.logprobs[here][0] - labels.target_logprob[j]) < 1e-5
+            # Its ranks start at 1 for the most probable and count ties in.
+            assert flat.ranks[here][0] == labels.target_rank[j]
+            candidates = flat.logprobs[here][1 : RECORD.k + 1]
+            np.testing.assert_allclose(labels.head_logprobs[j], candidates, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vllm", "reference"])
+def test_bad_requests_do_not_disturb_the_others(name: str, request: pytest.FixtureRequest) -> None:
+    teacher: Teacher = request.getfixturevalue(name)
+    good = np.arange(10)
+    everything = np.array([1, 10])
+    requests = [
+        (good, everything),
+        (np.zeros(0, dtype=np.int32), everything),
+        (np.arange(CONTEXT) % 7, np.array([1, CONTEXT])),
+        (np.array([1, 2, VOCAB_SIZE]), np.array([1, 3])),
+        (np.array([1, -2, 3]), np.array([1, 3])),
+        (good, np.array([0, 5])),
+        (good, np.array([1, 11])),
+        (good, np.array([3, 3])),
+        (good, np.array([5, 7, 2, 3])),
+        (good, np.zeros(0, dtype=np.int32)),
+        (good, everything),
+    ]
+    results = teacher.label([tokens for tokens, _ in requests], [spans for _, spans in requests])
+    reasons = [result.reason for result in results if isinstance(result, RowFailure)]
+    assert reasons == ["empty", "too_long", "unknown_token", "unknown_token", *["bad_spans"] * 5]
+    assert_same(labelled(results[0]), labelled(results[-1]), 1e-5)
+    assert "token 320 at index 2" in str(results[3])
+
+
+def test_no_requests(vllm: Teacher, reference: Teacher) -> None:
+    assert vllm.label([], []) == reference.label([], []) == []
+    assert vllm.generate([], GenerationSpec(), []) == []
+
+
+def test_calls_from_several_threads(vllm: Teacher) -> None:
+    tokens, spans = make_rows()
+    alone = vllm.label(tokens, spans)
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda _: vllm.label(tokens, spans), range(4)))
+    for results in together:
+        for one, other in zip(alone, results, strict=True):
+            assert_same(labelled(one), labelled(other), 1e-4)
+
+
+def test_reference_does_not_depend_on_its_chunks(
+    reference: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, spans = make_rows()
+    whole = reference.label(tokens, spans)
+    monkeypatch.setattr(transformers_teacher, "_LOGIT_ELEMENTS", 50 * VOCAB_SIZE)
+    monkeypatch.setattr(transformers_teacher, "_BATCH_TOKENS", 300)
+    for one, other in zip(whole, reference.label(tokens, spans), strict=True):
+        assert_same(labelled(one), labelled(other), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["vllm", "reference"])
+def test_samples_follow_their_seeds(name: str, request: pytest.FixtureRequest) -> None:
+    teacher: Teacher = request.getfixturevalue(name)
+    prompts = [np.array([5, 6, 7]), np.array([100, 101])]
+    generation = GenerationSpec(n=2, temperature=1.0, top_p=0.9, max_tokens=12)
+    first = teacher.generate(prompts, generation, [[1, 2], [3, 4]])
+    again = teacher.generate(prompts[::-1], generation, [[4, 3], [2, 1]])
+    for row in range(2):
+        for sample in range(2):
+            tokens = first[row][sample]
+            assert tokens.dtype == np.int32
+            assert 1 <= len(tokens) <= 12
+            np.testing.assert_array_equal(tokens, again[1 - row][1 - sample])
+    assert first[0][0].tolist() != first[0][1].tolist()
+
+
+def test_teachers_sample_the_same_where_nothing_is_left_to_chance(
+    vllm: Teacher, reference: Teacher
+) -> None:
+    prompts = [np.array([5, 6, 7]), np.array([100]), np.arange(CONTEXT - 10)]
+    greedy = GenerationSpec(n=2, temperature=0.0, max_tokens=10)
+    ours, theirs = (t.generate(prompts, greedy, [[1, 2]] * 3) for t in (vllm, reference))
+    assert ours[2] == theirs[2]
+    assert isinstance(ours[2], RowFailure)
+    assert ours[2].reason == "too_long"
+    for row in range(2):
+        for one, other in zip(ours[row], theirs[row], strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_scored_responses_after_generation_in_one_engine(vllm: Teacher, reference: Teacher) -> None:
+    """Generation fills the prefix cache; labels must not be read around it."""
+    prompt = np.arange(200) % VOCAB_SIZE
+    responses = vllm.generate([prompt], GenerationSpec(n=1, max_tokens=8), [[1]])
+    row = np.concatenate([prompt, responses[0][0]])
+    spans = np.array([150, len(row)])
+    one, other = vllm.label([row], [spans]), reference.label([row], [spans])
+    assert_same(labelled(one[0]), labelled(other[0]), 1e-4)
+
+
+def test_a_vllm_that_is_another_one_is_refused(
+    vllm: VllmTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert vllm.provenance()["model_runner"] == "CPUModelRunner"
+    monkeypatch.setattr(vllm_label_head, "TESTED_VERSIONS", ("9.9.",))
+    with pytest.raises(TeacherError, match=r"written against vLLM 9\.9\.\*"):
+        vllm_label_head.install(vllm._llm, RECORD)
+    monkeypatch.undo()
+    monkeypatch.setattr(vllm_label_head, "_STEP_PARAMETERS", ("hidden_states", "something_new"))
+    with pytest.raises(TeacherError, match="_get_prompt_logprobs_dict takes"):
+        vllm_label_head.install(vllm._llm, RECORD)
+
+
+def test_one_engine_in_one_process(vllm: Teacher, tiny_model_dir: Path) -> None:
+    with pytest.raises(TeacherError, match="already runs a vLLM engine"):
+        make_teacher(config(tiny_model_dir), RECORD)
+    assert isinstance(vllm.label([np.arange(5)], [np.array([1, 5])])[0], RowLabels)
