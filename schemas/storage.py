@@ -9,6 +9,7 @@ A local path and its ``file://`` URL are the same store.
 import contextlib
 import errno
 import os
+import shutil
 import uuid
 from pathlib import Path
 from typing import IO, Any
@@ -178,8 +179,16 @@ class Store:
 
     def delete(self, rel: str) -> None:
         """Removes a file, or a folder with all that is in it; it is fine if it is not there."""
+        path = self.path(rel)
         with contextlib.suppress(FileNotFoundError):
-            self.fs.rm(self.path(rel), recursive=self.fs.isdir(self.path(rel)))
+            if not self.is_local:
+                # Not fs.rm, which would take a bracket in a name for a pattern.
+                for found in self.fs.find(path):
+                    self.fs.rm_file(found)
+            elif os.path.isdir(path):
+                shutil.rmtree(path)
+            else:
+                os.unlink(path)
 
     def _make_folder(self, rel: str) -> None:
         if not self.is_local:

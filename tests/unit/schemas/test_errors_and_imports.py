@@ -1,0 +1,48 @@
+"""Errors survive pickling and keep their standard bases; the package stays light."""
+
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from schemas import errors
+
+TREE = {
+    "ConfigError": ValueError,
+    "CorpusError": ValueError,
+    "TeacherError": RuntimeError,
+    "StudentError": RuntimeError,
+    "VocabularyError": ValueError,
+    "RecordError": ValueError,
+    "StoreError": OSError,
+    "DamagedError": errors.StoreError,
+    "AccountsError": RuntimeError,
+}
+
+
+@pytest.mark.parametrize("name", TREE)
+def test_error_survives_pickling_and_keeps_its_base(name: str) -> None:
+    error = getattr(errors, name)("what was found, and what to do")
+    assert isinstance(error, errors.TutelageError)
+    assert isinstance(error, TREE[name])
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert str(copy) == "what was found, and what to do"
+
+
+def test_tree_is_whole() -> None:
+    found = {n for n, v in vars(errors).items() if isinstance(v, type) and issubclass(v, Exception)}
+    assert found == {"TutelageError", *TREE}
+
+
+def test_nothing_heavy_is_imported() -> None:
+    code = (
+        "import sys, pkgutil, importlib, schemas\n"
+        "for m in pkgutil.iter_modules(schemas.__path__):\n"
+        "    importlib.import_module('schemas.' + m.name)\n"
+        "heavy = {'torch', 'ray', 'vllm', 'transformers', 'deepspeed', 'pandas'}\n"
+        "heavy &= set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,74 @@
+"""The fingerprint changes with what a label means, and with nothing else."""
+
+import pydantic
+import pytest
+from label_rows import make_spec
+
+from schemas.spec import GenerationSpec, LabelSetSpec, RecordSpec, TeacherIdentity
+
+SPEC = make_spec(RecordSpec(), 320)
+
+
+def changed(**fields: object) -> LabelSetSpec:
+    return SPEC.model_copy(update=fields)
+
+
+def test_fingerprint_is_frozen() -> None:
+    """If this changes, every label set in the world has to be labelled again."""
+    assert SPEC.fingerprint() == "c483b36505aeb46e028b25feb3d591e9"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        changed(schema_version=2),
+        changed(record=RecordSpec(k=32)),
+        changed(record=RecordSpec(temperatures=(2.0,))),
+        changed(record=RecordSpec(entropy=False)),
+        changed(record=RecordSpec(logprob_bits=7)),
+        changed(teacher=SPEC.teacher.model_copy(update={"weights_digest": "x"})),
+        changed(teacher=SPEC.teacher.model_copy(update={"head_dtype": "float32"})),
+        changed(teacher=SPEC.teacher.model_copy(update={"quantization": "fp8"})),
+        changed(text=SPEC.text.model_copy(update={"overlap": 1})),
+        changed(generation=GenerationSpec()),
+    ],
+)
+def test_fingerprint_changes_with_the_meaning(other: LabelSetSpec) -> None:
+    assert other.fingerprint() != SPEC.fingerprint()
+    assert SPEC.differences(other)
+    copy = LabelSetSpec.model_validate_json(other.model_dump_json())
+    assert copy.fingerprint() == other.fingerprint()
+
+
+def test_asking_for_more_samples_keeps_the_label_set() -> None:
+    few, many = (changed(generation=GenerationSpec(n=n)) for n in (1, 8))
+    assert few.fingerprint() == many.fingerprint()
+
+
+def test_tokens_have_no_teacher() -> None:
+    a, b = (
+        changed(
+            record=RecordSpec(kind="tokens", k=k),
+            teacher=TeacherIdentity(tokenizer_digest="t", vocab_size=9, dtype=dtype),
+        )
+        for k, dtype in ((1, ""), (64, "float32"))
+    )
+    assert a.fingerprint() == b.fingerprint()
+    assert "head_len" not in a.record.columns
+    with pytest.raises(pydantic.ValidationError, match="weights_digest is empty"):
+        LabelSetSpec(
+            record=RecordSpec(),
+            teacher=TeacherIdentity(tokenizer_digest="t", vocab_size=9),
+            text=SPEC.text,
+        )
+
+
+def test_differences_name_fields_and_both_values() -> None:
+    other = changed(record=RecordSpec(k=32))
+    assert SPEC.differences(other) == ["record.k: 64 / 32"]
+
+
+@pytest.mark.parametrize("temperatures", [(1.0,), (0.0,), (-2.0,), (2.0, 0.5), (2.0, 2.0)])
+def test_temperatures_are_checked(temperatures: tuple[float, ...]) -> None:
+    with pytest.raises(pydantic.ValidationError, match=r"record\.temperatures"):
+        RecordSpec(temperatures=temperatures)
