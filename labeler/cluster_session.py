@@ -1,0 +1,188 @@
+"""Ray, as a label job needs it: one session, quiet, and resources that cannot block each other."""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from labeler.config import LabelConfig, RunConfig
+from schemas.errors import ConfigError, TeacherError, TutelageError
+
+_UDF_NOTE = "\nFailed to apply UDF"  # Ray Data appends advice of its own to a message
+
+
+@contextmanager
+def ray_session(run: RunConfig) -> Iterator[None]:
+    """Uses the Ray that is there, or the one at the address, or starts one here and ends it after.
+
+    Raises:
+        ConfigError: Nothing answers at the address.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = run.address or os.environ.get("RAY_ADDRESS", "")
+    try:
+        ray.init(**(_joined(address) if address else _started_here(run)))
+    except ConnectionError as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {address}: {_first_line(error)}; correct "
+            "run.address or RAY_ADDRESS, or leave both empty to start one here"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _joined(address: str) -> dict[str, Any]:
+    return {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
+
+
+def _started_here(run: RunConfig) -> dict[str, Any]:
+    # The C++ core writes advice about Ray Data's own actors to the terminal at lower levels.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    packages = str(Path(__file__).resolve().parent.parent)
+    known = os.environ.get("PYTHONPATH", "")
+    return {
+        "address": "local",
+        "num_cpus": run.num_cpus,
+        "include_dashboard": False,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "runtime_env": {
+            "env_vars": {"PYTHONPATH": f"{packages}{os.pathsep}{known}" if known else packages}
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What Ray is asked for.
+
+    Attributes:
+        actor_cpus, actor_gpus: Of one teacher actor.
+        actor_threads: OMP threads of a teacher actor; 0 leaves them to Ray.
+        task_cpus: Of one tokenising task.
+    """
+
+    actor_cpus: float
+    actor_gpus: float
+    actor_threads: int
+    task_cpus: float
+
+
+def plan_resources(config: LabelConfig, node_cpus: list[float], num_gpus: float) -> Resources:
+    """Divides a cluster between teachers and tokenising tasks.
+
+    Teachers never get all CPUs: the tasks that feed them would wait for ever. On machines without a
+    GPU a teacher counts as half of the CPUs but may use the threads of all of them, since
+    tokenising is brief.
+
+    Args:
+        config: Says how many teachers there are and what each needs.
+        node_cpus: CPUs of each node.
+        num_gpus: GPUs of the cluster.
+
+    Raises:
+        TeacherError: The cluster has fewer GPUs than the teachers need.
+        ConfigError: The teachers would take every CPU.
+    """
+    run, teacher = config.run, config.teacher
+    cpus, replicas = sum(node_cpus), teacher.replicas
+    gpus = run.gpus_per_replica
+    if gpus is None:
+        gpus = float(teacher.tensor_parallel_size if num_gpus and teacher.backend != "none" else 0)
+    if gpus * replicas > num_gpus:
+        raise TeacherError(
+            f"{replicas} teachers of {gpus:g} GPUs each need {gpus * replicas:g}, but the cluster "
+            f"has {num_gpus:g}; lower teacher.replicas or run.gpus_per_replica"
+        )
+    actor_cpus = run.cpus_per_replica
+    if actor_cpus is None:
+        actor_cpus = min(1.0, cpus / 2 / replicas) if gpus else cpus / 2 / replicas
+    left = cpus - actor_cpus * replicas
+    if left <= 0:
+        raise ConfigError(
+            f"{replicas} teachers of {actor_cpus:g} CPUs each leave none of {cpus:g} to read the "
+            "corpus; lower teacher.replicas or run.cpus_per_replica"
+        )
+    threads = run.threads_per_replica or 0
+    if not threads and not gpus and teacher.backend != "none":
+        replicas_of_node = -(-replicas // len(node_cpus))
+        threads = max(1, int(max(node_cpus)) // replicas_of_node)
+    return Resources(actor_cpus, gpus, threads, min(1.0, left))
+
+
+def cluster_size() -> tuple[list[float], float]:
+    """CPUs of each live node, and GPUs of the cluster."""
+    import ray
+
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = [float(node["CPU"]) for node in alive if node.get("CPU")]
+    return cpus, float(sum(node.get("GPU", 0.0) for node in alive))
+
+
+@contextmanager
+def quiet_ray_data(target_block_bytes: int) -> Iterator[None]:
+    """Settings of Ray Data for one job: errors as they were raised, nothing printed."""
+    import ray.data
+
+    settings = {
+        "enable_progress_bars": False,
+        "print_on_execution_start": False,
+        "raise_original_map_exception": True,
+        "target_max_block_size": target_block_bytes,
+    }
+    context = ray.data.DataContext.get_current()
+    before = {name: getattr(context, name) for name in settings}
+    logger = logging.getLogger("ray.data")
+    handlers = list(logger.handlers)
+    try:
+        for name, value in settings.items():
+            setattr(context, name, value)
+        for handler in handlers:  # its file in the session's folder stays
+            if not hasattr(handler, "baseFilename") and "File" not in type(handler).__name__:
+                logger.removeHandler(handler)
+        with warnings.catch_warnings():
+            # map_batches has no named parameter for restarts and retries; goes when it has.
+            warnings.filterwarnings("ignore", message=".*ray_remote_args")
+            yield
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)
+        logger.handlers[:] = handlers
+
+
+def user_error(error: BaseException) -> TutelageError | None:
+    """The one-line error behind what came out of Ray; None if it is a bug of this project."""
+    import ray.exceptions
+
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, TutelageError) and not isinstance(found, ray.exceptions.RayError):
+            return type(found)(str(found).split(_UDF_NOTE)[0])
+        found = getattr(found, "cause", None) or found.__cause__
+    died = (
+        ray.exceptions.RayActorError,
+        ray.exceptions.WorkerCrashedError,
+        ray.exceptions.OutOfMemoryError,
+        ray.exceptions.ObjectLostError,
+    )
+    if isinstance(error, died) and not isinstance(error, ray.exceptions.RayTaskError):
+        return TeacherError(
+            f"a process of the job died and its retries are used up ({_first_line(error)}); often "
+            "the system killed it for memory: `dmesg` and Ray's logs say. What is committed stays; "
+            "run the same command again"
+        )
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,236 @@
+"""The Ray Data job: pieces of the corpus -> requests -> committed units.
+
+Only token ids go through Ray's object store. A tokenising task reads a piece and sends on what has
+to be labelled; a teacher actor labels a unit, writes its shard itself and returns when the manifest
+is there. Either may run twice: keys, claims and units make that harmless. Restarts and retries are
+limited, which they are not by default.
+"""
+
+import functools
+import pickle
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from labeler.cluster_session import Resources, quiet_ray_data, user_error
+from labeler.config import LabelConfig
+from labeler.identity import load_tokenizer
+from labeler.ledger import Ledger
+from labeler.pieces import FrozenKeys, PieceReader, PieceResult
+from labeler.progress import Progress
+from labeler.requests import REQUEST_SCHEMA, from_table, to_table
+from labeler.sources import Piece
+from labeler.teachers.base import make_teacher
+from labeler.text_rows import TextRows
+from labeler.units import UnitDone, UnitLabeller
+from schemas.keys import Keys, stack_keys, unit_key
+from schemas.label_set import LabelSet
+from schemas.roster import write_part
+
+BLOCK_UNITS = 4
+"""Units of requests that travel together; more would wait in one actor's queue for too long."""
+
+_POLL_S = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class RunSetup:
+    """What every process of a run knows.
+
+    Attributes:
+        run: Identity of the run.
+        config: With paths that mean the same in every process.
+    """
+
+    run: str
+    config: LabelConfig
+
+    @property
+    def salt(self) -> str:
+        """Makes units of this run different ones, where rows are tried again."""
+        return self.run if self.config.run.retry_quarantined else ""
+
+    def __hash__(self) -> int:
+        return hash(self.run)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RunSetup) and other.run == self.run
+
+
+def run_pipeline(
+    pieces: list[Piece],
+    setup: RunSetup,
+    frozen: FrozenKeys,
+    resources: Resources,
+    progress: Progress,
+) -> None:
+    """Reads all pieces and labels what is missing; Ray has to be there.
+
+    Raises:
+        TutelageError: Whatever ended the job, in one line; what is committed stays.
+    """
+    import ray
+
+    # Not restarted: a ledger that forgot its claims would let rows be labelled twice.
+    ledger = ray.remote(num_cpus=0, max_restarts=0)(Ledger).remote(
+        sum(piece.size_bytes for piece in pieces)
+    )
+    config = setup.config
+    block_bytes = BLOCK_UNITS * config.run.unit_rows * config.text.max_tokens * 4
+    try:
+        with quiet_ray_data(max(block_bytes, 1 << 20)), _shown(ledger, progress):
+            dataset = _dataset(pieces, setup, ray.put(frozen), resources, ledger)
+            for _ in dataset.iter_batches(batch_size=None, prefetch_batches=0):
+                pass
+    except Exception as error:  # everything that a task raised comes out here
+        known = user_error(error)
+        if known is None:
+            raise
+        raise known from None
+    finally:
+        ray.kill(ledger)
+
+
+def _dataset(
+    pieces: list[Piece], setup: RunSetup, frozen: Any, resources: Resources, ledger: Any
+) -> Any:
+    import ray.data
+
+    run, teacher = setup.config.run, setup.config.teacher
+    environment = {"OMP_NUM_THREADS": str(resources.actor_threads)}
+    return (
+        ray.data.from_items(
+            [{"piece": pickle.dumps(piece)} for piece in pieces], override_num_blocks=len(pieces)
+        )
+        .map_batches(
+            _read_pieces,
+            batch_size=1,
+            batch_format="pyarrow",
+            fn_kwargs={"setup": setup, "frozen": frozen, "ledger": ledger},
+            num_cpus=resources.task_cpus,
+            runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false"}},
+            max_retries=run.max_task_retries,
+        )
+        .map_batches(
+            _TeacherActor,
+            batch_size=run.unit_rows,
+            batch_format="pyarrow",
+            fn_constructor_kwargs={"setup": setup, "ledger": ledger},
+            # While the engine works on one unit, the next is decoded and the last one written.
+            compute=ray.data.ActorPoolStrategy(
+                size=teacher.replicas,
+                max_tasks_in_flight_per_actor=3,
+                max_concurrent_calls_per_actor=2,
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=resources.actor_cpus,
+            num_gpus=resources.actor_gpus or None,
+            runtime_env={"env_vars": environment if resources.actor_threads else {}},
+            max_restarts=run.max_restarts,
+            max_task_retries=run.max_task_retries,
+        )
+    )
+
+
+@contextmanager
+def _shown(ledger: Any, progress: Progress) -> Iterator[None]:
+    """Shows how far the run is while it goes."""
+    import ray
+
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(_POLL_S):
+            try:
+                progress.show(ray.get(ledger.state.remote(), timeout=_POLL_S))
+            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+                continue  # the job itself says what went wrong
+
+    thread = threading.Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+# What runs in the tokenising tasks
+
+
+@functools.lru_cache(maxsize=1)
+def _tools(setup: RunSetup) -> tuple[PieceReader, LabelSet]:
+    """A worker process serves many tasks; it loads the tokenizer once."""
+    config = setup.config
+    label_set = LabelSet.open(config.labels)
+    spec = label_set.spec
+    rows = TextRows(
+        load_tokenizer(config.teacher),
+        config.corpus,
+        spec.text,
+        spec.teacher.vocab_size,
+        prompts=config.generate is not None,
+    )
+    return PieceReader(config.corpus, spec.text, config.generate, rows), label_set
+
+
+def _read_pieces(batch: pa.Table, setup: RunSetup, frozen: Any, ledger: Any) -> Iterator[pa.Table]:
+    """The requests of a piece; its roster part and its bad rows are written when it ends."""
+    import ray
+
+    reader, label_set = _tools(setup)
+    known: FrozenKeys = ray.get(frozen)
+    yield REQUEST_SCHEMA.empty_table()  # a piece may have nothing to send
+    for packed in batch.column("piece").to_pylist():
+        piece: Piece = pickle.loads(packed)
+        result = PieceResult()
+
+        def claim(keys: Keys, index: int = piece.index) -> Any:
+            return ray.get(ledger.claim.remote(index, keys))
+
+        for requests in reader.requests(piece, known, claim, result):
+            yield to_table(requests)
+        _finish_piece(label_set, setup, known, result)
+        ray.get(ledger.piece_read.remote(piece.index, piece.size_bytes, result.rows_sent))
+
+
+def _finish_piece(
+    label_set: LabelSet, setup: RunSetup, frozen: FrozenKeys, result: PieceResult
+) -> None:
+    bad = result.newly_quarantined(frozen)
+    if bad:
+        keys = unit_key(stack_keys([row.row_key for row in bad]))
+        label_set.commit_unit(None, bad, {"stage": "tokenise"}, keys)
+    if result.roster:
+        write_part(label_set.store, setup.run, result.roster_part())
+
+
+# What runs in the teacher actors
+
+_DONE_SCHEMA = pa.schema(
+    [("unit_key", pa.string())]
+    + [(name, pa.int64()) for name in ("num_rows", "num_tokens", "num_labels", "num_quarantined")]
+)
+
+
+class _TeacherActor:
+    """A teacher and the units that it labels; one call is one unit."""
+
+    def __init__(self, setup: RunSetup, ledger: Any) -> None:
+        config = setup.config
+        self._ledger = ledger
+        make = None
+        if config.teacher.backend != "none":
+            make = functools.partial(make_teacher, config.teacher, config.record)
+        self._units = UnitLabeller(LabelSet.open(config.labels), make, config.generate, setup.salt)
+
+    def __call__(self, requests: pa.Table) -> pa.Table:
+        if not requests.num_rows:
+            return _DONE_SCHEMA.empty_table()
+        done: UnitDone = self._units.label(from_table(requests))
+        self._ledger.unit_done.remote(done)
+        return pa.Table.from_pylist([asdict(done)], schema=_DONE_SCHEMA)
