@@ -111,7 +111,9 @@ def _train(
     from trainer.loop import TrainJob, train_worker
 
     board = ray.remote(num_cpus=0)(Board).remote()
-    job = TrainJob(config=config, view_hash=view_hash, num_steps=num_steps, board=board)
+    job = TrainJob(
+        config=_everywhere(config), view_hash=view_hash, num_steps=num_steps, board=board
+    )
     storage = (folder.path / "ray").resolve()
     watcher = Watcher(lambda seen: ray.get(board.news.remote(seen)))
     failure: Exception | None = None
@@ -127,6 +129,21 @@ def _train(
         raise known from failure
     if failure is not None:
         raise StudentError(_unforeseen(failure, config)) from failure
+
+
+def _everywhere(config: TrainConfig) -> TrainConfig:
+    """The same run with paths that do not depend on a process's working directory."""
+    student = config.student.model_copy(
+        update={
+            name: os.path.abspath(value)
+            for name in ("path", "tokenizer")
+            if (value := getattr(config.student, name)) and os.path.isdir(value)
+        }
+    )
+    view = config.view if "://" in config.view else os.path.abspath(config.view)
+    return config.model_copy(
+        update={"run": os.path.abspath(config.run), "view": view, "student": student}
+    )
 
 
 def _torch_trainer(config: TrainConfig, worker: Any, job: Any, storage: str) -> Any:
