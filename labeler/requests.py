@@ -31,7 +31,7 @@ _FIELDS = (
 REQUEST_SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in _FIELDS])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """One sequence to be labelled, or one prompt to be continued and then labelled.
 
