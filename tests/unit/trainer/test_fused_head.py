@@ -295,3 +295,23 @@ def test_head_module_gives_logits_or_loss_and_shares_parameters():
     total, _ = head(hidden.view(1, L, H), targets, LossConfig())
     expected, _ = fused_distillation_loss(hidden, linear.weight, linear.bias, targets, LossConfig())
     torch.testing.assert_close(total, expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "temperature", "alpha"), CASES)
+def test_a_gpu_gives_the_same_loss_and_the_same_bits_twice(kind, temperature, alpha, dtype):
+    """Softmax in place and half-precision products with a float32 result have their own kernels."""
+    hidden, weight, _, targets = inputs(2)
+    loss = LossConfig(kind=kind, temperature=temperature, alpha=alpha, chunk_tokens=8)
+    low = [x.detach().to("cuda", dtype).requires_grad_() for x in (hidden, weight)]
+    high = [x.detach().double().cpu().requires_grad_() for x in low]
+    totals = [fused_distillation_loss(*low, None, targets.to("cuda"), loss)[0] for _ in range(2)]
+    expected = dense_loss(*high, None, targets, loss)
+    assert totals[0].item() == totals[1].item()
+    assert totals[0].item() == pytest.approx(expected.item(), rel=1e-4)
+    first, second = (gradients(total, *low) for total in totals)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    for ours, again, theirs in zip(first, second, gradients(expected, *high), strict=True):
+        assert torch.equal(ours, again)
+        assert (ours.double().cpu() - theirs).abs().max() < tolerance * theirs.abs().max()
