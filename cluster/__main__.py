@@ -129,12 +129,14 @@ def _quiet_libraries() -> None:
     """What the libraries say of themselves would drown what the user asked for."""
     for name, value in (
         ("RAY_USAGE_STATS_ENABLED", "0"),
+        ("RAY_BACKEND_LOG_LEVEL", "fatal"),
         ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"),
         ("TOKENIZERS_PARALLELISM", "false"),
         ("VLLM_NO_USAGE_STATS", "1"),
         ("VLLM_LOGGING_LEVEL", "ERROR"),
         ("TRANSFORMERS_VERBOSITY", "error"),
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("TQDM_DISABLE", "1"),
     ):
         os.environ.setdefault(name, value)
 

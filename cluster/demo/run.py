@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "demo"
 
 # Enough for a clear gap between the students within five minutes on two cores.
-STUDENT_BYTES = 1_250_000
-HELDOUT_BYTES = 400_000
-NUM_PROMPTS = 150
+STUDENT_BYTES = 900_000
+HELDOUT_BYTES = 340_000
+NUM_PROMPTS = 100
 
 
 class DemoSummary(BaseModel):
