@@ -106,14 +106,12 @@ def _train(
         TutelageError: what a worker met; a StudentError for what nobody foresaw.
     """
     import ray
-    from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.train import TrainingFailedError
 
     from trainer.loop import TrainJob, train_worker
 
     board = ray.remote(num_cpus=0)(Board).remote()
-    job = TrainJob(
-        config=_everywhere(config), view_hash=view_hash, num_steps=num_steps, board=board
-    )
+    job = TrainJob(config, os.getcwd(), view_hash, num_steps, board)
     storage = (folder.path / "ray").resolve()
     watcher = Watcher(lambda seen: ray.get(board.news.remote(seen)))
     failure: Exception | None = None
@@ -129,21 +127,6 @@ def _train(
         raise known from failure
     if failure is not None:
         raise StudentError(_unforeseen(failure, config)) from failure
-
-
-def _everywhere(config: TrainConfig) -> TrainConfig:
-    """The same run with paths that do not depend on a process's working directory."""
-    student = config.student.model_copy(
-        update={
-            name: os.path.abspath(value)
-            for name in ("path", "tokenizer")
-            if (value := getattr(config.student, name)) and os.path.isdir(value)
-        }
-    )
-    view = config.view if "://" in config.view else os.path.abspath(config.view)
-    return config.model_copy(
-        update={"run": os.path.abspath(config.run), "view": view, "student": student}
-    )
 
 
 def _torch_trainer(config: TrainConfig, worker: Any, job: Any, storage: str) -> Any:

@@ -7,6 +7,8 @@ over them, and ``scale_wrt_gas=False`` keeps it from dividing again. So neither 
 micro-batches nor the number of workers changes the gradient.
 """
 
+import contextlib
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -38,12 +40,14 @@ class TrainJob:
     """What every worker is handed.
 
     Attributes:
+        folder: where relative paths begin: the driver's working directory.
         view_hash: of the view as the driver saw it.
         num_steps: global steps of the whole run.
         board: handle of the ``trainer.board.Board`` actor.
     """
 
     config: TrainConfig
+    folder: str
     view_hash: str
     num_steps: int
     board: Any
@@ -57,6 +61,8 @@ def train_worker(job: TrainJob) -> None:
     """
     if ray.get(job.board.error.remote()) is not None:
         return
+    with contextlib.suppress(OSError):  # absolute paths need no such folder on this node
+        os.chdir(job.folder)
     try:
         Worker(job).run()
     except TutelageError as error:

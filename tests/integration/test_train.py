@@ -1,0 +1,267 @@
+"""Training on real Ray Train and DeepSpeed: exact on any split, and after any interruption."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_runs import losses, make_config, make_view
+
+from schemas.config import dump_toml
+from schemas.errors import ConfigError, DamagedError, StudentError
+from schemas.spec import RecordSpec
+from schemas.view import View
+from trainer.config import TrainConfig
+from trainer.launch import run_train_job
+from trainer.run_folder import TrainSummary
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+# Three lanes on two workers: one of them has a micro-batch that weighs nothing in every step.
+STEPS = 24
+SECTIONS: dict[str, dict[str, Any]] = {
+    "data": {"sequences_per_step": 3, "steps": STEPS},
+    "schedule": {"kind": "constant", "warmup_steps": 2},
+    "ray": {"num_workers": 2},
+    "checkpoint": {"every_steps": 4, "keep": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from conftest import make_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def view(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> View:
+    from transformers import AutoTokenizer
+
+    vocabulary = AutoTokenizer.from_pretrained(tokenizer).get_vocab()
+    return make_view(tmp_path_factory.mktemp("view"), RecordSpec(k=4), vocabulary)
+
+
+@pytest.fixture(scope="module")
+def reference(
+    tmp_path_factory: pytest.TempPathFactory, view: View, tokenizer: Path
+) -> tuple[Path, TrainSummary]:
+    """An undisturbed run of two workers."""
+    run = tmp_path_factory.mktemp("reference") / "run"
+    return run, run_train_job(config(run, view, tokenizer))
+
+
+def config(run: Path, view: View, tokenizer: Path, **changes: dict[str, Any]) -> TrainConfig:
+    sections = {name: dict(values) for name, values in SECTIONS.items()}
+    for name, values in changes.items():
+        sections[name] = {**sections.get(name, {}), **values}
+    return make_config(run, view.url, str(tokenizer), **sections)
+
+
+def test_a_run_leaves_what_it_says(
+    reference: tuple[Path, TrainSummary], view: View, tokenizer: Path
+) -> None:
+    run, summary = reference
+    assert summary.steps == STEPS == len(losses(run))
+    assert summary.final_loss == losses(run)[-1]
+    assert summary.resumed_from_step == 0
+    kept = sorted(int(path.name[5:]) for path in (run / "checkpoints").iterdir())
+    assert kept == [16, 20, 24]
+
+
+def test_the_exported_student_is_an_ordinary_model(
+    reference: tuple[Path, TrainSummary], view: View
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(reference[1].exported)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == view.label_sets[0].vocabulary()
+    assert model.generate(max_new_tokens=2).shape[1] >= 2
+    card = (folder / "README.md").read_text()
+    assert view.view_hash in card
+    assert view.label_sets[0].fingerprint in card
+
+
+def test_a_finished_run_is_not_run_again(
+    reference: tuple[Path, TrainSummary], view: View, tokenizer: Path, capsys: Any
+) -> None:
+    run, summary = reference
+    assert run_train_job(config(run, view, tokenizer)) == summary
+    assert "is finished" in capsys.readouterr().err
+
+
+def test_another_configuration_needs_another_folder(
+    reference: tuple[Path, TrainSummary], view: View, tokenizer: Path
+) -> None:
+    changed = config(reference[0], view, tokenizer, optimizer={"lr": 0.5})
+    with pytest.raises(ConfigError, match=r"optimizer\.lr \(there 0\.01, now 0\.5\).*run="):
+        run_train_job(changed)
+
+
+@pytest.mark.parametrize(("num_workers", "zero_stage"), [(1, 0), (2, 2), (2, 3)])
+def test_losses_do_not_depend_on_workers_or_stage(
+    tmp_path: Path,
+    reference: tuple[Path, TrainSummary],
+    view: View,
+    tokenizer: Path,
+    num_workers: int,
+    zero_stage: int,
+) -> None:
+    num_steps = 8 if zero_stage == 3 else STEPS
+    job = config(
+        tmp_path / "run",
+        view,
+        tokenizer,
+        data={"steps": num_steps},
+        ray={"num_workers": num_workers},
+        deepspeed={"zero_stage": zero_stage},
+    )
+    summary = run_train_job(job)
+    assert losses(tmp_path / "run") == pytest.approx(losses(reference[0])[:num_steps], abs=1e-5)
+    assert (Path(summary.exported) / "model.safetensors").exists()
+    if num_steps == STEPS:
+        assert_same_weights(Path(summary.exported), Path(reference[1].exported))
+
+
+def test_killed_and_damaged_then_run_again(
+    tmp_path: Path, reference: tuple[Path, TrainSummary], view: View, tokenizer: Path, capsys: Any
+) -> None:
+    """All processes of the job are killed; then the newest checkpoint is cut short, too."""
+    run = tmp_path / "run"
+    job = config(run, view, tokenizer)
+    (tmp_path / "train.toml").write_text(dump_toml(job))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cluster", "train", str(tmp_path / "train.toml")],
+        start_new_session=True,
+        env={**os.environ, "RAY_ADDRESS": ""},
+        cwd=Path(__file__).parents[2],
+    )
+    wait_for_step(run, 13)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    newest = max((run / "checkpoints").glob("*/manifest.json"), key=step_of).parent
+    victim = newest / "mp_rank_00_model_states.pt"
+    victim.write_bytes(victim.read_bytes()[:-100])
+
+    summary = run_train_job(job)
+    assert summary.steps == STEPS
+    assert summary.resumed_from_step == step_of(newest / "manifest.json") - 4
+    assert losses(run) == losses(reference[0])
+    assert_same_weights(Path(summary.exported), Path(reference[1].exported))
+    assert f"checkpoint {newest} is passed over" in capsys.readouterr().err
+
+
+def test_a_lost_worker_is_replaced(
+    tmp_path: Path, reference: tuple[Path, TrainSummary], view: View, tokenizer: Path
+) -> None:
+    run = tmp_path / "run"
+    killer = threading.Thread(target=kill_a_worker, args=(run, 6))
+    killer.start()
+    summary = run_train_job(config(run, view, tokenizer))
+    killer.join()
+    assert summary.resumed_from_step > 0
+    assert losses(run) == losses(reference[0])
+
+
+def test_another_number_of_workers_is_refused(
+    tmp_path: Path, reference: tuple[Path, TrainSummary], view: View, tokenizer: Path
+) -> None:
+    changed = config(reference[0], view, tokenizer, ray={"num_workers": 1})
+    with pytest.raises(ConfigError, match=r"ray\.num_workers \(there 2, now 1\)"):
+        run_train_job(changed)
+
+
+def test_divergence_stops_the_run(tmp_path: Path, view: View, tokenizer: Path) -> None:
+    job = config(
+        tmp_path / "run",
+        view,
+        tokenizer,
+        optimizer={"lr": 1e30},
+        schedule={"warmup_steps": 0},
+        deepspeed={"gradient_clipping": 0.0},
+    )
+    with pytest.raises(StudentError, match=r"of step \d+ is (nan|inf)"):
+        run_train_job(job)
+
+
+def test_a_flipped_byte_names_its_shard(tmp_path: Path, view: View, tokenizer: Path) -> None:
+    damaged = make_view(tmp_path, RecordSpec(k=4), view.label_sets[0].vocabulary())
+    shard = next((tmp_path / "labels" / "shards").iterdir())
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DamagedError, match=re.escape(shard.name)) as error:
+        run_train_job(config(tmp_path / "run", damaged, tokenizer))
+    assert "\n" not in str(error.value)
+
+
+def test_a_shard_cut_short_is_found_before_anything_starts(
+    tmp_path: Path, view: View, tokenizer: Path
+) -> None:
+    damaged = make_view(tmp_path, RecordSpec(k=4), view.label_sets[0].vocabulary())
+    shard = next((tmp_path / "labels" / "shards").iterdir())
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(DamagedError, match=re.escape(shard.name)):
+        run_train_job(config(tmp_path / "run", damaged, tokenizer))
+
+
+def wait_for_step(run: Path, step: int, timeout_s: float = 240) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        metrics = run / "metrics.jsonl"
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{run} did not reach step {step} in {timeout_s} s")
+
+
+def kill_a_worker(run: Path, step: int) -> None:
+    """Kills one training process that this test process has started, once the run is at a step."""
+    wait_for_step(run, step)
+    mine = [pid for pid, name in descendants(os.getpid()) if "RayTrainWorker" in name]
+    os.kill(mine[-1], signal.SIGKILL)
+
+
+def descendants(ancestor: int) -> Iterator[tuple[int, str]]:
+    """Process id and command line of all processes below one."""
+    parents, names = {}, {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            status = (path / "stat").read_text()
+            names[int(path.name)] = (path / "cmdline").read_text()
+            parents[int(path.name)] = int(status.rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    for pid, name in names.items():
+        above: int | None = pid
+        while above in parents and above != ancestor:
+            above = parents[above]
+        if above == ancestor and pid != ancestor:
+            yield pid, name
+
+
+def step_of(manifest: Path) -> int:
+    return int(manifest.parent.name[5:])
+
+
+def assert_same_weights(found: Path, expected: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    weights = load_file(found / "model.safetensors")
+    reference = load_file(expected / "model.safetensors")
+    assert weights.keys() == reference.keys()
+    for name, weight in weights.items():
+        assert torch.allclose(weight, reference[name], atol=1e-5), name
