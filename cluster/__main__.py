@@ -30,6 +30,12 @@ def _parser() -> argparse.ArgumentParser:
             "overrides", nargs="*", metavar="key.sub=value", help="values that replace the file's"
         )
         _add_json(command)
+    text = "look after label sets"
+    labels = commands.add_parser("labels", help=text, description=text.capitalize() + ".")
+    actions = labels.add_subparsers(dest="action", metavar="ACTION", required=True)
+    drop = actions.add_parser("drop", help="take a damaged unit out; label again to mend it")
+    drop.add_argument("url", help="the label set")
+    drop.add_argument("--unit", required=True, metavar="KEY", help="as the error named it")
     text = "run label, train or evaluate on a Ray cluster"
     submit = commands.add_parser("submit", help=text, description=text.capitalize() + ".")
     submit.add_argument("job", choices=("label", "train", "evaluate"))
@@ -95,6 +101,14 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _labels(args: argparse.Namespace) -> int:
+    from schemas.label_set import LabelSet
+
+    LabelSet.open(args.url).drop_unit(args.unit)
+    print(f"dropped unit {args.unit}; its rows are labelled again by the next label job")
+    return 0
+
+
 def _submit(args: argparse.Namespace) -> int:
     from cluster.submit import submit
 
@@ -120,6 +134,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "label": _label,
     "train": _train,
     "evaluate": _evaluate,
+    "labels": _labels,
     "submit": _submit,
     "demo": _demo,
 }

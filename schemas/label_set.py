@@ -313,6 +313,23 @@ class LabelSet:
     ) -> pa.Table:
         return read_table(self.store, rel, schema, num_rows, manifest.unit_key)
 
+    def drop_unit(self, unit_key: str) -> None:
+        """Takes a unit out of the set, so that the next job labels its rows again.
+
+        Only the manifest goes, which no reader does without; it need not be whole. What it named is
+        garbage from then on.
+
+        Raises:
+            StoreError: there is no such unit.
+        """
+        rel = manifest_path(unit_key)
+        if not _UNIT_KEY.fullmatch(unit_key) or not self.store.exists(rel):
+            raise StoreError(
+                f"{self.url}: has no unit {unit_key}; units are the names of the files in "
+                f"{self.store.path('manifests')}, without .json"
+            )
+        self.store.delete(rel)
+
     # Reading labels
 
     def read_rows(self, where: pa.Table, columns: Sequence[str] | None = None) -> LabelRows:
