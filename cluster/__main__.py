@@ -93,9 +93,11 @@ def _train(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from schemas.config import load_toml
-    from trainer.evaluate import EvaluateConfig, run_evaluate
+    from trainer.evaluate_config import EvaluateConfig
 
     config = load_toml(args.config, EvaluateConfig, args.overrides)
+    from trainer.evaluate import run_evaluate  # imports torch: a wrong config need not wait
+
     summary = run_evaluate(config)
     _write_json(args.json, summary.model_dump_json(indent=2))
     return 0
