@@ -129,6 +129,20 @@ def cluster_size() -> tuple[list[float], float]:
     return cpus, float(sum(node.get("GPU", 0.0) for node in alive))
 
 
+def this_node() -> str:
+    """The name that Ray gives to the node of this process."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def is_lost_node(name: str) -> bool:
+    """Whether a node of the cluster is gone."""
+    import ray
+
+    return name not in {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
 @contextmanager
 def quiet_ray_data(target_block_bytes: int) -> Iterator[None]:
     """Settings of Ray Data for one job: errors as they were raised, nothing printed."""

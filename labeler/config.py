@@ -125,8 +125,13 @@ class RunConfig(StrictModel):
     threads_per_replica: int | None = Field(
         default=None, ge=1, description="OMP threads of a teacher actor; unset: the host's CPUs"
     )
-    max_restarts: int = Field(default=2, ge=0, description="of a teacher actor that died")
-    max_task_retries: int = Field(default=2, ge=0, description="of a task whose worker died")
+    max_restarts: int = Field(
+        default=30,
+        ge=0,
+        description="of a teacher actor that died; finding one row that kills engines takes about "
+        "4 + log2(unit_rows)",
+    )
+    max_task_retries: int = Field(default=30, ge=0, description="of a task whose worker died")
     retry_quarantined: bool = Field(
         default=False, description="try rows again that earlier runs put in quarantine"
     )

@@ -9,27 +9,36 @@ limited, which they are not by default.
 import functools
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from labeler.cluster_session import Resources, quiet_ray_data, user_error
-from labeler.config import LabelConfig
+from labeler.attempts import Attempts, remove_attempts
+from labeler.cluster_session import (
+    Resources,
+    is_lost_node,
+    quiet_ray_data,
+    this_node,
+    user_error,
+)
+from labeler.config import LabelConfig, TeacherConfig
 from labeler.identity import load_tokenizer
 from labeler.ledger import Ledger
 from labeler.pieces import FrozenKeys, PieceReader, PieceResult
 from labeler.progress import Progress
 from labeler.requests import REQUEST_SCHEMA, from_table, to_table
 from labeler.sources import Piece
-from labeler.teachers.base import make_teacher
+from labeler.survivor import Survivor
+from labeler.teachers.base import Teacher, make_teacher
 from labeler.text_rows import TextRows
 from labeler.units import UnitDone, UnitLabeller
 from schemas.keys import Keys, stack_keys, unit_key
 from schemas.label_set import LabelSet
 from schemas.roster import write_part
+from schemas.spec import RecordSpec
 
 BLOCK_UNITS = 4
 """Units of requests that travel together; more would wait in one actor's queue for too long."""
@@ -44,10 +53,12 @@ class RunSetup:
     Attributes:
         run: Identity of the run.
         config: With paths that mean the same in every process.
+        make_teacher: Loads the teacher, in its actor.
     """
 
     run: str
     config: LabelConfig
+    make_teacher: Callable[[TeacherConfig, RecordSpec], Teacher] = make_teacher
 
     @property
     def salt(self) -> str:
@@ -93,6 +104,7 @@ def run_pipeline(
         raise known from None
     finally:
         ray.kill(ledger)
+    remove_attempts(LabelSet.open(config.labels).store, setup.run)
 
 
 def _dataset(
@@ -223,10 +235,13 @@ class _TeacherActor:
     def __init__(self, setup: RunSetup, ledger: Any) -> None:
         config = setup.config
         self._ledger = ledger
-        make = None
+        label_set = LabelSet.open(config.labels)
+        teacher = None
         if config.teacher.backend != "none":
-            make = functools.partial(make_teacher, config.teacher, config.record)
-        self._units = UnitLabeller(LabelSet.open(config.labels), make, config.generate, setup.salt)
+            make = functools.partial(setup.make_teacher, config.teacher, config.record)
+            attempts = Attempts(label_set.store, setup.run, this_node(), is_lost_node)
+            teacher = Survivor(make, attempts, config.generate)
+        self._units = UnitLabeller(label_set, teacher, setup.salt)
 
     def __call__(self, requests: pa.Table) -> pa.Table:
         if not requests.num_rows:

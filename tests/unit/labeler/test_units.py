@@ -1,13 +1,15 @@
 """A unit of requests as one commit: labelled or quarantined, never twice."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from labeler.attempts import Attempts
 from labeler.requests import Request, label_request, sample_requests
-from labeler.teachers.base import RowFailure, RowLabels
+from labeler.survivor import Survivor
+from labeler.teachers.base import RowFailure, RowLabels, Teacher
 from labeler.units import UnitLabeller
 from labeler.windows import all_but_first
 from schemas.label_set import LabelSet
@@ -90,6 +92,15 @@ def make_set(
     return LabelSet.create_or_open(str(folder / "labels"), spec)
 
 
+def labeller(
+    labels: LabelSet,
+    make: Callable[[], Teacher],
+    generation: GenerationSpec | None = None,
+    salt: str = "",
+) -> UnitLabeller:
+    return UnitLabeller(labels, Survivor(make, Attempts(labels.store, "run"), generation), salt)
+
+
 def requests(*rows: list[int]) -> list[Request]:
     return [
         label_request(np.array(row, np.int32), all_but_first(len(row)), "a.jsonl", place, 0)
@@ -99,7 +110,7 @@ def requests(*rows: list[int]) -> list[Request]:
 
 def test_each_request_is_labelled_or_quarantined(tmp_path: Path, teacher: UniformTeacher) -> None:
     labels = make_set(tmp_path)
-    units = UnitLabeller(labels, lambda: teacher, None)
+    units = labeller(labels, lambda: teacher)
     batch = requests([1, 2, 3], [4, BAD_TOKEN], [5, 6])
     done = units.label(batch)
     assert (done.num_rows, done.num_labels, done.num_tokens, done.num_quarantined) == (2, 3, 5, 1)
@@ -114,8 +125,8 @@ def test_each_request_is_labelled_or_quarantined(tmp_path: Path, teacher: Unifor
 def test_a_unit_is_labelled_once(tmp_path: Path, teacher: UniformTeacher) -> None:
     labels = make_set(tmp_path)
     batch = requests([1, 2, 3], [5, 6])
-    done = UnitLabeller(labels, lambda: teacher, None).label(batch)
-    assert UnitLabeller(labels, lambda: teacher, None).label(batch[::-1]) == done
+    done = labeller(labels, lambda: teacher).label(batch)
+    assert labeller(labels, lambda: teacher).label(batch[::-1]) == done
     assert teacher.num_labelled == 2
     assert len(labels.manifests()) == 1
 
@@ -125,12 +136,12 @@ def test_no_teacher_is_made_for_units_that_are_there(
 ) -> None:
     labels = make_set(tmp_path)
     batch = requests([1, 2, 3])
-    UnitLabeller(labels, lambda: teacher, None).label(batch)
+    labeller(labels, lambda: teacher).label(batch)
 
     def refuse() -> UniformTeacher:
         raise AssertionError("a teacher was made")
 
-    UnitLabeller(labels, refuse, None).label(batch)
+    labeller(labels, refuse).label(batch)
 
 
 def test_rows_of_a_quarantined_unit_can_be_tried_again(
@@ -138,19 +149,19 @@ def test_rows_of_a_quarantined_unit_can_be_tried_again(
 ) -> None:
     labels = make_set(tmp_path)
     batch = requests([4, BAD_TOKEN])
-    UnitLabeller(labels, lambda: teacher, None).label(batch)
+    labeller(labels, lambda: teacher).label(batch)
     assert len(labels.quarantined_keys()) == 1
     teacher._one = lambda ids, spans: UniformTeacher._one(  # type: ignore[method-assign]  # cured
         teacher, np.where(ids == BAD_TOKEN, 0, ids), spans
     )
-    UnitLabeller(labels, lambda: teacher, None, salt="second run").label(batch)
+    labeller(labels, lambda: teacher, salt="second run").label(batch)
     assert len(labels.quarantined_keys()) == 0
     assert len(labels.committed_keys()) == 1
 
 
 def test_tokens_need_no_teacher(tmp_path: Path) -> None:
     labels = make_set(tmp_path, "tokens")
-    done = UnitLabeller(labels, None, None).label(requests([1, 2, 3]))
+    done = UnitLabeller(labels, None).label(requests([1, 2, 3]))
     assert (done.num_rows, done.num_labels) == (1, 2)
     rows = labels.read_rows(labels.index())
     assert rows.head_len is None
@@ -159,7 +170,7 @@ def test_tokens_need_no_teacher(tmp_path: Path) -> None:
 
 def test_responses_are_generated_and_labelled(tmp_path: Path, teacher: UniformTeacher) -> None:
     labels = make_set(tmp_path, generation=GENERATION)
-    units = UnitLabeller(labels, lambda: teacher, GENERATION)
+    units = labeller(labels, lambda: teacher, GENERATION)
     first = sample_requests(np.array([7, 8], np.int32), GENERATION, "a", 0)
     second = sample_requests(np.array([9], np.int32), GENERATION, "a", 1)[1:]  # one was cached
     bad = sample_requests(np.array([BAD_TOKEN], np.int32), GENERATION, "a", 2)

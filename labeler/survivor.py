@@ -1,0 +1,136 @@
+"""A teacher that outlives rows which kill its engine.
+
+Such a row must not end the job, nor be tried for ever, nor take others with it. Rows over which an
+engine died twice are halved, and the halves are tried on a fresh engine, until the row that does it
+is alone. It is quarantined when it alone has killed two fresh engines while a canary row passes on
+another. If the canary does not pass either, it is the engine that is broken, and the job ends.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from labeler.attempts import Attempts
+from labeler.requests import Request, key_of_unit
+from labeler.teachers.base import RowFailure, Teacher
+from labeler.unit_labels import UnitLabels, label_requests
+from schemas.errors import TeacherError
+from schemas.spec import GenerationSpec
+
+MAX_STARTS = 3
+"""Engines that may die while they start or label the canary, before the run gives up."""
+
+DEADLY = 2
+"""Engines that have to die over the same rows before it is put down to the rows."""
+
+_START = "start"
+_CANARY = "canary"
+_HARMLESS = {_START: "started", _CANARY: "labelled a row of two tokens"}
+_CANARY_IDS = np.array([0, 1], np.int32)
+_CANARY_SPANS = np.array([1, 2], np.int32)
+
+
+class Survivor:
+    """Labels requests, with as many engines as it takes.
+
+    The engine is made when the first requests come, so that a run that has nothing to do starts
+    none. Calls may come from several threads; the engine works on one at a time, so that it is
+    known over which requests it died.
+    """
+
+    def __init__(
+        self,
+        make_teacher: Callable[[], Teacher],
+        attempts: Attempts,
+        generation: GenerationSpec | None,
+    ) -> None:
+        self._make_teacher = make_teacher
+        self._attempts = attempts
+        self._generation = generation
+        self._teacher: Teacher | None = None
+        self._lock = threading.Lock()
+
+    def label(self, requests: Sequence[Request]) -> tuple[UnitLabels, dict[str, object]]:
+        """What became of each request, and the provenance of the labels.
+
+        Raises:
+            TeacherError: No engine can be made, or engines die whatever they label.
+        """
+        with self._lock:
+            found = self._labelled(list(requests), suspected=False)
+            return found, self._running().provenance()
+
+    def _labelled(self, requests: list[Request], suspected: bool) -> UnitLabels:
+        """Labels requests; ``suspected`` ones are part of what engines died over before."""
+        key = key_of_unit(requests)
+        deaths = self._attempts.deaths(key)
+        alone = len(requests) == 1
+        while deaths < (1 if suspected and not alone else DEADLY):
+            teacher = self._running()
+            record = self._attempts.begin(key)
+            try:
+                found = label_requests(requests, teacher, self._generation)
+            except TeacherError:
+                self._attempts.failed(record)
+                self._drop()
+                deaths += 1
+                continue
+            self._attempts.end(record)
+            return found
+        self._check_canary()
+        if alone:
+            detail = f"{deaths} engines died while they had this row alone"
+            return UnitLabels([], [], [requests[0].quarantined("kills_engine", detail)])
+        middle = len(requests) // 2
+        halves = [self._labelled(half, True) for half in (requests[:middle], requests[middle:])]
+        return halves[0].joined(halves[1])
+
+    def _running(self) -> Teacher:
+        if self._teacher is None:
+            record = self._begin_harmless(_START)
+            # What cannot be loaded at all raises here, and says why; a crash leaves the record.
+            try:
+                self._teacher = self._make_teacher()
+            except TeacherError:
+                self._attempts.end(record)
+                raise
+            self._attempts.clear(_START)
+        return self._teacher
+
+    def _begin_harmless(self, key: str) -> str:
+        """Records an attempt that no row of the corpus can be blamed for."""
+        deaths = self._attempts.deaths(key)
+        if deaths >= MAX_STARTS:
+            raise TeacherError(
+                f"{deaths} engines died while they {_HARMLESS[key]}: the teacher cannot run here; "
+                "try fewer replicas, a smaller text.max_tokens or other teacher.engine options"
+            )
+        return self._attempts.begin(key)
+
+    def _check_canary(self) -> None:
+        """Labels a row of two tokens; raises a TeacherError if no engine can."""
+        while True:  # until one passes, or too many died
+            teacher = self._running()
+            record = self._begin_harmless(_CANARY)
+            try:
+                (result,) = teacher.label([_CANARY_IDS], [_CANARY_SPANS])
+            except TeacherError:
+                self._attempts.failed(record)
+                self._drop()
+                continue
+            self._attempts.clear(_CANARY)
+            if isinstance(result, RowFailure):
+                raise TeacherError(
+                    f"the teacher cannot label a row of two tokens: {result.reason} "
+                    f"({result.detail})"
+                )
+            return
+
+    def _drop(self) -> None:
+        """Ends an engine that failed, as far as it still can be."""
+        teacher, self._teacher = self._teacher, None
+        if teacher is not None:
+            with contextlib.suppress(Exception):  # it is broken already
+                teacher.close()

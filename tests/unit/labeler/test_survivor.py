@@ -1,0 +1,171 @@
+"""Rows that kill engines: found by halving, quarantined alone, their neighbours labelled."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from labeler.attempts import Attempts, remove_attempts
+from labeler.requests import Request, label_request
+from labeler.survivor import Survivor
+from labeler.teachers.base import RowFailure, RowLabels
+from labeler.windows import all_but_first
+from schemas.errors import TeacherError
+from schemas.spec import GenerationSpec
+from schemas.storage import Store
+
+POISON = 666
+REFUSED = 13
+
+
+class FragileTeacher:
+    """Its engine dies over a certain token, by an error or together with the process."""
+
+    started = 0
+
+    def __init__(self, crash: bool = False, canary_dies: bool = False) -> None:
+        type(self).started += 1
+        self._crash = crash
+        self._canary_dies = canary_dies
+
+    def label(
+        self, token_ids: Sequence[np.ndarray], label_spans: Sequence[np.ndarray]
+    ) -> list[RowLabels | RowFailure]:
+        if any(POISON in ids for ids in token_ids) or (self._canary_dies and len(token_ids) == 1):
+            if self._crash:
+                os._exit(11)
+            raise TeacherError("the engine died")
+        return [
+            RowFailure("refused", "") if REFUSED in ids else _labels(len(ids)) for ids in token_ids
+        ]
+
+    def generate(
+        self,
+        prompt_ids: Sequence[np.ndarray],
+        generation: GenerationSpec,
+        seeds: Sequence[Sequence[int]],
+    ) -> list[list[np.ndarray] | RowFailure]:
+        raise AssertionError("nothing is generated here")
+
+    def provenance(self) -> dict[str, object]:
+        return {}
+
+    def close(self) -> None:
+        raise RuntimeError("an engine that died does not close")
+
+
+def _labels(count: int) -> RowLabels:
+    zeros = np.zeros(count, np.float32)
+    return RowLabels(
+        head_ids=np.zeros((count, 1), np.int32),
+        head_logprobs=zeros[:, None],
+        tail_logmass=zeros,
+        target_logprob=zeros,
+        target_rank=np.ones(count, np.int32),
+        entropy=None,
+        lse=None,
+    )
+
+
+def requests(tokens: list[int]) -> list[Request]:
+    return [
+        label_request(np.array([token, token], np.int32), all_but_first(2), "a", place, 0)
+        for place, token in enumerate(tokens)
+    ]
+
+
+def survivor(folder: Path, run: str = "run", **teacher: bool) -> Survivor:
+    FragileTeacher.started = 0
+    attempts = Attempts(Store(str(folder)), run)
+    return Survivor(lambda: FragileTeacher(**teacher), attempts, None)
+
+
+def test_the_row_that_kills_is_alone_in_quarantine(tmp_path: Path) -> None:
+    tokens = [*range(20, 51), POISON, REFUSED]
+    found, _ = survivor(tmp_path).label(requests(tokens))
+    assert [request.place for request in found.requests] == list(range(31))
+    assert found.labels is not None
+    assert len(found.labels) == 31
+    reasons = {row.place: row.reason for row in found.quarantined}
+    assert reasons == {31: "kills_engine", 32: "refused"}
+    assert FragileTeacher.started <= 4 + np.ceil(np.log2(len(tokens))) + 1
+
+
+def test_every_killer_of_a_unit_is_found(tmp_path: Path) -> None:
+    tokens = [20, POISON, 21, 22, POISON, 23]
+    batch = requests(tokens)
+    batch[4] = label_request(np.array([POISON, 1], np.int32), all_but_first(2), "a", 4, 0)
+    found, _ = survivor(tmp_path).label(batch)
+    assert [row.place for row in found.quarantined] == [1, 4]
+    assert [request.place for request in found.requests] == [0, 2, 3, 5]
+
+
+def test_a_broken_engine_ends_the_run_and_blames_no_row(tmp_path: Path) -> None:
+    with pytest.raises(TeacherError, match="3 engines died while they labelled a row of two"):
+        survivor(tmp_path, canary_dies=True).label(requests([20, POISON]))
+
+
+def test_a_teacher_that_cannot_be_made_says_why_at_once(tmp_path: Path) -> None:
+    calls = []
+
+    def refuse() -> FragileTeacher:
+        calls.append(1)
+        raise TeacherError("no such model")
+
+    teacher = Survivor(refuse, Attempts(Store(str(tmp_path)), "run"), None)
+    for _ in range(5):
+        with pytest.raises(TeacherError, match="no such model"):
+            teacher.label(requests([20]))
+    assert len(calls) == 5
+
+
+def test_no_engine_starts_before_the_first_rows(tmp_path: Path) -> None:
+    survivor(tmp_path)
+    assert FragileTeacher.started == 0
+
+
+def test_only_this_run_and_living_nodes_count(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    first = Attempts(store, "first", node="a")
+    for _ in range(2):
+        first.failed(first.begin("key"))
+    assert Attempts(store, "first", node="b").deaths("key") == 2
+    assert Attempts(store, "first", is_lost=lambda node: node == "a").deaths("key") == 0
+    assert Attempts(store, "second").deaths("key") == 0
+    came_back = first.begin("other")
+    first.end(came_back)
+    assert first.deaths("other") == 0
+    remove_attempts(store, "first")
+    assert first.deaths("key") == 0
+    remove_attempts(store, "first")  # of a run that left nothing
+
+
+CHILD = """
+import json, sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+from test_survivor import requests, survivor
+found, _ = survivor(Path({folder!r}), crash=True).label(requests({tokens!r}))
+print(json.dumps([[r.place for r in found.requests], [r.place for r in found.quarantined]]))
+"""
+
+
+def test_processes_that_die_are_survived(tmp_path: Path) -> None:
+    """The process is the engine: whoever restarts it, as Ray does, gets on in the end."""
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parents[2])]
+    child = CHILD.format(paths=paths, folder=str(tmp_path), tokens=[20, 21, POISON, 22])
+    deaths = 0
+    while deaths < 12:
+        done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True)
+        if done.returncode == 0:
+            break
+        assert done.returncode == 11, done.stderr
+        deaths += 1
+    assert json.loads(done.stdout) == [[0, 1, 3], [2]]
+    assert deaths == 5  # the four rows twice, a half once, the row alone twice
