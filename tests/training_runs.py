@@ -53,6 +53,7 @@ def make_config(run: Path, view: str, tokenizer: str, **sections: dict[str, Any]
                 "num_hidden_layers": 2,
                 "num_attention_heads": 2,
                 "num_key_value_heads": 2,
+                "tie_word_embeddings": True,
             },
             "tokenizer": tokenizer,
         },

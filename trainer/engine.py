@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from trainer.config import OptimizerConfig, TrainConfig
@@ -21,7 +22,7 @@ def prepare_process(config: TrainConfig) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
     # Ray sets OMP_NUM_THREADS, but torch may have been imported by then.
     torch.set_num_threads(config.ray.cpus_per_worker)
-    torch.manual_seed(config.data.seed)
+    torch.manual_seed(config.data.seed + dist.get_rank())  # dropout differs between ranks
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 

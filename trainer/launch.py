@@ -106,7 +106,7 @@ def _train(
         TutelageError: what a worker met; a StudentError for what nobody foresaw.
     """
     import ray
-    from ray.train import TrainingFailedError
+    from ray.exceptions import RayError
 
     from trainer.loop import TrainJob, train_worker
 
@@ -114,19 +114,29 @@ def _train(
     job = TrainJob(config, os.getcwd(), view_hash, num_steps, board)
     storage = (folder.path / "ray").resolve()
     watcher = Watcher(lambda seen: ray.get(board.news.remote(seen)))
-    failure: Exception | None = None
     try:
         with watcher if progress else contextlib.nullcontext():
-            _torch_trainer(config, train_worker, job, str(storage)).fit()
-    except TrainingFailedError as error:
-        failure = error
+            failure = _fit(_torch_trainer(config, train_worker, job, str(storage)))
+        known: TutelageError | None = ray.get(board.error.remote())
+    except RayError as error:
+        raise StudentError(f"the Ray cluster was lost: {_unforeseen(error, config)}") from error
     finally:
         shutil.rmtree(storage, ignore_errors=True)  # Ray's own notes; ours are in the run folder
-    known: TutelageError | None = ray.get(board.error.remote())
     if known is not None:
         raise known from failure
     if failure is not None:
         raise StudentError(_unforeseen(failure, config)) from failure
+
+
+def _fit(trainer: Any) -> Exception | None:
+    """Runs to the end; returns what made training fail for good."""
+    from ray.train import TrainingFailedError
+
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        return error
+    return None
 
 
 def _torch_trainer(config: TrainConfig, worker: Any, job: Any, storage: str) -> Any:

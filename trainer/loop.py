@@ -277,7 +277,8 @@ class Worker:
     def _post(self) -> None:
         """Tells the person who waits how far the run is."""
         now = time.perf_counter()
-        if self._rank != 0 or now - self._posted_at < PROGRESS_EVERY_S:
+        is_last = self._progress.step == self._job.num_steps
+        if self._rank != 0 or (now - self._posted_at < PROGRESS_EVERY_S and not is_last):
             return
         self._posted_at = now
         point = self._point()

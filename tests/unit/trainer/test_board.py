@@ -1,0 +1,49 @@
+"""What a person sees while a run goes on."""
+
+import pytest
+
+from schemas.errors import DamagedError, StudentError
+from trainer.board import Board, Progress, Watcher
+
+PROGRESS = Progress(
+    step=120,
+    num_steps=600,
+    loss=3.21456,
+    tokens_per_s=12345.6,
+    data_wait_share=0.0123,
+    seconds_left=3725,
+)
+
+
+def test_a_line_says_how_far_and_how_long() -> None:
+    assert PROGRESS.line() == (
+        "step 120/600  loss 3.2146  12,346 tokens/s  1.2% waiting for data  1 h 02 min left"
+    )
+
+
+def test_the_first_error_is_kept() -> None:
+    board = Board()
+    assert board.error() is None
+    board.fail(DamagedError("the cause"))
+    board.fail(StudentError("its consequence"))
+    assert str(board.error()) == "the cause"
+
+
+def test_notes_are_shown_once_and_the_last_progress_always(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    board = Board()
+    board.note("one")
+    board.note("two")
+    with Watcher(board.news):
+        board.progress(PROGRESS)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["one", "two", PROGRESS.line()]
+
+
+def test_a_lost_board_does_not_end_the_run() -> None:
+    def lost(_: int) -> tuple[None, list[str]]:
+        raise ConnectionError
+
+    with Watcher(lost):
+        pass

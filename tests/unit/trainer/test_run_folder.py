@@ -1,0 +1,118 @@
+"""The run folder: one run only, and a learning curve without repeats."""
+
+from pathlib import Path
+
+import pytest
+from training_runs import losses, make_config
+
+from schemas.errors import ConfigError, DamagedError
+from trainer.curve import Curve, Point
+from trainer.run_folder import RunFolder, TrainSummary, write_atomic
+
+
+def summary(run: Path) -> TrainSummary:
+    return TrainSummary(
+        run=str(run),
+        world_size=1,
+        zero_stage=0,
+        steps=12,
+        tokens=100,
+        labels=90,
+        resumed_from_step=0,
+        final_loss=0.1,
+        seconds=1.0,
+        tokens_per_s=100.0,
+        data_wait_share=0.0,
+        rows_dropped=0,
+        view_hash="hash",
+        label_sets=["set"],
+        exported=str(run / "student"),
+    )
+
+
+def point(step: int) -> Point:
+    return Point(
+        step=step,
+        tokens=10 * step,
+        loss=1 / step,
+        ce=1.0,
+        kl=0.0,
+        lr=0.1,
+        grad_norm=1.0,
+        tokens_per_s=1.0,
+        data_wait_share=0.0,
+    )
+
+
+def test_the_same_run_goes_on_and_is_known_to_be_finished(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    folder, config = RunFolder(str(run)), make_config(run, "view", "tokenizer")
+    assert folder.open(config, "hash", ["set"]) is None
+    assert folder.open(config, "hash", ["set"]) is None
+    folder.finish(summary(run))
+    assert folder.open(config, "hash", ["set"]) == summary(run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "view_hash", "named"),
+    [
+        ({"optimizer": {"lr": 0.5}}, "hash", r"optimizer\.lr \(there 0\.01, now 0\.5\)"),
+        ({"data": {"seed": 3}}, "hash", r"data\.seed"),
+        ({"student": {"seed": 3}}, "hash", r"student\.seed"),
+        ({"deepspeed": {"native": {"x": 1}}}, "hash", r"deepspeed\.native"),
+        ({}, "other", "view hash"),
+    ],
+)
+def test_another_run_is_refused(
+    tmp_path: Path, changes: dict[str, dict[str, object]], view_hash: str, named: str
+) -> None:
+    run = tmp_path / "run"
+    RunFolder(str(run)).open(make_config(run, "view", "tokenizer"), "hash", ["set"])
+    changed = make_config(run, "view", "tokenizer", **changes)
+    with pytest.raises(ConfigError, match=named):
+        RunFolder(str(run)).open(changed, view_hash, ["set"])
+
+
+def test_what_does_not_change_the_training_may_change(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    folder = RunFolder(str(run))
+    folder.open(make_config(run, "view", "tokenizer"), "hash", ["set"])
+    moved = make_config(
+        run,
+        "moved/view",
+        "tokenizer",
+        ray={"address": "auto", "cpus_per_worker": 2},
+        checkpoint={"keep": 9},
+        data={"prefetch_steps": 5},
+    )
+    assert folder.open(moved, "hash", ["set"]) is None
+
+
+def test_a_damaged_run_folder_is_named(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "view", "tokenizer")
+    RunFolder(str(tmp_path)).open(config, "hash", ["set"])
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(DamagedError, match=r"run\.json"):
+        RunFolder(str(tmp_path)).open(config, "hash", ["set"])
+
+
+def test_points_after_the_checkpoint_come_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    curve = Curve(path, None, 0)
+    for step in (1, 2, 3):
+        curve.append(point(step))
+    curve.close()
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')  # a line that a killed process began
+    curve = Curve(path, None, 2)
+    curve.append(point(3))
+    curve.close()
+    assert losses(tmp_path) == [1.0, 1 / 2, 1 / 3]
+
+
+def test_atomic_writes_replace(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "file"
+    write_atomic(path, b"one")
+    write_atomic(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert [child.name for child in path.parent.iterdir()] == ["file"]
