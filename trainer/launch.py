@@ -57,7 +57,7 @@ def run_train_job(config: TrainConfig, progress: bool = True) -> TrainSummary:
         + (f"; {rows.num_dropped:,} longer rows are left out" if rows.num_dropped else ""),
     )
     with _ray(config.ray, progress):
-        _train(config, view.view_hash, num_steps, folder, progress)
+        _train(config, folder, view.view_hash, num_steps, progress)
     summary = folder.summary()
     if summary is None:
         raise StudentError(f"the run in {config.run} ended without a summary; run it again")
@@ -98,7 +98,7 @@ def _vocab_size(student: StudentConfig, tokenizer: Any) -> int:
 
 
 def _train(
-    config: TrainConfig, view_hash: str, num_steps: int, folder: RunFolder, progress: bool
+    config: TrainConfig, folder: RunFolder, view_hash: str, num_steps: int, progress: bool
 ) -> None:
     """Runs all workers to the end.
 
@@ -111,7 +111,7 @@ def _train(
     from trainer.loop import TrainJob, train_worker
 
     board = ray.remote(num_cpus=0)(Board).remote()
-    job = TrainJob(config, os.getcwd(), view_hash, num_steps, board)
+    job = TrainJob(config, os.getcwd(), folder.claim(), view_hash, num_steps, board)
     storage = (folder.path / "ray").resolve()
     watcher = Watcher(lambda seen: ray.get(board.news.remote(seen)))
     try:

@@ -41,6 +41,7 @@ class TrainJob:
 
     Attributes:
         folder: where relative paths begin: the driver's working directory.
+        owner: from ``RunFolder.claim``.
         view_hash: of the view as the driver saw it.
         num_steps: global steps of the whole run.
         board: handle of the ``trainer.board.Board`` actor.
@@ -48,6 +49,7 @@ class TrainJob:
 
     config: TrainConfig
     folder: str
+    owner: str
     view_hash: str
     num_steps: int
     board: Any
@@ -82,6 +84,7 @@ class Worker:
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         prepare_process(self._config)
         self._folder = RunFolder(self._config.run)
+        self._folder.check_owner(job.owner)
         self._view = _open_view(job)
         self._label_sets = [label_set.fingerprint for label_set in self._view.label_sets]
         self._rows = read_row_table(self._view, self._config.data)
@@ -182,6 +185,7 @@ class Worker:
         if step % self._config.log.every_steps == 0 or step == self._job.num_steps:
             point = self._point()
             if self._curve is not None:
+                self._folder.check_owner(self._job.owner)
                 self._curve.append(point)
             self._progress = self._progress.model_copy(
                 update={"final_loss": point.loss, "pending": dict.fromkeys(SUMS, 0.0)}
@@ -191,6 +195,7 @@ class Worker:
         """Saves a checkpoint where one is due."""
         step, every = self._progress.step, self._config.checkpoint.every_steps
         if step % every == 0 or step == self._job.num_steps:
+            self._folder.check_owner(self._job.owner)
             save_checkpoint(
                 self._engine,
                 self._folder.checkpoints,
@@ -201,6 +206,7 @@ class Worker:
 
     def _finish(self) -> None:
         done, here = self._progress, self._here
+        self._folder.check_owner(self._job.owner)
         card = model_card(
             self._config,
             self._label_sets,
@@ -316,18 +322,13 @@ def _open_view(job: TrainJob) -> View:
     """The view, which must be the one that the driver planned with.
 
     Raises:
-        ConfigError: it is another one by now, or the run folder is not shared with the driver.
+        ConfigError: it is another one by now.
     """
     view = View.open(job.config.view)
     if view.view_hash != job.view_hash:
         raise ConfigError(
             f"view {job.config.view} has hash {view.view_hash} here, {job.view_hash} where the run "
             "was started; it was replaced meanwhile, or is not on storage that all workers share"
-        )
-    if not (RunFolder(job.config.run).path / "run.json").exists():
-        raise ConfigError(
-            f"run folder {job.config.run} is not there on node {ray.util.get_node_ip_address()}; "
-            "put it on a file system that all nodes share"
         )
     return view
 

@@ -4,6 +4,7 @@
 RUN/
   config.toml          the complete configuration, readable back
   run.json             what the run stands for; another configuration needs another folder
+  owner                the process that may write here: the one that was started last
   metrics.jsonl        the learning curve
   tensorboard/         the same for TensorBoard
   checkpoints/         see trainer.checkpoint
@@ -16,12 +17,14 @@ The folder must be on a file system that all workers share.
 
 import json
 import os
+import socket
 import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
 from schemas.config import StrictModel, dump_toml
-from schemas.errors import ConfigError, DamagedError
+from schemas.errors import ConfigError, DamagedError, StudentError
 from trainer.config import TrainConfig
 
 RunIdentity = dict[str, Any]
@@ -112,6 +115,38 @@ class RunFolder:
         """What the run came to; None while it is not finished."""
         summary = self._read_json("summary.json")
         return None if summary is None else TrainSummary.model_validate(summary)
+
+    def claim(self) -> str:
+        """Makes the caller the only one that may write here.
+
+        Workers of a driver that was killed may live on for a while; they find at their next write
+        that they are not the owner any more.
+
+        Returns:
+            What to show to ``check_owner``.
+        """
+        owner = f"{uuid.uuid4().hex} {socket.gethostname()} {os.getpid()}"
+        write_atomic(self.path / "owner", owner.encode())
+        return owner
+
+    def check_owner(self, owner: str) -> None:
+        """Refuses to go on beside another process.
+
+        Raises:
+            StudentError: the folder was claimed by a later start, or is not there on this machine.
+        """
+        try:
+            found = (self.path / "owner").read_text()
+        except FileNotFoundError as error:
+            raise StudentError(
+                f"run folder {self.path} is not there on {socket.gethostname()}; put it on a file "
+                "system that all nodes share"
+            ) from error
+        if found != owner:
+            _, host, pid = found.split()
+            raise StudentError(
+                f"{self.path} was started again by process {pid} on {host}, so this one stops"
+            )
 
     def finish(self, summary: TrainSummary) -> None:
         """Writes the summary, which says that the run is finished."""

@@ -1,5 +1,6 @@
 """Training on real Ray Train and DeepSpeed: exact on any split, and after any interruption."""
 
+import contextlib
 import os
 import re
 import signal
@@ -144,12 +145,13 @@ def test_killed_and_damaged_then_run_again(
     (tmp_path / "train.toml").write_text(dump_toml(job))
     process = subprocess.Popen(
         [sys.executable, "-m", "cluster", "train", str(tmp_path / "train.toml")],
-        start_new_session=True,
         env={**os.environ, "RAY_ADDRESS": ""},
         cwd=Path(__file__).parents[2],
     )
     wait_for_step(run, 13)
-    os.killpg(process.pid, signal.SIGKILL)
+    for pid in [process.pid, *(pid for pid, _ in descendants(process.pid))]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
     newest = max((run / "checkpoints").glob("*/manifest.json"), key=step_of).parent
     victim = newest / "mp_rank_00_model_states.pt"

@@ -1,11 +1,12 @@
 """The run folder: one run only, and a learning curve without repeats."""
 
+import os
 from pathlib import Path
 
 import pytest
 from training_runs import losses, make_config
 
-from schemas.errors import ConfigError, DamagedError
+from schemas.errors import ConfigError, DamagedError, StudentError
 from trainer.curve import Curve, Point
 from trainer.run_folder import RunFolder, TrainSummary, write_atomic
 
@@ -94,6 +95,18 @@ def test_a_damaged_run_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(DamagedError, match=r"run\.json"):
         RunFolder(str(tmp_path)).open(config, "hash", ["set"])
+
+
+def test_only_the_process_started_last_may_write(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path))
+    first = folder.claim()
+    folder.check_owner(first)
+    second = folder.claim()
+    folder.check_owner(second)
+    with pytest.raises(StudentError, match=f"started again by process {os.getpid()}"):
+        folder.check_owner(first)
+    with pytest.raises(StudentError, match="all nodes share"):
+        RunFolder(str(tmp_path / "elsewhere")).check_owner(second)
 
 
 def test_points_after_the_checkpoint_come_again(tmp_path: Path) -> None:
