@@ -33,7 +33,7 @@ from schemas.errors import DamagedError, RecordError, StoreError
 from schemas.keys import SortedKeys, contains, keys_to_sorted
 from schemas.manifest import MANIFESTS, Manifest, manifest_path, read_manifest, write_manifest
 from schemas.rows import LabelRows
-from schemas.shards import ShardInfo, read_row_group, write_shard
+from schemas.shards import NO_SHARD, ShardInfo, read_row_group, write_shard
 from schemas.spec import SCHEMA_VERSION, LabelSetSpec
 from schemas.storage import Store
 from schemas.tables import (
@@ -208,13 +208,13 @@ class LabelSet:
             unit_key=unit_key,
             attempt=attempt,
             fingerprint=self.fingerprint,
-            shard=shard.path if shard else "",
-            sha256=shard.sha256 if shard else "",
-            size_bytes=shard.size_bytes if shard else 0,
-            num_rows=shard.num_rows if shard else 0,
-            num_tokens=shard.num_tokens if shard else 0,
-            num_labels=shard.num_labels if shard else 0,
-            row_groups=shard.row_groups if shard else [],
+            shard=shard.path,
+            sha256=shard.sha256,
+            size_bytes=shard.size_bytes,
+            num_rows=shard.num_rows,
+            num_tokens=shard.num_tokens,
+            num_labels=shard.num_labels,
+            row_groups=shard.row_groups,
             keys=keys,
             quarantine=kept,
             num_quarantined=len(quarantined),
@@ -222,9 +222,9 @@ class LabelSet:
         )
         return write_manifest(self.store, manifest)
 
-    def _write_shard(self, rows: LabelRows | None, attempt: str) -> ShardInfo | None:
+    def _write_shard(self, rows: LabelRows | None, attempt: str) -> ShardInfo:
         if rows is None:
-            return None
+            return NO_SHARD
         return write_shard(
             self.store,
             f"shards/{attempt}.parquet",
@@ -234,8 +234,8 @@ class LabelSet:
             self.spec.teacher.vocab_size,
         )
 
-    def _write_keys(self, rows: LabelRows | None, shard: ShardInfo | None, rel: str) -> str:
-        if rows is None or shard is None:
+    def _write_keys(self, rows: LabelRows | None, shard: ShardInfo, rel: str) -> str:
+        if rows is None:
             return ""
         self.store.write_bytes(rel, table_bytes(unit_keys_table(rows, shard.row_groups)))
         return rel

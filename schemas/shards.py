@@ -50,6 +50,12 @@ class ShardInfo(StrictModel):
     row_groups: list[int]
 
 
+NO_SHARD = ShardInfo(
+    path="", sha256="", size_bytes=0, num_rows=0, num_tokens=0, num_labels=0, row_groups=[]
+)
+"""Of a unit that has quarantined rows only."""
+
+
 def write_shard(
     store: Store,
     rel: str,
