@@ -1,4 +1,4 @@
-"""The label job on a real Ray: every row accounted for, nothing computed twice, whatever happens."""
+"""The label job on a real Ray: every row accounted for, nothing computed twice, whatever dies."""
 
 import json
 from pathlib import Path
