@@ -2,11 +2,13 @@
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 RAY = Path(sys.executable).with_name("ray")
 START_TIMEOUT_S = 90
+TOKEN = secrets.token_hex(16)
 
 
 def free_port() -> int:
@@ -24,11 +27,23 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def answers(address: str) -> bool:
+    """Whether a job server is there; one that wants a token is."""
+    try:
+        urllib.request.urlopen(f"{address}/api/version", timeout=2).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
 def environment() -> dict[str, str]:
-    """This interpreter first on the path, and nothing that points at another Ray."""
+    """This interpreter first on the path, no word of another Ray, a token of our own."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    return env
+    # Ray asks for a token by default, also on loopback; both sides read it from here.
+    return {**env, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
 
 
 @pytest.fixture(scope="module")
@@ -44,33 +59,38 @@ def job_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             command, stdout=sink, stderr=sink, env=environment(), cwd="/", start_new_session=True
         )
     address = f"http://127.0.0.1:{dashboard}"
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while True:
-        try:
-            urllib.request.urlopen(f"{address}/api/version", timeout=2).close()
-            break
-        except OSError:
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not answers(address):
             if head.poll() is not None or time.monotonic() > deadline:
                 pytest.fail(f"the Ray head did not come up:\n{log.read_text()[-3000:]}")
             time.sleep(0.5)
-    yield address
-    os.killpg(head.pid, signal.SIGTERM)
-    try:
-        head.wait(timeout=30)
-    except subprocess.TimeoutExpired:
-        os.killpg(head.pid, signal.SIGKILL)
+        yield address
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        try:
+            head.wait(timeout=5)
+        except subprocess.TimeoutExpired:  # it waits for daemons that ended with it
+            os.killpg(head.pid, signal.SIGKILL)
+            head.wait()
 
 
 def submit(address: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = [str(RAY), "job", "submit", "--address", address, "--working-dir", str(folder)]
-    return subprocess.run(
-        [*command, "--", "python", "-m", "cluster", *words],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=300,
-        check=False,
-    )
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        done = subprocess.run(
+            [*command, "--", "python", "-m", "cluster", *words],
+            capture_output=True,
+            text=True,
+            env=environment(),
+            timeout=300,
+            check=False,
+        )
+        # The job server answers a little before the node that runs jobs is there.
+        if "No available agent" not in done.stderr or time.monotonic() > deadline:
+            return done
+        time.sleep(1)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +110,7 @@ def test_label_and_train_on_a_cluster(
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for index in range(6):
-        (corpus / f"{index}.txt").write_text(f"document {index}: " + "some words to label. " * 20)
+        (corpus / f"{index}.txt").write_text(" ".join(str(index * n) for n in range(40)))
     (travelling_folder / "label.toml").write_text(
         f'labels = "{tmp_path}/labels"\nview = "{tmp_path}/view"\n'
         f'[corpus]\npath = "{corpus}"\nformat = "text"\nglob = "*.txt"\n'
