@@ -202,16 +202,22 @@ def _connect(config: RayConfig) -> None:
     import ray
 
     address = _address(config)
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if not address:
-        ray.init(address="local", include_dashboard=False, **quiet)
-        return
+        # One actor less to wait for: nobody takes this machine away on short notice.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    local: dict[str, Any] = {"address": "local", "include_dashboard": False}
     try:
-        ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+        ray.init(
+            **({"address": address} if address else local),
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    except Exception as error:  # Ray raises plain exceptions, too
+        reason = " ".join(str(error).split())[:200]
+        where = f"at {address}" if address else "on this machine"
         raise ConfigError(
-            f"no Ray cluster at {address} ({' '.join(str(error).split())[:200]}); start it, or "
-            "unset ray.address and RAY_ADDRESS to use this machine"
+            f"no Ray cluster {where} ({reason}); look whether it is up and reachable. Without "
+            "ray.address and RAY_ADDRESS one is started on this machine"
         ) from error
 
 
