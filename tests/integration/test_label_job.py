@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from labeler.config import LabelConfig
 from labeler.job import run_label_job
+from schemas.errors import ConfigError, CorpusError, TeacherError
 from schemas.label_set import LabelSet
 from schemas.roster import read_roster
 from schemas.view import View
@@ -87,14 +89,23 @@ def test_a_changed_corpus_costs_its_new_rows(tmp_path: Path, tiny_model_dir: Pat
     assert len(keys_of(first.labels_url)) == first.rows_labelled + second.rows_labelled
 
 
-def test_transformers_teacher(tmp_path: Path, tiny_model_dir: Path) -> None:
-    write_corpus(tmp_path, texts(40))
-    teacher = {"backend": "transformers", "model": str(tiny_model_dir), "tokenizer": ""}
+def test_transformers_teacher_labels_what_the_assistant_says(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    talks = [
+        [{"role": "user", "content": f"{n}+1?"}, {"role": "assistant", "content": str(n + 1)}]
+        for n in range(40)
+    ]
+    write_corpus(tmp_path, [{"messages": talk, "id": n} for n, talk in enumerate(talks)])
     job = config(
-        tmp_path, tiny_model_dir, teacher=teacher, record={"kind": "topk", "k": 8, "entropy": True}
+        tmp_path,
+        tiny_model_dir,
+        corpus={"kind": "chat", "keep_columns": ["id"]},
+        teacher={"backend": "transformers", "model": str(tiny_model_dir), "tokenizer": ""},
+        record={"kind": "topk", "k": 8, "temperatures": [2.0]},
     )
     summary = run_label_job(job, progress=False)
-    assert summary.rows_labelled + summary.rows_duplicate == summary.rows_read
+    assert summary.rows_labelled == summary.rows_read == 40
     assert summary.bytes_per_label > 0
     label_set = LabelSet.open(summary.labels_url)
     rows = label_set.read_rows(label_set.index())
@@ -102,3 +113,60 @@ def test_transformers_teacher(tmp_path: Path, tiny_model_dir: Path) -> None:
     assert (rows.head_len == 8).all()
     assert rows.num_labels == summary.labels
     assert np.isfinite(rows.entropy).all()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    said = set()
+    for number in range(len(rows)):
+        row = rows.slice(number, number + 1)
+        start, end = row.label_spans
+        said.add(tokenizer.decode(row.token_ids[start:end]))
+    assert said == {f"{n + 1}<eos>" for n in range(40)}
+    kept = read_roster(label_set, summary.run).column("columns").to_pylist()
+    assert [json.loads(columns)["id"] for columns in kept] == list(range(40))
+    assert set(label_set.vocabulary()) == set(tokenizer.get_vocab())
+
+
+def test_responses_are_generated_once(tmp_path: Path, tiny_model_dir: Path) -> None:
+    write_corpus(tmp_path, texts(5))
+    job = config(
+        tmp_path,
+        tiny_model_dir,
+        text={"max_tokens": 100, "add_bos": True, "add_eos": False},
+        teacher={"backend": "transformers", "model": str(tiny_model_dir), "tokenizer": ""},
+        record={"kind": "topk", "k": 8},
+        generate={"n": 2, "max_tokens": 6, "seed": 3},
+    )
+    first = run_label_job(job, progress=False)
+    assert (first.rows_read, first.rows_generated, first.rows_labelled) == (10, 10, 10)
+    assert 10 <= first.labels <= 60
+    write_corpus(tmp_path, texts(6))
+    second = run_label_job(job, progress=False)
+    assert (second.rows_read, second.rows_generated, second.rows_reused) == (12, 2, 10)
+    assert len(keys_of(first.labels_url)) == 12
+
+
+def test_what_a_task_meets_reaches_the_user_as_one_line(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    write_corpus(tmp_path, texts(3))
+    teacher = {"backend": "transformers", "model": str(tiny_model_dir), "tokenizer": ""}
+    broken = {**teacher, "engine": {"no_such_option": 1}}
+    job = config(tmp_path, tiny_model_dir, teacher=broken, record={"kind": "topk", "k": 8})
+    with pytest.raises(TeacherError, match="no_such_option") as caught:
+        run_label_job(job, progress=False)
+    assert type(caught.value) is TeacherError
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_wrong_is_said_before_anything_is_labelled(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    write_corpus(tmp_path, texts(3))
+    with pytest.raises(CorpusError, match="has no column"):
+        run_label_job(config(tmp_path, tiny_model_dir, corpus={"column": "body"}))
+    teacher = {"backend": "transformers", "model": str(tiny_model_dir), "tokenizer": ""}
+    record = {"kind": "topk", "k": 8}
+    text = {"max_tokens": 512}
+    job = config(tmp_path, tiny_model_dir, teacher=teacher, record=record, text=text)
+    with pytest.raises(ConfigError, match="labels at most 511 tokens"):
+        run_label_job(job)
+    assert not (tmp_path / "labels").exists()
