@@ -100,7 +100,7 @@ class RunFolder:
         """
         found = self._read_json("run.json")
         # Where nothing was saved, there is nothing that another configuration could spoil.
-        if found is None or not self.checkpoints.exists():
+        if found is None or not self._has_results():
             return None
         _refuse_another_run(self.path, found, run_identity(config, view_hash, label_sets))
         return self.summary()
@@ -108,7 +108,7 @@ class RunFolder:
     def start(self, config: TrainConfig, view_hash: str, label_sets: list[str]) -> None:
         """Writes down what the run stands for."""
         identity = run_identity(config, view_hash, label_sets)
-        if not self.checkpoints.exists():
+        if not self._has_results():
             write_atomic(self.path / "config.toml", dump_toml(config).encode())
         write_atomic(self.path / "run.json", _json(identity))
 
@@ -152,6 +152,9 @@ class RunFolder:
     def finish(self, summary: TrainSummary) -> None:
         """Writes the summary, which says that the run is finished."""
         write_atomic(self.path / "summary.json", _json(summary.model_dump(mode="json")))
+
+    def _has_results(self) -> bool:
+        return self.checkpoints.exists() or (self.path / "summary.json").exists()
 
     def _read_json(self, name: str) -> Any:
         path = self.path / name
