@@ -19,9 +19,8 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from labeler.config import CorpusConfig
-from labeler.corpus_files import CorpusFile
 from labeler.lines import iter_lines
-from labeler.sources import Piece, wanted_columns
+from labeler.sources import CorpusFile, Piece, wanted_columns
 from schemas.errors import CorpusError
 
 BATCH_ROWS = 256
@@ -102,10 +101,10 @@ def _row(source: str, place: int, values: dict[str, Any]) -> SourceRow:
 
 
 def _read_jsonl(piece: Piece, corpus: CorpusConfig) -> Iterator[SourceRow]:
-    for file in piece.files:
-        for place, line in iter_lines(file.url, piece.start, piece.end):
-            if line.strip():  # blank lines are no rows
-                yield _parse_line(file.source, place, line, corpus)
+    (file,) = piece.files
+    for place, line in iter_lines(file.url, piece.start, piece.end):
+        if line.strip():  # blank lines are no rows
+            yield _parse_line(file.source, place, line, corpus)
 
 
 def _parse_line(source: str, place: int, line: bytes, corpus: CorpusConfig) -> SourceRow:
@@ -129,25 +128,27 @@ def _parse_line(source: str, place: int, line: bytes, corpus: CorpusConfig) -> S
 
 
 def _read_parquet(piece: Piece, corpus: CorpusConfig) -> Iterator[SourceRow]:
-    for file in piece.files:
-        with fsspec.open(file.url, "rb") as stream:
-            parquet = pq.ParquetFile(stream, page_checksum_verification=True)
-            end = parquet.num_row_groups if piece.end < 0 else piece.end
-            batches = parquet.iter_batches(
-                batch_size=BATCH_ROWS,
-                row_groups=list(range(piece.start, end)),
-                columns=list(_columns(corpus)),
-            )
-            yield from _table_rows(batches, file.source, piece.first_row, corpus)
+    (file,) = piece.files
+    with fsspec.open(file.url, "rb") as stream:
+        parquet = pq.ParquetFile(stream, page_checksum_verification=True)
+        batches = parquet.iter_batches(
+            batch_size=BATCH_ROWS,
+            row_groups=list(range(piece.start, piece.end)),
+            columns=list(_columns(corpus)),
+        )
+        yield from _table_rows(batches, file.source, piece.first_row, corpus)
 
 
 def _read_hf(piece: Piece, corpus: CorpusConfig) -> Iterator[SourceRow]:
-    for file in piece.files:
-        with fsspec.open(file.url, "rb") as stream:
-            reader = pa.ipc.open_stream(stream)
-            end = None if piece.end < 0 else piece.end
-            batches = itertools.islice(reader, piece.start, end)
-            yield from _table_rows(batches, file.source, piece.first_row, corpus)
+    (file,) = piece.files
+    with fsspec.open(file.url, "rb") as stream:
+        reader = pa.ipc.open_stream(stream)
+        inside = (
+            batch
+            for index, batch in enumerate(reader)
+            if index >= piece.start and (piece.end < 0 or index < piece.end)
+        )
+        yield from _table_rows(inside, file.source, piece.first_row, corpus)
 
 
 def _columns(corpus: CorpusConfig) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The corpus as pieces, and what is wrong with it.
+"""The corpus: which files it has, how they are cut into pieces, and what is wrong with it.
 
 All of this runs on the driver before Ray starts, so that a corpus that cannot be read fails in a
 second and with one line. A *piece* is what one tokenising task reads (see ``readers``). A row is
@@ -10,33 +10,43 @@ format    place of a row                           piece
 ========  =======================================  ==========================================
 parquet   row number in the file                   adjacent row groups
 jsonl     byte offset of its line, decompressed    a byte range; the whole file if compressed
-text      0: a file is one document                a file
+text      0: a file is one document                a group of files
 hf        row number in the Arrow file             adjacent record batches
 ========  =======================================  ==========================================
-
-Small files that follow each other make one piece.
 """
 
-import itertools
 import json
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
+from fsspec.utils import glob_translate
 
 from labeler.config import CorpusConfig
-from labeler.corpus_files import CorpusFile, find_files
 from labeler.lines import compression_of, iter_lines
 from schemas.errors import CorpusError
 
-HEAD_BYTES = 1 << 18
-"""Of a JSONL file, searched for the columns."""
+DEFAULT_GLOBS = {
+    "parquet": ("**/*.parquet",),
+    "jsonl": ("**/*.jsonl", "**/*.jsonl.gz", "**/*.jsonl.zst"),
+    "text": ("**/*",),
+}
+HEAD_BYTES = 1 << 18  # of a JSONL file, searched for the columns
 
-READERS = 16
-"""Files whose beginnings are read at the same time."""
+
+@dataclass(frozen=True)
+class CorpusFile:
+    """One file: where to open it and what rosters call it."""
+
+    url: str
+    source: str
+    size_bytes: int
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,7 @@ class Piece:
 
     Attributes:
         index: Order of the piece in the corpus; rows of a piece come after those of lower pieces.
-        files: One file, or several that are read whole.
+        files: One file, or several for ``text``.
         start, end: Half-open range within the only file: bytes (jsonl), row groups (parquet),
             record batches (hf); 0 and -1 for "all of it".
         first_row: Row number of the first row in its file (parquet, hf).
@@ -59,10 +69,15 @@ class Piece:
     first_row: int = 0
     size_bytes: int = 0
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether its files are read from beginning to end."""
-        return self.start == 0 and self.end == -1
+
+@dataclass
+class _Cutter:
+    """Numbers pieces while they are cut."""
+
+    pieces: list[Piece] = field(default_factory=list)
+
+    def add(self, files: tuple[CorpusFile, ...], **fields: int) -> None:
+        self.pieces.append(Piece(index=len(self.pieces), files=files, **fields))
 
 
 def list_corpus(corpus: CorpusConfig) -> list[Piece]:
@@ -76,60 +91,116 @@ def list_corpus(corpus: CorpusConfig) -> list[Piece]:
             wrong type.
     """
     files = find_files(corpus)
-    with ThreadPoolExecutor(READERS) as pool:
-        cut = list(pool.map(lambda file: _cut(file, corpus), files))
-    pieces = _joined([piece for of_file in cut for piece in of_file], corpus.piece_bytes)
-    if not pieces:
+    cutter = _Cutter()
+    if corpus.format == "text":
+        _cut_text(cutter, files, corpus)
+    for file in files if corpus.format != "text" else ():
+        try:
+            _CUT[corpus.format](cutter, file, corpus)
+        except CorpusError:
+            raise
+        except (OSError, pa.ArrowException) as error:
+            raise CorpusError(f"cannot read {file.source} as {corpus.format}: {error}") from error
+    if not cutter.pieces:
         raise CorpusError(f"corpus.path {corpus.path} has {len(files)} files, but no row in them")
-    return pieces
+    return cutter.pieces
 
 
-def _cut(file: CorpusFile, corpus: CorpusConfig) -> list[Piece]:
-    try:
-        return _CUT[corpus.format](file, corpus)
-    except CorpusError:
-        raise
-    except (OSError, pa.ArrowException) as error:
-        raise CorpusError(f"cannot read {file.source} as {corpus.format}: {error}") from error
+def find_files(corpus: CorpusConfig) -> list[CorpusFile]:
+    """Finds the files of a corpus, sorted by path.
 
-
-def _joined(pieces: list[Piece], limit_bytes: int) -> list[Piece]:
-    """Pieces numbered in order; small files that follow each other become one piece."""
-    joined: list[Piece] = []
-    for piece in pieces:
-        before = joined[-1] if joined else None
-        if (
-            before is not None
-            and before.is_whole
-            and piece.is_whole
-            and before.size_bytes + piece.size_bytes <= limit_bytes
-        ):
-            size = before.size_bytes + piece.size_bytes
-            joined[-1] = replace(before, files=before.files + piece.files, size_bytes=size)
-        else:
-            joined.append(replace(piece, index=len(joined)))
-    return joined
-
-
-def _whole(file: CorpusFile) -> Piece:
-    return Piece(0, (file,), size_bytes=file.size_bytes)
-
-
-def _cut_text(file: CorpusFile, corpus: CorpusConfig) -> list[Piece]:
-    return [_whole(file)]
-
-
-def _cut_jsonl(file: CorpusFile, corpus: CorpusConfig) -> list[Piece]:
-    _check_jsonl(file, corpus)
-    if not file.size_bytes:
-        return []
-    if compression_of(file.url) is not None or file.size_bytes <= corpus.piece_bytes:
-        return [_whole(file)]
-    edges = [*range(0, file.size_bytes, corpus.piece_bytes), file.size_bytes]
+    Raises:
+        CorpusError: The path does not exist or no file matches.
+    """
+    fs, root = fsspec.core.url_to_fs(corpus.path)
+    if any(mark in corpus.path for mark in "*?[") and not fs.exists(root):
+        found = _with_sizes(fs.glob(root, detail=True))
+        if not found:
+            raise CorpusError(f"no file matches corpus.path {corpus.path}")
+    elif not fs.exists(root):
+        raise CorpusError(f"corpus.path {corpus.path} does not exist (looked for {root})")
+    elif fs.isfile(root):
+        found = {root: fs.size(root)}
+    elif corpus.format == "hf":
+        found = _hf_files(fs, root, corpus)
+    else:
+        found = _matching(fs, root, corpus)
     return [
-        Piece(0, (file,), start, end, size_bytes=end - start)
-        for start, end in itertools.pairwise(edges)
+        CorpusFile(fs.unstrip_protocol(path), _source_name(fs, path, corpus.path), size)
+        for path, size in sorted(found.items())
     ]
+
+
+def _with_sizes(listing: dict[str, dict[str, Any]]) -> dict[str, int]:
+    return {path: info["size"] for path, info in listing.items() if info["type"] == "file"}
+
+
+def _matching(fs: Any, root: str, corpus: CorpusConfig) -> dict[str, int]:
+    listing = _with_sizes(fs.find(root, detail=True))
+    globs = (corpus.glob,) if corpus.glob else DEFAULT_GLOBS[corpus.format]
+    patterns = [re.compile(glob_translate(glob)) for glob in globs]
+    found = {}
+    for path, size in listing.items():
+        relative = path[len(root) :].lstrip("/")
+        hidden = any(part.startswith(".") for part in relative.split("/"))
+        if not hidden and any(pattern.match(relative) for pattern in patterns):
+            found[path] = size
+    if not found:
+        raise CorpusError(
+            f"no file in corpus.path {corpus.path} matches {' or '.join(globs)} "
+            f"({len(listing)} files are there); set corpus.glob"
+        )
+    return found
+
+
+def _hf_files(fs: Any, root: str, corpus: CorpusConfig) -> dict[str, int]:
+    """The Arrow files of a dataset that ``datasets`` saved with ``save_to_disk``."""
+    root = root.rstrip("/")
+    if fs.exists(f"{root}/dataset_dict.json"):
+        splits = json.loads(fs.cat_file(f"{root}/dataset_dict.json"))["splits"]
+        raise CorpusError(
+            f"corpus.path {corpus.path} holds the splits {', '.join(splits)}; name one of them, "
+            f"such as {corpus.path.rstrip('/')}/{splits[0]}"
+        )
+    if not fs.exists(f"{root}/state.json"):
+        raise CorpusError(
+            f"corpus.path {corpus.path} is no dataset saved to disk: it has no state.json"
+        )
+    state = json.loads(fs.cat_file(f"{root}/state.json"))
+    paths = [f"{root}/{entry['filename']}" for entry in state["_data_files"]]
+    return {path: fs.size(path) for path in paths}
+
+
+def _source_name(fs: Any, path: str, given: str) -> str:
+    """What rosters call a file: its path, relative if the configured one is."""
+    if "file" not in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
+        name = str(fs.unstrip_protocol(path))
+    else:
+        name = path if "://" in given or os.path.isabs(given) else os.path.relpath(path)
+    return os.fsencode(name).decode(errors="backslashreplace")  # names need not be UTF-8
+
+
+def _cut_text(cutter: _Cutter, files: list[CorpusFile], corpus: CorpusConfig) -> None:
+    group: list[CorpusFile] = []
+    size = 0
+    for file in files:
+        if group and size + file.size_bytes > corpus.piece_bytes:
+            cutter.add(tuple(group), size_bytes=size)
+            group, size = [], 0
+        group.append(file)
+        size += file.size_bytes
+    if group:
+        cutter.add(tuple(group), size_bytes=size)
+
+
+def _cut_jsonl(cutter: _Cutter, file: CorpusFile, corpus: CorpusConfig) -> None:
+    _check_jsonl(file, corpus)
+    if compression_of(file.url) is not None:
+        cutter.add((file,), size_bytes=file.size_bytes)
+        return
+    for start in range(0, file.size_bytes, corpus.piece_bytes):
+        end = min(start + corpus.piece_bytes, file.size_bytes)
+        cutter.add((file,), start=start, end=end, size_bytes=end - start)
 
 
 def _check_jsonl(file: CorpusFile, corpus: CorpusConfig) -> None:
@@ -155,45 +226,47 @@ def _check_jsonl(file: CorpusFile, corpus: CorpusConfig) -> None:
         check_names(list(found), file.source, wanted)
 
 
-def _cut_parquet(file: CorpusFile, corpus: CorpusConfig) -> list[Piece]:
+def _cut_parquet(cutter: _Cutter, file: CorpusFile, corpus: CorpusConfig) -> None:
     with fsspec.open(file.url, "rb") as stream:
         parquet = pq.ParquetFile(stream)
         check_columns(parquet.schema_arrow, file.source, corpus)
         groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
     sizes = [(group.num_rows, group.total_byte_size) for group in groups]
-    return _grouped(file, sizes, corpus.piece_bytes)
+    for start, end, first_row, size in _grouped(iter(sizes), corpus.piece_bytes):
+        cutter.add((file,), start=start, end=end, first_row=first_row, size_bytes=size)
 
 
-def _cut_hf(file: CorpusFile, corpus: CorpusConfig) -> list[Piece]:
+def _cut_hf(cutter: _Cutter, file: CorpusFile, corpus: CorpusConfig) -> None:
     if not file.url.startswith("file://"):  # its batches can be found only by reading all of it
         with fsspec.open(file.url, "rb") as stream:
             check_columns(pa.ipc.open_stream(stream).schema, file.source, corpus)
-        return [_whole(file)]
+        cutter.add((file,), size_bytes=file.size_bytes)
+        return
     with pa.memory_map(file.url.removeprefix("file://")) as stream:
         reader = pa.ipc.open_stream(stream)
         check_columns(reader.schema, file.source, corpus)
-        sizes = [(batch.num_rows, batch.nbytes) for batch in reader]
-    return _grouped(file, sizes, corpus.piece_bytes)
+        sizes = ((batch.num_rows, batch.nbytes) for batch in reader)
+        for start, end, first_row, size in _grouped(sizes, corpus.piece_bytes):
+            cutter.add((file,), start=start, end=end, first_row=first_row, size_bytes=size)
 
 
-_CUT = {"text": _cut_text, "jsonl": _cut_jsonl, "parquet": _cut_parquet, "hf": _cut_hf}
+_CUT = {"jsonl": _cut_jsonl, "parquet": _cut_parquet, "hf": _cut_hf}
 
 
-def _grouped(file: CorpusFile, sizes: list[tuple[int, int]], limit_bytes: int) -> list[Piece]:
-    """Adjacent parts of a file, each (rows, bytes), as pieces of about ``limit_bytes``."""
-    pieces: list[Piece] = []
-    start = row = 0
-    while start < len(sizes):
-        rows, total = sizes[start]
-        end = start + 1
-        while end < len(sizes) and total + sizes[end][1] <= limit_bytes:
-            rows, total = rows + sizes[end][0], total + sizes[end][1]
-            end += 1
-        last = -1 if (start, end) == (0, len(sizes)) else end
-        if rows:
-            pieces.append(Piece(0, (file,), start, last, first_row=row, size_bytes=total))
-        start, row = end, row + rows
-    return pieces
+def _grouped(
+    sizes: Iterator[tuple[int, int]], limit_bytes: int
+) -> Iterator[tuple[int, int, int, int]]:
+    """Groups adjacent (rows, bytes) into (start, end, first row, bytes)."""
+    start = first_row = row = total = index = 0
+    for rows, size in sizes:
+        if index > start and total + size > limit_bytes:
+            yield start, index, first_row, total
+            start, first_row, total = index, row, 0
+        row += rows
+        total += size
+        index += 1
+    if index > start and row > first_row:
+        yield start, index, first_row, total
 
 
 def wanted_columns(corpus: CorpusConfig) -> tuple[str, ...]:

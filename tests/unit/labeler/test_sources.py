@@ -110,23 +110,6 @@ def test_parquet_rows_are_numbered_across_row_groups(tmp_path: Path) -> None:
     assert [row.values for row in rows] == [{"text": t, "id": n} for n, t in enumerate(texts)]
 
 
-def test_small_files_are_read_by_one_task(tmp_path: Path) -> None:
-    for name in "abcd":
-        jsonl(tmp_path / f"{name}.jsonl", [{"text": name}, {"text": name * 2}])
-        table = pa.table({"text": [name, name * 2]})
-        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=1)
-    for options in ({"format": "jsonl"}, {"format": "parquet"}):
-        whole = CorpusConfig(path=str(tmp_path), **options)
-        cut = CorpusConfig(path=str(tmp_path), piece_bytes=20, **options)
-        assert len(list_corpus(whole)) == 1
-        assert len(list_corpus(cut)) >= 4
-        rows = read_all(whole)
-        assert [row.values["text"] for row in rows] == [t for n in "abcd" for t in (n, n * 2)]
-        assert [(row.source, row.place) for row in rows] == [
-            (row.source, row.place) for row in read_all(cut)
-        ]
-
-
 def test_parquet_row_that_is_no_utf8_is_one_bad_row(tmp_path: Path) -> None:
     raw = pa.array([b"fine", b"\xff\xfe", None], pa.binary())
     text = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
