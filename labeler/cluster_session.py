@@ -144,23 +144,31 @@ def is_lost_node(name: str) -> bool:
 
 
 @contextmanager
-def quiet_ray_data(target_block_bytes: int) -> Iterator[None]:
-    """Settings of Ray Data for one job: errors as they were raised, nothing printed."""
+def quiet_ray_data(block_bytes: int, waiting_bytes: int) -> Iterator[None]:
+    """Settings of Ray Data for one job: errors as they were raised, nothing printed.
+
+    Args:
+        block_bytes: Of the blocks in which rows travel.
+        waiting_bytes: Of all blocks that wait somewhere; tasks pause where there are more.
+    """
     import ray.data
 
     settings = {
         "enable_progress_bars": False,
         "print_on_execution_start": False,
         "raise_original_map_exception": True,
-        "target_max_block_size": target_block_bytes,
+        "target_max_block_size": block_bytes,
     }
     context = ray.data.DataContext.get_current()
     before = {name: getattr(context, name) for name in settings}
+    options = context.execution_options
+    limits = options.resource_limits
     logger = logging.getLogger("ray.data")
     handlers = list(logger.handlers)
     try:
         for name, value in settings.items():
             setattr(context, name, value)
+        options.resource_limits = limits.copy(object_store_memory=waiting_bytes)
         for handler in handlers:  # its file in the session's folder stays
             if not hasattr(handler, "baseFilename") and "File" not in type(handler).__name__:
                 logger.removeHandler(handler)
@@ -171,6 +179,7 @@ def quiet_ray_data(target_block_bytes: int) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(context, name, value)
+        options.resource_limits = limits
         logger.handlers[:] = handlers
 
 

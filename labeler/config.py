@@ -125,6 +125,11 @@ class RunConfig(StrictModel):
     threads_per_replica: int | None = Field(
         default=None, ge=1, description="OMP threads of a teacher actor; unset: the host's CPUs"
     )
+    waiting_bytes: int = Field(
+        default=2**30,
+        ge=2**24,
+        description="of Ray's object store: token ids that wait for a teacher, about",
+    )
     max_restarts: int = Field(
         default=30,
         ge=0,

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from schemas.spec import RecordSpec
@@ -22,6 +23,9 @@ _SLICE_ELEMENTS_GPU = 2**27
 
 # Blocks of fewer ids than this are not worth a round of their own.
 _MIN_BLOCK_DEPTH = 4
+
+# numpy selects with vector instructions, several times faster than torch but on one thread only.
+_NUMPY_THREADS = 4
 
 # Below this tail probability, terms of the softmax have begun to underflow in float32.
 _SMALL_TAIL = 1e-30
@@ -75,9 +79,12 @@ def label_logits(
     """
     if len(logits) == 0:
         return _empty(logits, record)
+    slices = list(_slices(logits))
+    # One buffer for all slices: fresh memory of this size costs more than what is done in it.
+    buffer = torch.empty(slices[0].stop, logits.shape[1], device=logits.device)
     parts = [
-        _label_slice(logits[rows].float(), target_ids[rows].long(), record)
-        for rows in _slices(logits)
+        _label_slice(logits[rows].float(), target_ids[rows].long(), record, buffer)
+        for rows in slices
     ]
     if len(parts) == 1:
         return parts[0]
@@ -115,25 +122,28 @@ def _empty(logits: torch.Tensor, record: RecordSpec) -> PositionLabels:
 
 
 def _label_slice(
-    logits: torch.Tensor, target_ids: torch.Tensor, record: RecordSpec
+    logits: torch.Tensor, target_ids: torch.Tensor, record: RecordSpec, buffer: torch.Tensor
 ) -> PositionLabels:
-    """One slice of float32 logits [T, V]; see ``label_logits``."""
+    """One slice of float32 logits [T, V]; see ``label_logits``. ``buffer`` is overwritten."""
     head_ids, head_logits = ordered_topk(logits, head_width(record, logits.shape[1]))
-    probs = torch.softmax(logits, dim=-1)
-    top_logit = head_logits[:, :1]
+    probs = torch.softmax(logits, dim=-1, out=buffer[: len(logits)])
+    head_probs = probs.gather(1, head_ids)
     # log Z = top logit - log p(top): the softmax has already paid for the sum.
-    normaliser = top_logit - probs.gather(1, head_ids[:, :1]).log()
+    normaliser = head_logits[:, :1] - head_probs[:, :1].log()
     target_logits = logits.gather(1, target_ids[:, None])
-    entropy = _entropy(logits, probs, normaliser) if record.entropy else None
-    lse = _lse_at(logits, top_logit, head_ids, normaliser, record.temperatures)
+    tail_probs = probs.scatter_(1, head_ids, 0.0)
+    tail_logmass = _tail_logmass(logits, tail_probs, head_ids, normaliser)
+    entropy = None
+    if record.entropy:
+        entropy = _entropy(logits, tail_probs, head_logits, head_probs, normaliser)
     return PositionLabels(
         head_ids=head_ids.int(),
-        head_logprobs=(head_logits - normaliser).clamp(max=0.0),
-        tail_logmass=_tail_logmass(logits, probs, head_ids, normaliser),
-        target_logprob=(target_logits - normaliser).clamp(max=0.0).squeeze(1),
+        head_logprobs=(head_logits - normaliser).clamp_(max=0.0),
+        tail_logmass=tail_logmass,
+        target_logprob=(target_logits - normaliser).clamp_(max=0.0).squeeze(1),
         target_rank=_ranks(logits, target_logits, head_logits),
         entropy=entropy,
-        lse=lse,
+        lse=_lse_at(logits, head_logits, head_ids, normaliser, record.temperatures, buffer),
     )
 
 
@@ -142,7 +152,7 @@ def ordered_topk(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tens
 
     ``torch.topk`` promises no order among equal values, neither which of them it keeps at the
     boundary nor how it sorts them; bfloat16 logits are full of such ties. Here both are decided
-    by the id, always.
+    by the id, always, because what is selected are integers that hold value and id.
 
     Args:
         logits: float32 [T, V].
@@ -151,89 +161,108 @@ def ordered_topk(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tens
     Returns:
         The ids, int64 [T, k], and their logits, float32 [T, k].
     """
-    values, ids = _candidate_topk(logits, min(k + 1, logits.shape[1]))
-    tied = values[:, 1:] == values[:, :-1]
-    if tied.any():
-        at_boundary = tied[:, k - 1 :].any(dim=1).nonzero().squeeze(1)
-        inside = tied[:, : k - 1].any(dim=1).nonzero().squeeze(1)
-        values, ids = values[:, :k].clone(), ids[:, :k].clone()
-        ids[inside] = _sort_ties(values[inside], ids[inside])
-        if len(at_boundary):
-            exact = _topk_by_key(logits[at_boundary], k)
-            ids[at_boundary], values[at_boundary] = exact, logits[at_boundary].gather(1, exact)
-    return ids[:, :k], values[:, :k]
-
-
-def _candidate_topk(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``torch.topk`` in two rounds: ids are dealt into blocks, the best k blocks are searched.
-
-    A value among the k largest always lies in one of the k blocks with the largest maxima, so
-    this is exact; it reads the row once with a vector maximum where a selection would branch on
-    every element.
-    """
-    num_rows, vocab_size = logits.shape
-    # Balances the two rounds: vocab_size / depth maxima, then k * depth candidates.
-    depth = math.isqrt(vocab_size // k)
+    depth = _block_depth(logits.shape[1], k + 1)
     if depth < _MIN_BLOCK_DEPTH:
-        return torch.topk(logits, k, dim=-1)
+        ids = _topk_of_all(logits, k)
+        return ids, logits.gather(1, ids)
+    ids = _topk_of_blocks(logits, k + 1, depth)
+    values = logits.gather(1, ids)
+    # Which blocks were searched is not decided by id, so equals at the boundary may be in others.
+    tied = (values[:, k - 1] == values[:, k]).nonzero().squeeze(1)
+    ids, values = ids[:, :k], values[:, :k]
+    if len(tied):
+        ids[tied] = _topk_of_all(logits[tied], k)
+    return ids, values
+
+
+def _block_depth(vocab_size: int, k: int) -> int:
+    """How many ids a block has; a divisor of the vocabulary where there is one close by.
+
+    Balances two rounds of selection: vocab_size / depth maxima, then k * depth candidates.
+    """
+    depth = math.isqrt(vocab_size // k)
+    divisors = (d for d in range(max(1, depth), 2 * depth) if vocab_size % d == 0)
+    return next(divisors, depth)
+
+
+def _topk_of_blocks(logits: torch.Tensor, k: int, depth: int) -> torch.Tensor:
+    """Ids [T, k] of the largest logits: ids are dealt into blocks, the best k are searched.
+
+    A value among the k largest lies in one of the k blocks with the largest maxima, so this is
+    exact, up to ties; it reads a row once, with a vector maximum.
+    """
+    vocab_size = logits.shape[1]
     num_blocks = vocab_size // depth
     blocked = num_blocks * depth
     # Block b holds the ids b, b + num_blocks, b + 2 * num_blocks, ...
-    maxima = logits[:, :blocked].unflatten(1, (depth, num_blocks)).amax(dim=1)
-    blocks = torch.topk(maxima, k, dim=-1, sorted=False).indices
-    steps = torch.arange(depth, device=logits.device) * num_blocks
-    ids = (blocks[:, :, None] + steps).flatten(1)
-    rest = torch.arange(blocked, vocab_size, device=logits.device).expand(num_rows, -1)
-    ids = torch.cat((ids, rest), dim=1)
-    values, places = torch.topk(logits.gather(1, ids), k, dim=-1)
-    return values, ids.gather(1, places)
+    by_block = logits[:, :blocked].unflatten(1, (depth, num_blocks))
+    blocks = _largest(by_block.amax(dim=1), torch.arange(num_blocks, device=logits.device), k)
+    values = by_block.gather(2, blocks[:, None, :].expand(-1, depth, -1)).flatten(1)
+    starts = torch.arange(0, blocked, num_blocks, device=logits.device)
+    ids = (starts[:, None] + blocks[:, None, :]).flatten(1)
+    if blocked < vocab_size:
+        rest = torch.arange(blocked, vocab_size, device=logits.device)
+        values = torch.cat((values, logits[:, blocked:]), dim=1)
+        ids = torch.cat((ids, rest.expand(len(ids), -1)), dim=1)
+    return _largest(values, ids, k)
 
 
-def _sort_ties(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Ids of rows that are already ordered by value, with equal values put in order of id."""
-    keys = (_falling_bits(values) << 32) | ids
-    return ids.gather(1, keys.argsort(dim=-1))
+def _topk_of_all(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Ids [T, k] of the largest logits, exact for ties too."""
+    return _largest(logits, torch.arange(logits.shape[1], device=logits.device), k)
 
 
-def _topk_by_key(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Ids [T, k] of the largest logits, exact for ties too: one integer key holds value and id."""
-    ids = torch.arange(logits.shape[1], device=logits.device)
-    keys = (_falling_bits(logits) << 32) | ids
-    return torch.topk(keys, k, dim=-1, largest=False).values & 0xFFFFFFFF
+def _largest(values: torch.Tensor, ids: torch.Tensor, k: int) -> torch.Tensor:
+    """The ids [T, k] of the largest of float32 values [T, n], falling; ids rise among equals."""
+    bits = (values + 0.0).view(torch.int32)  # Makes one value of 0 and -0.
+    # As integers, the bits of negative floats fall where the floats rise: turn those around.
+    rising = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
+    keys = rising.bitwise_not_().long().bitwise_left_shift_(32).bitwise_or_(ids)
+    return _smallest(keys, k).bitwise_and_(0xFFFFFFFF)
 
 
-def _falling_bits(values: torch.Tensor) -> torch.Tensor:
-    """int64 in the range of int32 that rises where float32 values fall; 0 and -0 are one value."""
-    bits = (values + 0.0).view(torch.int32)
-    return torch.where(bits < 0, bits & 0x7FFFFFFF, ~bits).long()
-
-
-def _entropy(logits: torch.Tensor, probs: torch.Tensor, normaliser: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats [T]: log Z - sum of p times logit."""
-    mean_logit = torch.linalg.vecdot(probs, logits)
-    undefined = mean_logit.isnan().nonzero().squeeze(1)
-    if len(undefined):  # An id that the model forbids has 0 * -inf; its share of the entropy is 0.
-        allowed = logits[undefined]
-        allowed = torch.where(allowed == -torch.inf, 0.0, allowed)
-        mean_logit[undefined] = torch.linalg.vecdot(probs[undefined], allowed)
-    return (normaliser.squeeze(1) - mean_logit).clamp(min=0.0)
+def _smallest(keys: torch.Tensor, k: int) -> torch.Tensor:
+    """The k smallest of each row of int64 keys [T, n], rising."""
+    if keys.device.type == "cpu" and torch.get_num_threads() <= _NUMPY_THREADS:
+        kept = np.partition(keys.numpy(), min(k, keys.shape[1] - 1), axis=1)[:, :k]
+        return torch.from_numpy(np.sort(kept, axis=1))
+    return torch.topk(keys, k, dim=-1, largest=False).values
 
 
 def _tail_logmass(
-    logits: torch.Tensor, probs: torch.Tensor, head_ids: torch.Tensor, normaliser: torch.Tensor
+    logits: torch.Tensor, tail_probs: torch.Tensor, head_ids: torch.Tensor, normaliser: torch.Tensor
 ) -> torch.Tensor:
-    """Log of the probability outside the head [T]; overwrites ``probs``.
+    """Log of the probability outside the head [T].
 
     Summed over the tail itself, never 1 - (sum of the head): that loses every digit of a small
-    tail.
+    tail. ``tail_probs`` [T, V] are zero at the head.
     """
-    tail = probs.scatter_(1, head_ids, 0.0).sum(dim=-1)
+    tail = tail_probs.sum(dim=-1)
     logmass = tail.log()
     small = (tail < _SMALL_TAIL).nonzero().squeeze(1)
     if len(small):
         masked = logits[small].scatter(1, head_ids[small], -torch.inf)
         logmass[small] = torch.logsumexp(masked, dim=-1) - normaliser[small].squeeze(1)
-    return logmass.clamp(max=0.0)
+    return logmass.clamp_(max=0.0)
+
+
+def _entropy(
+    logits: torch.Tensor,
+    tail_probs: torch.Tensor,
+    head_logits: torch.Tensor,
+    head_probs: torch.Tensor,
+    normaliser: torch.Tensor,
+) -> torch.Tensor:
+    """Entropy in nats [T]: log Z - sum of p times logit. Overwrites ``tail_probs``."""
+    mean_logit = tail_probs.mul_(logits).sum(dim=-1)
+    mean_logit += (head_probs * head_logits).sum(dim=-1)
+    undefined = mean_logit.isnan().nonzero().squeeze(1)
+    if len(undefined):  # An id that the model forbids has 0 * -inf; its share of the entropy is 0.
+        allowed = logits[undefined]
+        probs = torch.softmax(allowed, dim=-1)
+        allowed = torch.where(allowed == -torch.inf, 0.0, allowed)
+        mean_logit[undefined] = torch.linalg.vecdot(probs, allowed)
+    return (normaliser.squeeze(1) - mean_logit).clamp_(min=0.0)
 
 
 def _ranks(
@@ -252,17 +281,18 @@ def _ranks(
 
 def _lse_at(
     logits: torch.Tensor,
-    top_logit: torch.Tensor,
+    head_logits: torch.Tensor,
     head_ids: torch.Tensor,
     normaliser: torch.Tensor,
     temperatures: tuple[float, ...],
+    buffer: torch.Tensor,
 ) -> torch.Tensor | None:
     """Log sum of p^(1/T) over the vocabulary [T, S]: logsumexp(logit / T) - log Z / T."""
     if not temperatures:
         return None
     columns = []
     for temperature in temperatures:
-        probs = torch.softmax(logits / temperature, dim=-1)
-        tempered = top_logit / temperature - probs.gather(1, head_ids[:, :1]).log()
+        probs = torch.softmax(logits / temperature, dim=-1, out=buffer[: len(logits)])
+        tempered = head_logits[:, :1] / temperature - probs.gather(1, head_ids[:, :1]).log()
         columns.append(tempered - normaliser / temperature)
     return torch.cat(columns, dim=1)

@@ -29,6 +29,9 @@ from schemas.tables import first_occurrences
 CHUNK_ROWS = 256
 """Rows tokenised together."""
 
+DETAIL_CHARACTERS = 300
+"""What is kept of the detail of a bad row, which may quote it."""
+
 Claim = Callable[[Keys], npt.NDArray[np.bool_]]
 
 
@@ -131,8 +134,9 @@ class PieceReader:
             made = document if isinstance(document, Rejection) else self._cut(document, row)
             if isinstance(made, Rejection):
                 key = place_key(row.source, row.place, 0)
+                detail = _printable(made.detail)
                 result.quarantined.append(
-                    QuarantineRow(key, row.source, row.place, 0, made.reason, made.detail)
+                    QuarantineRow(key, row.source, row.place, 0, made.reason, detail)
                 )
                 roster = [RosterRow(key, row.source, row.place, 0, NOT_GENERATED, columns)]
             else:
@@ -160,13 +164,18 @@ class PieceReader:
 
     def _kept(self, row: SourceRow) -> str:
         kept = {name: row.values.get(name) for name in self._corpus.keep_columns}
-        return json.dumps(kept, ensure_ascii=False, default=_plain) if kept else ""
+        return json.dumps(kept, default=_plain) if kept else ""
 
 
 def _chunks(rows: Iterable[SourceRow]) -> Iterator[list[SourceRow]]:
     iterator = iter(rows)
     while chunk := list(islice(iterator, CHUNK_ROWS)):
         yield chunk
+
+
+def _printable(detail: str) -> str:
+    """A detail that can be stored: not too long, and without halves of surrogate pairs."""
+    return detail[:DETAIL_CHARACTERS].encode(errors="backslashreplace").decode()
 
 
 def _plain(value: Any) -> Any:

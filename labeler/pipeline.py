@@ -93,7 +93,8 @@ def run_pipeline(
     config = setup.config
     block_bytes = BLOCK_UNITS * config.run.unit_rows * config.text.max_tokens * 4
     try:
-        with quiet_ray_data(max(block_bytes, 1 << 20)), _shown(ledger, progress):
+        quiet = quiet_ray_data(max(block_bytes, 1 << 20), config.run.waiting_bytes)
+        with quiet, _shown(ledger, progress):
             dataset = _dataset(pieces, setup, ray.put(frozen), resources, ledger)
             for _ in dataset.iter_batches(batch_size=None, prefetch_batches=0):
                 pass

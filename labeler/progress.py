@@ -44,16 +44,18 @@ class Progress:
         self._stream = stream or sys.stderr
         self._enabled = enabled
         self._terminal = self._stream.isatty()
-        self._started = time.monotonic()
-        self._shown = self._started
+        self._shown = time.monotonic()
+        self._base: tuple[float, RunState] | None = None
 
     def show(self, state: RunState) -> None:
         """Shows the state if it is time to."""
         now = time.monotonic()
+        if self._base is None and state.rows_done:
+            self._base = now, state  # speed counts from here: starting an engine takes its time
         if not self._enabled or now - self._shown < (REDRAW_S if self._terminal else LINE_S):
             return
         self._shown = now
-        line = describe(state, now - self._started)
+        line = describe(state, now, *(self._base or (now, state)))
         self._stream.write(f"\r\x1b[K{line}" if self._terminal else f"{line}\n")
         self._stream.flush()
 
@@ -64,18 +66,25 @@ class Progress:
             self._stream.flush()
 
 
-def describe(state: RunState, elapsed_s: float) -> str:
-    """One line: rows, tokens a second, share of the corpus, time left."""
-    share = state.share_done()
-    left = elapsed_s * (1 - share) / share if share > 0 and state.rows_done else None
+def describe(state: RunState, now_s: float, base_s: float, base: RunState) -> str:
+    """One line: rows, share of the corpus, tokens a second, time left.
+
+    Args:
+        state: How far the run is now.
+        now_s: When that is, in seconds of any clock.
+        base_s: An earlier moment, from which on speed is counted.
+        base: How far the run was then.
+    """
     read = 100 * state.bytes_read / state.bytes_total if state.bytes_total else 100.0
-    speed = state.tokens_done / elapsed_s if elapsed_s > 0 else 0.0
-    return (
-        f"labelled {state.rows_done:,} of {state.rows_sent:,} rows found"
-        f" | corpus read {read:.0f}%"
-        f" | {speed:,.0f} tokens/s"
-        f" | {'time left unknown' if left is None else f'about {duration(left)} left'}"
-    )
+    parts = [f"labelled {state.rows_done:,} of {state.rows_sent:,} rows found"]
+    parts.append(f"corpus read {read:.0f}%")
+    elapsed, gained = now_s - base_s, state.share_done() - base.share_done()
+    if elapsed > 0:
+        parts.append(f"{(state.tokens_done - base.tokens_done) / elapsed:,.0f} tokens/s")
+    if elapsed > 0 and gained > 0:
+        left = elapsed * (1 - state.share_done()) / gained
+        parts.append(f"about {duration(left)} left")
+    return " | ".join(parts)
 
 
 def duration(seconds: float) -> str:

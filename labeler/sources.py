@@ -174,8 +174,10 @@ def _hf_files(fs: Any, root: str, corpus: CorpusConfig) -> dict[str, int]:
 def _source_name(fs: Any, path: str, given: str) -> str:
     """What rosters call a file: its path, relative if the configured one is."""
     if "file" not in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
-        return str(fs.unstrip_protocol(path))
-    return path if "://" in given or os.path.isabs(given) else os.path.relpath(path)
+        name = str(fs.unstrip_protocol(path))
+    else:
+        name = path if "://" in given or os.path.isabs(given) else os.path.relpath(path)
+    return os.fsencode(name).decode(errors="backslashreplace")  # names need not be UTF-8
 
 
 def _cut_text(cutter: _Cutter, files: list[CorpusFile], corpus: CorpusConfig) -> None:

@@ -7,21 +7,16 @@ anything: the configuration, the view and its shards, the vocabulary, the run fo
 import contextlib
 import os
 import shutil
-import uuid
-from collections.abc import Iterator
 from typing import Any
 
-from schemas.errors import ConfigError, StudentError, TutelageError
+from schemas.errors import StudentError, TutelageError
 from schemas.view import View
 from trainer.board import Board, Watcher
-from trainer.config import RayConfig, StudentConfig, TrainConfig
+from trainer.config import StudentConfig, TrainConfig
 from trainer.deepspeed_config import build_deepspeed_config
 from trainer.plan import count_steps, read_row_table
+from trainer.ray_train import make_trainer, ray_cluster
 from trainer.run_folder import RunFolder, TrainSummary
-
-START_ATTEMPTS = 10
-"""Times that Ray Train tries to place the workers; each waits a minute for nodes. Its default is to
-try for ever."""
 
 
 def run_train_job(config: TrainConfig, progress: bool = True) -> TrainSummary:
@@ -41,7 +36,7 @@ def run_train_job(config: TrainConfig, progress: bool = True) -> TrainSummary:
     view = View.open(config.view)
     folder = RunFolder(config.run)
     label_sets = [label_set.fingerprint for label_set in view.label_sets]
-    finished = folder.open(config, view.view_hash, label_sets)
+    finished = folder.finished(config, view.view_hash, label_sets)
     if finished is not None:
         _say(progress, f"{config.run} is finished: {finished.steps} steps, {finished.exported}")
         return finished
@@ -56,7 +51,8 @@ def run_train_job(config: TrainConfig, progress: bool = True) -> TrainSummary:
         f"{config.ray.num_workers} workers"
         + (f"; {rows.num_dropped:,} longer rows are left out" if rows.num_dropped else ""),
     )
-    with _ray(config.ray, progress):
+    folder.start(config, view.view_hash, label_sets)
+    with ray_cluster(config.ray, lambda line: _say(progress, line)):
         _train(config, folder, view.view_hash, num_steps, progress)
     summary = folder.summary()
     if summary is None:
@@ -116,7 +112,7 @@ def _train(
     watcher = Watcher(lambda seen: ray.get(board.news.remote(seen)))
     try:
         with watcher if progress else contextlib.nullcontext():
-            failure = _fit(_torch_trainer(config, train_worker, job, str(storage)))
+            failure = _fit(make_trainer(config, train_worker, job, str(storage)))
         known: TutelageError | None = ray.get(board.error.remote())
     except RayError as error:
         raise StudentError(f"the Ray cluster was lost: {_unforeseen(error, config)}") from error
@@ -137,102 +133,6 @@ def _fit(trainer: Any) -> Exception | None:
     except TrainingFailedError as error:
         return error
     return None
-
-
-def _torch_trainer(config: TrainConfig, worker: Any, job: Any, storage: str) -> Any:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    return TorchTrainer(
-        worker,
-        train_loop_config=job,
-        torch_config=TorchConfig(
-            backend="nccl" if config.ray.use_gpu else "gloo",
-            timeout_s=config.deepspeed.timeout_s,
-        ),
-        scaling_config=ScalingConfig(
-            num_workers=config.ray.num_workers,
-            use_gpu=config.ray.use_gpu,
-            resources_per_worker={
-                "CPU": config.ray.cpus_per_worker,
-                **({"GPU": 1} if config.ray.use_gpu else {}),
-            },
-        ),
-        run_config=RunConfig(
-            # Ray restores a run of a name that it knows; checkpoints here are our own.
-            name=f"train-{uuid.uuid4().hex[:12]}",
-            storage_path=storage,
-            failure_config=FailureConfig(
-                max_failures=config.ray.max_failures,
-                controller_failure_limit=START_ATTEMPTS,
-            ),
-        ),
-    )
-
-
-@contextlib.contextmanager
-def _ray(config: RayConfig, progress: bool) -> Iterator[None]:
-    """A connection to Ray: the one that is there, the cluster's, or an instance of this machine.
-
-    Raises:
-        ConfigError: the cluster is not there, or this machine is too small for the workers.
-    """
-    import ray
-
-    started = not ray.is_initialized()
-    if started:
-        _connect(config)
-    try:
-        missing = _missing_resources(config, ray.cluster_resources())
-        if missing and started and not _address(config):
-            raise ConfigError(f"{missing}; lower ray.num_workers or ray.cpus_per_worker")
-        if missing:
-            _say(progress, f"{missing}; waiting for more nodes")
-        yield
-    finally:
-        if started:
-            ray.shutdown()
-
-
-def _address(config: RayConfig) -> str:
-    return config.address or os.environ.get("RAY_ADDRESS", "")
-
-
-def _connect(config: RayConfig) -> None:
-    import ray
-
-    address = _address(config)
-    if not address:
-        # One actor less to wait for: nobody takes this machine away on short notice.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    local: dict[str, Any] = {"address": "local", "include_dashboard": False}
-    try:
-        ray.init(
-            **({"address": address} if address else local),
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
-    except Exception as error:  # Ray raises plain exceptions, too
-        reason = " ".join(str(error).split())[:200]
-        where = f"at {address}" if address else "on this machine"
-        raise ConfigError(
-            f"no Ray cluster {where} ({reason}); look whether it is up and reachable. Without "
-            "ray.address and RAY_ADDRESS one is started on this machine"
-        ) from error
-
-
-def _missing_resources(config: RayConfig, there: dict[str, float]) -> str:
-    """What the workers need and the cluster does not have; empty where it has everything."""
-    wanted = {"CPU": config.num_workers * config.cpus_per_worker}
-    if config.use_gpu:
-        wanted["GPU"] = config.num_workers
-    for name, number in wanted.items():
-        if there.get(name, 0) < number:
-            return (
-                f"ray.num_workers = {config.num_workers} need {number} {name}s, but there are "
-                f"{there.get(name, 0):g}"
-            )
-    return ""
 
 
 def _unforeseen(failure: Exception, config: TrainConfig) -> str:

@@ -90,26 +90,27 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.student = self.path / "student"
 
-    def open(
+    def finished(
         self, config: TrainConfig, view_hash: str, label_sets: list[str]
     ) -> TrainSummary | None:
-        """Starts the folder, or checks that it is this run's.
-
-        Returns:
-            The summary of the run if it is finished.
+        """The summary of the run if it is finished.
 
         Raises:
             ConfigError: the folder holds a run of another configuration or view; names the keys.
         """
-        identity = run_identity(config, view_hash, label_sets)
         found = self._read_json("run.json")
-        if found is None:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.path / "config.toml", dump_toml(config).encode())
-            write_atomic(self.path / "run.json", _json(identity))
+        # Where nothing was saved, there is nothing that another configuration could spoil.
+        if found is None or not self._has_results():
             return None
-        _refuse_another_run(self.path, found, identity)
+        _refuse_another_run(self.path, found, run_identity(config, view_hash, label_sets))
         return self.summary()
+
+    def start(self, config: TrainConfig, view_hash: str, label_sets: list[str]) -> None:
+        """Writes down what the run stands for."""
+        identity = run_identity(config, view_hash, label_sets)
+        if not self._has_results():
+            write_atomic(self.path / "config.toml", dump_toml(config).encode())
+        write_atomic(self.path / "run.json", _json(identity))
 
     def summary(self) -> TrainSummary | None:
         """What the run came to; None while it is not finished."""
@@ -151,6 +152,9 @@ class RunFolder:
     def finish(self, summary: TrainSummary) -> None:
         """Writes the summary, which says that the run is finished."""
         write_atomic(self.path / "summary.json", _json(summary.model_dump(mode="json")))
+
+    def _has_results(self) -> bool:
+        return self.checkpoints.exists() or (self.path / "summary.json").exists()
 
     def _read_json(self, name: str) -> Any:
         path = self.path / name

@@ -37,16 +37,16 @@ from schemas.spec import GenerationSpec, RecordSpec
 
 _Result = TypeVar("_Result")
 
-# Set by configuration fields or by this file; teacher.engine may not say otherwise.
-_OWN_OPTIONS = {
-    "model": "teacher.model",
-    "tokenizer": "teacher.tokenizer",
-    "dtype": "teacher.dtype",
-    "max_model_len": "teacher.max_model_len",
-    "tensor_parallel_size": "teacher.tensor_parallel_size",
-    "skip_tokenizer_init": "nothing: rows arrive as token ids",
-    "worker_extension_cls": "nothing: the label head is one",
-    "logprobs_mode": "nothing: labels are of the raw distribution",
+# Why teacher.engine may not say these.
+_NOT_OPTIONS = {
+    "model": "use teacher.model",
+    "tokenizer": "use teacher.tokenizer",
+    "dtype": "use teacher.dtype",
+    "max_model_len": "use teacher.max_model_len",
+    "tensor_parallel_size": "use teacher.tensor_parallel_size",
+    "skip_tokenizer_init": "rows arrive as token ids",
+    "worker_extension_cls": "the label head is one",
+    "logprobs_mode": "labels are of the raw distribution",
 }
 
 # What the key-value cache of a CPU engine may take, unless teacher.engine says.
@@ -263,10 +263,8 @@ def _prepare_environment() -> None:
 
 def _engine_options(config: TeacherConfig, context: int) -> dict[str, Any]:
     for name in config.engine:
-        if name in _OWN_OPTIONS:
-            raise TeacherError(
-                f"teacher.engine.{name} cannot be set there; it is set by {_OWN_OPTIONS[name]}"
-            )
+        if name in _NOT_OPTIONS:
+            raise TeacherError(f"teacher.engine.{name} cannot be set: {_NOT_OPTIONS[name]}")
     return {
         **_machine_options(),
         "disable_log_stats": True,

@@ -181,7 +181,7 @@ def test_an_engine_in_its_own_process(
 
 
 def test_options_that_are_set_elsewhere(tiny_model_dir: Path) -> None:
-    with pytest.raises(TeacherError, match=r"engine\.dtype .* set by teacher\.dtype"):
+    with pytest.raises(TeacherError, match=r"engine\.dtype cannot be set: use teacher\.dtype"):
         make_teacher(config(tiny_model_dir, engine={"dtype": "float16"}), RECORD)
 
 

@@ -111,26 +111,36 @@ def test_another_configuration_needs_another_folder(
         run_train_job(changed)
 
 
-@pytest.mark.parametrize(("num_workers", "zero_stage"), [(1, 0), (2, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("num_workers", "num_steps", "deepspeed", "tolerance"),
+    [
+        (1, STEPS, {"zero_stage": 0}, 1e-5),
+        (2, STEPS, {"zero_stage": 2, "gradient_checkpointing": True}, 1e-5),
+        (2, 8, {"zero_stage": 3}, 1e-5),
+        (2, 8, {"zero_stage": 1, "precision": "bf16"}, 2e-2),
+    ],
+)
 def test_losses_do_not_depend_on_workers_or_stage(
     tmp_path: Path,
     reference: tuple[Path, TrainSummary],
     view: View,
     tokenizer: Path,
     num_workers: int,
-    zero_stage: int,
+    num_steps: int,
+    deepspeed: dict[str, Any],
+    tolerance: float,
 ) -> None:
-    num_steps = 8 if zero_stage == 3 else STEPS
     job = config(
         tmp_path / "run",
         view,
         tokenizer,
-        data={"steps": num_steps},
+        data={"steps": num_steps, "micro_batch_size": num_workers},
         ray={"num_workers": num_workers},
-        deepspeed={"zero_stage": zero_stage},
+        deepspeed=deepspeed,
     )
     summary = run_train_job(job)
-    assert losses(tmp_path / "run") == pytest.approx(losses(reference[0])[:num_steps], abs=1e-5)
+    expected = losses(reference[0])[:num_steps]
+    assert losses(tmp_path / "run") == pytest.approx(expected, abs=tolerance)
     assert (Path(summary.exported) / "model.safetensors").exists()
     if num_steps == STEPS:
         assert_same_weights(Path(summary.exported), Path(reference[1].exported))

@@ -100,8 +100,12 @@ def test_a_head_as_wide_as_the_vocabulary_has_no_tail() -> None:
     torch.testing.assert_close(labels.head_logprobs.exp().sum(dim=1), torch.ones(5))
 
 
-@pytest.mark.parametrize("vocab_size", [100, 4096])
-def test_equal_logits_are_ordered_by_id(vocab_size: int) -> None:
+@pytest.mark.parametrize("numpy_threads", [0, 1000])
+@pytest.mark.parametrize("vocab_size", [16, 100, 4096, 5003])
+def test_equal_logits_are_ordered_by_id(
+    vocab_size: int, numpy_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(label_head, "_NUMPY_THREADS", numpy_threads)
     # bfloat16 keeps 8 bits, so that ties are everywhere, at the boundary of the head too.
     logits = make_logits(50, vocab_size, 1.0).bfloat16().float()
     logits[0] = 0.25

@@ -18,6 +18,7 @@ from labeler.text_rows import TextRows
 from labeler.units import UnitDone
 from schemas.keys import Keys, keys_to_sorted, stack_keys
 from schemas.spec import GenerationSpec, TextSpec
+from schemas.tables import quarantine_table
 
 VOCAB_SIZE = 320
 TEXT = TextSpec(max_tokens=32, overlap=4, add_bos=True, add_eos=True, split_long=True)
@@ -118,6 +119,18 @@ def test_kept_columns_are_json(tmp_path: Path, tiny_model_dir: Path) -> None:
     _, result = corpus.read()
     kept = [json.loads(row.columns) for row in result.roster]
     assert kept == [{"id": 7, "tags": ["é"]}, {"id": None, "tags": None}]
+
+
+def test_what_is_stored_of_a_bad_row_can_be_stored(tmp_path: Path, tiny_model_dir: Path) -> None:
+    rows = [{"text": 1, "id": "\ud800"}, {"text": "x" * 900, "id": "\ud800"}, {"\ud800" * 900: 1}]
+    corpus = Corpus(tmp_path, tiny_model_dir, rows, keep_columns=("id",))
+    whole = TEXT.model_copy(update={"split_long": False})
+    _, result = corpus.read(text=whole)
+    assert [row.reason for row in result.quarantined] == [
+        "wrong_type", "too_long", "missing_column",
+    ]  # fmt: skip
+    assert len(quarantine_table(result.quarantined)) == 3
+    assert json.loads(result.roster_part().column("columns")[0].as_py()) == {"id": "\ud800"}
 
 
 def test_prompts_are_sent_once_a_sample(tmp_path: Path, tiny_model_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,18 @@ def test_text_file_that_is_gone_is_one_bad_row(tmp_path: Path) -> None:
     (piece,) = list_corpus(corpus)
     (tmp_path / "a.txt").unlink()
     assert [row.reason for row in read_piece(piece, corpus)] == ["unreadable_file", ""]
+
+
+def test_names_of_files_need_not_be_utf8(tmp_path: Path) -> None:
+    path = os.path.join(os.fsencode(tmp_path), b"\xff.txt")
+    try:
+        with open(path, "wb") as file:
+            file.write(b"x")
+    except OSError:
+        pytest.skip("this file system refuses such names")
+    (row,) = read_all(CorpusConfig(path=str(tmp_path), format="text"))
+    assert row.values == {"text": "x"}
+    assert row.source.endswith("\\xff.txt")
 
 
 def test_hf_dataset_on_disk(tmp_path: Path) -> None:

@@ -45,13 +45,20 @@ def point(step: int) -> Point:
     )
 
 
+def started(run: Path) -> RunFolder:
+    """The folder of a run that has saved a checkpoint."""
+    folder = RunFolder(str(run))
+    folder.start(make_config(run, "view", "tokenizer"), "hash", ["set"])
+    folder.checkpoints.mkdir()
+    return folder
+
+
 def test_the_same_run_goes_on_and_is_known_to_be_finished(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    folder, config = RunFolder(str(run)), make_config(run, "view", "tokenizer")
-    assert folder.open(config, "hash", ["set"]) is None
-    assert folder.open(config, "hash", ["set"]) is None
+    folder, config = started(run), make_config(run, "view", "tokenizer")
+    assert folder.finished(config, "hash", ["set"]) is None
     folder.finish(summary(run))
-    assert folder.open(config, "hash", ["set"]) == summary(run)
+    assert folder.finished(config, "hash", ["set"]) == summary(run)
 
 
 @pytest.mark.parametrize(
@@ -67,34 +74,39 @@ def test_the_same_run_goes_on_and_is_known_to_be_finished(tmp_path: Path) -> Non
 def test_another_run_is_refused(
     tmp_path: Path, changes: dict[str, dict[str, object]], view_hash: str, named: str
 ) -> None:
-    run = tmp_path / "run"
-    RunFolder(str(run)).open(make_config(run, "view", "tokenizer"), "hash", ["set"])
-    changed = make_config(run, "view", "tokenizer", **changes)
+    folder = started(tmp_path)
+    changed = make_config(tmp_path, "view", "tokenizer", **changes)
     with pytest.raises(ConfigError, match=named):
-        RunFolder(str(run)).open(changed, view_hash, ["set"])
+        folder.finished(changed, view_hash, ["set"])
+
+
+def test_a_run_that_saved_nothing_may_be_mended(tmp_path: Path) -> None:
+    folder = started(tmp_path)
+    folder.checkpoints.rmdir()
+    changed = make_config(tmp_path, "view", "tokenizer", optimizer={"lr": 0.5})
+    assert folder.finished(changed, "hash", ["set"]) is None
+    folder.start(changed, "hash", ["set"])
+    folder.checkpoints.mkdir()
+    assert folder.finished(changed, "hash", ["set"]) is None
 
 
 def test_what_does_not_change_the_training_may_change(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    folder = RunFolder(str(run))
-    folder.open(make_config(run, "view", "tokenizer"), "hash", ["set"])
     moved = make_config(
-        run,
+        tmp_path,
         "moved/view",
         "tokenizer",
         ray={"address": "auto", "cpus_per_worker": 2},
         checkpoint={"keep": 9},
         data={"prefetch_steps": 5},
     )
-    assert folder.open(moved, "hash", ["set"]) is None
+    assert started(tmp_path).finished(moved, "hash", ["set"]) is None
 
 
 def test_a_damaged_run_folder_is_named(tmp_path: Path) -> None:
-    config = make_config(tmp_path, "view", "tokenizer")
-    RunFolder(str(tmp_path)).open(config, "hash", ["set"])
+    folder, config = started(tmp_path), make_config(tmp_path, "view", "tokenizer")
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(DamagedError, match=r"run\.json"):
-        RunFolder(str(tmp_path)).open(config, "hash", ["set"])
+        folder.finished(config, "hash", ["set"])
 
 
 def test_only_the_process_started_last_may_write(tmp_path: Path) -> None:
