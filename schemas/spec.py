@@ -23,7 +23,7 @@ TOKEN_COLUMNS = (
     "num_tokens",
     "num_labels",
 )
-TOPK_COLUMNS = (
+LABEL_COLUMNS = (
     "head_len",
     "tail_len",
     "entry_ids",
@@ -34,14 +34,59 @@ TOPK_COLUMNS = (
 )
 
 
-class RecordSpec(StrictModel):
-    """Which labels each position gets, and how precisely they are kept."""
+RecordKind = Literal["tokens", "topk", "topp", "sampled", "threshold"]
 
-    kind: Literal["tokens", "topk"] = Field(
-        default="topk",
-        description="tokens: no teacher, for hard labels; topk: the k most probable ids, exactly",
+# Fields of a record that mean something for its kind alone, beside those that all labels have.
+_OWN_FIELDS: dict[str, tuple[str, ...]] = {
+    "tokens": (),
+    "topk": ("k",),
+    "topp": ("top_p", "max_head"),
+    "sampled": ("draws", "draw_temperature", "draw_seed"),
+    "threshold": ("tau", "draw_temperature", "draw_seed"),
+}
+_SHARED_FIELDS = ("kind", "temperatures", "entropy", "logprob_bits", "teacher_context")
+
+
+class RecordSpec(StrictModel):
+    """Which labels each position gets, and how precisely they are kept.
+
+    Kinds, p being the teacher's distribution:
+
+    - ``threshold``: every id with p >= tau exactly, the most probable always; of the others, draws
+      at equal distances tau along their cumulative sum. Each draw stands for a probability of tau:
+      an unbiased estimate of anything linear in p (Horvitz-Thompson).
+    - ``sampled``: independent draws from p, with their counts (Random Sampling KD,
+      arXiv 2503.16870). Unbiased too, with more variance.
+    - ``topk``, ``topp``: an exact head and its mass; a biased target unless k is large.
+    - ``tokens``: no teacher, for hard labels.
+    """
+
+    kind: RecordKind = Field(
+        default="topk", description="what is kept of the teacher's distribution"
     )
-    k: int = Field(default=64, ge=1, le=65535, description="entries of a topk head")
+    k: int = Field(default=64, ge=1, le=65535, description="topk: entries of a head")
+    top_p: float = Field(
+        default=0.98, gt=0.0, le=1.0, description="topp: the mass that a head covers"
+    )
+    max_head: int = Field(
+        default=128, ge=1, le=65535, description="topp: entries of a head at most"
+    )
+    tau: float = Field(
+        default=1 / 32,
+        ge=1e-4,
+        lt=1.0,
+        description="threshold: ids at least this probable are kept exactly",
+    )
+    draws: int = Field(default=32, ge=1, le=255, description="sampled: draws of a position")
+    draw_temperature: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="sampled, threshold: the distribution that is drawn from, and that tau is "
+        "compared with, is p^(1/T) normalised; unset: the largest of 1 and temperatures",
+    )
+    draw_seed: int = Field(
+        default=0, ge=0, lt=2**64, description="sampled, threshold: another seed, other draws"
+    )
     temperatures: tuple[float, ...] = Field(
         default=(), description="distillation temperatures other than 1 for which lse is stored"
     )
@@ -68,12 +113,44 @@ class RecordSpec(StrictModel):
             )
         return value
 
+    @model_validator(mode="after")
+    def _check_fields(self) -> Self:
+        own = _OWN_FIELDS[self.kind]
+        for name in {name for names in _OWN_FIELDS.values() for name in names} - set(own):
+            if getattr(self, name) != RecordSpec.model_fields[name].default:
+                kinds = [kind for kind, names in _OWN_FIELDS.items() if name in names]
+                raise ValueError(
+                    f"record.{name} means something for kind {' and '.join(kinds)} only, but "
+                    f'record.kind is "{self.kind}"; remove it'
+                )
+        served = (1.0, *self.temperatures)
+        if self.draw_temperature is not None and self.draw_temperature not in served:
+            raise ValueError(
+                f"record.draw_temperature is {self.draw_temperature}; expected 1 or one of "
+                f"record.temperatures, {list(self.temperatures)}"
+            )
+        return self
+
+    @property
+    def has_draws(self) -> bool:
+        """Whether positions have tail draws, and with them unbiased labels."""
+        return self.kind in ("sampled", "threshold")
+
+    @property
+    def drawn_at(self) -> float:
+        """The temperature of the distribution that tail draws are from."""
+        if self.draw_temperature is not None:
+            return self.draw_temperature
+        return max((1.0, *self.temperatures))
+
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of the columns of a label set of this spec, in the order of the schema."""
         names = list(TOKEN_COLUMNS)
         if self.kind != "tokens":
-            names.extend(TOPK_COLUMNS)
+            names.extend(LABEL_COLUMNS)
+            if self.kind == "sampled":
+                names.insert(names.index("tail_logmass"), "entry_counts")
             if self.entropy:
                 names.append("entropy")
             if self.temperatures:
@@ -81,6 +158,16 @@ class RecordSpec(StrictModel):
         if self.teacher_context:
             names.append("teacher_context")
         return tuple(names)
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that mean something for this kind, the temperature of draws filled in."""
+        if self.kind == "tokens":
+            return self.model_dump(mode="json", include={"kind", "teacher_context"})
+        own = _OWN_FIELDS[self.kind]
+        fields = self.model_dump(mode="json", include={*_SHARED_FIELDS, *own})
+        if self.has_draws:
+            fields["draw_temperature"] = self.drawn_at
+        return fields
 
 
 class TeacherIdentity(StrictModel):
@@ -146,10 +233,8 @@ class LabelSetSpec(StrictModel):
         if self.generation is not None:
             # Asking for more samples adds rows; it does not change those that are there.
             del fields["generation"]["n"]
+        fields["record"] = self.record.identity()
         if self.record.kind == "tokens":
-            fields["record"] = {
-                name: fields["record"][name] for name in ("kind", "teacher_context")
-            }
             fields["teacher"] = {
                 name: fields["teacher"][name] for name in ("tokenizer_digest", "vocab_size")
             }

@@ -13,7 +13,7 @@ VOCAB_SIZE = 320
 CONTEXT = 512
 # Less than a row, so that long rows are prefilled in several steps.
 BATCH_TOKENS = 192
-RECORD = RecordSpec(k=16, temperatures=(0.5, 2.0))
+RECORD = RecordSpec(kind="topk", k=16, temperatures=(0.5, 2.0))
 ENGINE = {
     "max_num_batched_tokens": BATCH_TOKENS,
     "max_num_seqs": 16,

@@ -16,7 +16,7 @@ from schemas.spec import RecordSpec
 from schemas.storage import Store
 
 VOCAB = 300
-SPEC = RecordSpec(k=64, temperatures=(0.5, 2.0), teacher_context=True)
+SPEC = RecordSpec(kind="topk", k=64, temperatures=(0.5, 2.0), teacher_context=True)
 
 
 @pytest.fixture(scope="module")

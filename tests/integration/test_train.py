@@ -49,7 +49,7 @@ def view(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> View:
     from transformers import AutoTokenizer
 
     vocabulary = AutoTokenizer.from_pretrained(tokenizer).get_vocab()
-    return make_view(tmp_path_factory.mktemp("view"), RecordSpec(k=4), vocabulary)
+    return make_view(tmp_path_factory.mktemp("view"), RecordSpec(kind="topk", k=4), vocabulary)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_divergence_stops_the_run(tmp_path: Path, view: View, tokenizer: Path) -
 
 
 def test_a_flipped_byte_names_its_shard(tmp_path: Path, view: View, tokenizer: Path) -> None:
-    damaged = make_view(tmp_path, RecordSpec(k=4), view.label_sets[0].vocabulary())
+    damaged = make_view(tmp_path, RecordSpec(kind="topk", k=4), view.label_sets[0].vocabulary())
     shard = next((tmp_path / "labels" / "shards").iterdir())
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
@@ -222,7 +222,7 @@ def test_a_flipped_byte_names_its_shard(tmp_path: Path, view: View, tokenizer: P
 def test_a_shard_cut_short_is_found_before_anything_starts(
     tmp_path: Path, view: View, tokenizer: Path
 ) -> None:
-    damaged = make_view(tmp_path, RecordSpec(k=4), view.label_sets[0].vocabulary())
+    damaged = make_view(tmp_path, RecordSpec(kind="topk", k=4), view.label_sets[0].vocabulary())
     shard = next((tmp_path / "labels" / "shards").iterdir())
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(DamagedError, match=re.escape(shard.name)):

@@ -37,13 +37,13 @@ def make_rows(
 @pytest.mark.parametrize("bits", [10, 6, 3])
 @pytest.mark.parametrize("scale", [0.01, 3.0, 40.0])
 def test_rows_satisfy_the_record(bits: int, scale: float) -> None:
-    record = RecordSpec(k=32, temperatures=(0.5, 2.0), logprob_bits=bits)
+    record = RecordSpec(kind="topk", k=32, temperatures=(0.5, 2.0), logprob_bits=bits)
     rows, _ = make_rows(record, scale)
     validate(rows, record, VOCAB_SIZE)
 
 
 def test_values_and_order() -> None:
-    record = RecordSpec(k=8, temperatures=(2.0,))
+    record = RecordSpec(kind="topk", k=8, temperatures=(2.0,))
     rows, labels = make_rows(record)
     assert rows.num_labels == 12
     assert rows.label_offsets.tolist() == [0, 6, 11, 12]
@@ -60,7 +60,7 @@ def test_values_and_order() -> None:
 
 
 def test_forbidden_ids_and_an_empty_tail_are_finite_zeros() -> None:
-    record = RecordSpec(k=64)
+    record = RecordSpec(kind="topk", k=64)
     rows, _ = make_rows(record, forbidden=470)
     validate(rows, record, VOCAB_SIZE)
     assert rows.entry_logprobs is not None
@@ -71,7 +71,7 @@ def test_forbidden_ids_and_an_empty_tail_are_finite_zeros() -> None:
 
 
 def test_a_vocabulary_smaller_than_k() -> None:
-    record = RecordSpec(k=1000)
+    record = RecordSpec(kind="topk", k=1000)
     rows, _ = make_rows(record)
     validate(rows, record, VOCAB_SIZE)
     assert rows.head_len is not None
@@ -94,7 +94,7 @@ def test_no_rows() -> None:
 
 
 def test_labels_that_mean_nothing_are_found() -> None:
-    record = RecordSpec(k=4, temperatures=(2.0,))
+    record = RecordSpec(kind="topk", k=4, temperatures=(2.0,))
     _, labels = make_rows(record, forbidden=450)
     row = labels[0]
     assert row.first_unusable() is None

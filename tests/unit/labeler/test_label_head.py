@@ -55,7 +55,7 @@ def test_labels_agree_with_float64(vocab_size: int, k: int, scale: float) -> Non
     logits = make_logits(40, vocab_size, scale)
     targets = torch.randint(0, vocab_size, (40,), generator=torch.Generator().manual_seed(1))
     targets[::2] = logits[::2].argmax(dim=1)
-    labels = label_logits(logits, targets, RecordSpec(k=k, temperatures=TEMPERATURES))
+    labels = label_logits(logits, targets, RecordSpec(kind="topk", k=k, temperatures=TEMPERATURES))
     check(labels, reference(logits.numpy(), targets.numpy(), k, TEMPERATURES))
 
 
@@ -65,7 +65,7 @@ def test_a_tail_too_small_for_the_softmax_keeps_its_digits() -> None:
     logits[1, 8] = -1.0
     logits[2, 9:12] = -95.0
     targets = torch.tensor([7, 8, 9])
-    labels = label_logits(logits, targets, RecordSpec(k=2, temperatures=(2.0,)))
+    labels = label_logits(logits, targets, RecordSpec(kind="topk", k=2, temperatures=(2.0,)))
     check(labels, reference(logits.numpy(), targets.numpy(), 2, (2.0,)))
     assert (labels.tail_logmass < -90).all()
 
@@ -73,7 +73,7 @@ def test_a_tail_too_small_for_the_softmax_keeps_its_digits() -> None:
 def test_large_logits_do_not_overflow() -> None:
     logits = make_logits(10, 500, 1.0) * 20 + 3000.0
     targets = torch.arange(10)
-    labels = label_logits(logits, targets, RecordSpec(k=16))
+    labels = label_logits(logits, targets, RecordSpec(kind="topk", k=16))
     expected = reference(logits.numpy(), targets.numpy(), 16, ())
     expected.pop("lse")
     # float32 itself resolves 2e-4 at 3000.
@@ -85,7 +85,7 @@ def test_ids_that_the_model_forbids() -> None:
     logits[:, 90:] = -torch.inf
     logits[3, 10:] = -torch.inf
     targets = torch.tensor([1, 2, 3, 4, 5, 6])
-    labels = label_logits(logits, targets, RecordSpec(k=20, temperatures=(2.0,)))
+    labels = label_logits(logits, targets, RecordSpec(kind="topk", k=20, temperatures=(2.0,)))
     with np.errstate(invalid="ignore"):
         check(labels, reference(logits.numpy(), targets.numpy(), 20, (2.0,)))
     assert torch.isneginf(labels.head_logprobs[3, 10:]).all()
@@ -94,7 +94,7 @@ def test_ids_that_the_model_forbids() -> None:
 
 def test_a_head_as_wide_as_the_vocabulary_has_no_tail() -> None:
     logits = make_logits(5, 30, 1.0)
-    labels = label_logits(logits, torch.arange(5), RecordSpec(k=64))
+    labels = label_logits(logits, torch.arange(5), RecordSpec(kind="topk", k=64))
     assert labels.head_ids.shape == (5, 30)
     assert torch.isneginf(labels.tail_logmass).all()
     torch.testing.assert_close(labels.head_logprobs.exp().sum(dim=1), torch.ones(5))
@@ -121,20 +121,20 @@ def test_equal_logits_are_ordered_by_id(
 
 def test_rank_counts_only_what_is_strictly_more_probable() -> None:
     logits = torch.tensor([[3.0, 1.0, 1.0, 1.0, 0.0, 2.0]]).expand(4, -1)
-    labels = label_logits(logits, torch.tensor([0, 3, 4, 5]), RecordSpec(k=2))
+    labels = label_logits(logits, torch.tensor([0, 3, 4, 5]), RecordSpec(kind="topk", k=2))
     assert labels.target_rank.tolist() == [1, 3, 6, 2]
 
 
 def test_bfloat16_logits_are_computed_on_in_float32() -> None:
     logits = make_logits(20, 300, 3.0).bfloat16()
     targets = torch.arange(20)
-    labels = label_logits(logits, targets, RecordSpec(k=32, temperatures=(2.0,)))
+    labels = label_logits(logits, targets, RecordSpec(kind="topk", k=32, temperatures=(2.0,)))
     check(labels, reference(logits.float().numpy(), targets.numpy(), 32, (2.0,)))
 
 
 def test_a_slice_of_any_size_gives_the_same_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, targets = make_logits(37, 400, 2.0), torch.arange(37)
-    record = RecordSpec(k=10, temperatures=(2.0,))
+    record = RecordSpec(kind="topk", k=10, temperatures=(2.0,))
     whole = label_logits(logits, targets, record)
     monkeypatch.setattr(label_head, "_SLICE_ELEMENTS_CPU", 5 * 400)
     for one, other in zip(whole, label_logits(logits, targets, record), strict=True):
@@ -142,13 +142,15 @@ def test_a_slice_of_any_size_gives_the_same_labels(monkeypatch: pytest.MonkeyPat
 
 
 def test_only_the_columns_of_the_record_are_computed() -> None:
-    labels = label_logits(make_logits(3, 50, 1.0), torch.zeros(3), RecordSpec(k=4, entropy=False))
+    labels = label_logits(
+        make_logits(3, 50, 1.0), torch.zeros(3), RecordSpec(kind="topk", k=4, entropy=False)
+    )
     assert labels.entropy is None
     assert labels.lse is None
 
 
 def test_no_positions() -> None:
-    record = RecordSpec(k=4, temperatures=(2.0, 3.0))
+    record = RecordSpec(kind="topk", k=4, temperatures=(2.0, 3.0))
     labels = label_logits(torch.zeros(0, 50), torch.zeros(0), record)
     assert labels.head_ids.shape == (0, 4)
     assert labels.lse is not None
@@ -158,6 +160,6 @@ def test_no_positions() -> None:
 def test_nan_stays_in_its_row() -> None:
     logits = make_logits(3, 300, 1.0)
     logits[1, 5] = torch.nan
-    labels = label_logits(logits, torch.zeros(3), RecordSpec(k=4))
+    labels = label_logits(logits, torch.zeros(3), RecordSpec(kind="topk", k=4))
     assert labels.target_logprob.isnan().tolist() == [False, True, False]
     assert labels.tail_logmass.isnan().tolist() == [False, True, False]

@@ -14,7 +14,7 @@ from schemas.record import LabelRows
 from schemas.spec import RecordSpec
 
 VOCAB = 60
-SPEC = make_spec(RecordSpec(k=8), VOCAB)
+SPEC = make_spec(RecordSpec(kind="topk", k=8), VOCAB)
 
 
 def commit(label_set: LabelSet, rows: LabelRows) -> Manifest:

@@ -23,7 +23,7 @@ from schemas.spec import RecordSpec
 from schemas.storage import Store
 
 VOCAB = 60
-RECORD = RecordSpec(k=8)
+RECORD = RecordSpec(kind="topk", k=8)
 SPEC = make_spec(RECORD, VOCAB)
 
 
@@ -55,7 +55,7 @@ class TestCreation:
             assert len(again.committed_keys()) == len(again.quarantined_keys()) == 0
 
     def test_another_spec_is_refused_with_the_difference(self, label_set: LabelSet) -> None:
-        other = make_spec(RecordSpec(k=4), VOCAB, weights_digest="other")
+        other = make_spec(RecordSpec(kind="topk", k=4), VOCAB, weights_digest="other")
         before = sorted(Path(label_set.store.root).rglob("*"))
         with pytest.raises(StoreError) as caught:
             LabelSet.create_or_open(label_set.url, other, {"b": 0})
@@ -65,7 +65,7 @@ class TestCreation:
 
     def test_many_creators_agree(self, tmp_path: Path) -> None:
         url = str(tmp_path / "labels")
-        specs = [make_spec(RecordSpec(k=k), VOCAB) for k in (2, 3)]
+        specs = [make_spec(RecordSpec(kind="topk", k=k), VOCAB) for k in (2, 3)]
         results: list[Any] = []
 
         def create(number: int) -> None:

@@ -22,7 +22,7 @@ from schemas.record import (
 from schemas.spec import RecordSpec
 
 VOCAB = 50
-SPEC = RecordSpec(k=6, temperatures=(0.5, 2.0), teacher_context=True)
+SPEC = RecordSpec(kind="topk", k=6, temperatures=(0.5, 2.0), teacher_context=True)
 
 SCHEMA = """\
 row_key: fixed_size_binary[16] not null
@@ -122,8 +122,8 @@ def test_take_slice_and_concat_agree() -> None:
     "spec",
     [
         SPEC,
-        RecordSpec(k=VOCAB + 5),
-        RecordSpec(k=1, entropy=False, logprob_bits=3),
+        RecordSpec(kind="topk", k=VOCAB + 5),
+        RecordSpec(kind="topk", k=1, entropy=False, logprob_bits=3),
         RecordSpec(kind="tokens"),
         RecordSpec(kind="tokens", teacher_context=True),
     ],

@@ -20,7 +20,7 @@ from schemas.spec import RecordSpec
 from schemas.view import View, build_view
 
 VOCAB = 60
-RECORD = RecordSpec(k=8)
+RECORD = RecordSpec(kind="topk", k=8)
 ROWS = make_rows(12, RECORD, VOCAB)
 KEYS = [key.tobytes() for key in ROWS.row_key]
 BAD = [bytes([250 + i]) * 16 for i in range(3)]
@@ -279,6 +279,6 @@ class TestView:
     def test_label_set_made_anew_is_another(self, label_set: LabelSet) -> None:
         view = self.view(label_set)
         shutil.rmtree(label_set.store.root)
-        LabelSet.create_or_open(label_set.url, make_spec(RecordSpec(k=4), VOCAB))
+        LabelSet.create_or_open(label_set.url, make_spec(RecordSpec(kind="topk", k=4), VOCAB))
         with pytest.raises(StoreError, match="was made from a label set with fingerprint"):
             View.open(view.url)

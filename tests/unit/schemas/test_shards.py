@@ -16,7 +16,7 @@ from schemas.spec import RecordSpec
 from schemas.storage import Store
 
 VOCAB = 60
-SPEC = RecordSpec(k=8, temperatures=(2.0,), teacher_context=True)
+SPEC = RecordSpec(kind="topk", k=8, temperatures=(2.0,), teacher_context=True)
 REL = "shards/a.parquet"
 
 

@@ -1,5 +1,7 @@
 """The fingerprint changes with what a label means, and with nothing else."""
 
+from typing import Any
+
 import pydantic
 import pytest
 from label_rows import make_spec
@@ -22,7 +24,7 @@ def test_fingerprint_is_frozen() -> None:
     "other",
     [
         changed(schema_version=2),
-        changed(record=RecordSpec(k=32)),
+        changed(record=RecordSpec(kind="topk", k=32)),
         changed(record=RecordSpec(temperatures=(2.0,))),
         changed(record=RecordSpec(entropy=False)),
         changed(record=RecordSpec(logprob_bits=7)),
@@ -48,10 +50,10 @@ def test_asking_for_more_samples_keeps_the_label_set() -> None:
 def test_tokens_have_no_teacher() -> None:
     a, b = (
         changed(
-            record=RecordSpec(kind="tokens", k=k),
+            record=RecordSpec(kind="tokens", entropy=entropy),
             teacher=TeacherIdentity(tokenizer_digest="t", vocab_size=9, dtype=dtype),
         )
-        for k, dtype in ((1, ""), (64, "float32"))
+        for entropy, dtype in ((False, ""), (True, "float32"))
     )
     assert a.fingerprint() == b.fingerprint()
     assert "head_len" not in a.record.columns
@@ -64,7 +66,7 @@ def test_tokens_have_no_teacher() -> None:
 
 
 def test_differences_name_fields_and_both_values() -> None:
-    other = changed(record=RecordSpec(k=32))
+    other = changed(record=RecordSpec(kind="topk", k=32))
     assert SPEC.differences(other) == ["record.k: 64 / 32"]
 
 
@@ -72,3 +74,36 @@ def test_differences_name_fields_and_both_values() -> None:
 def test_temperatures_are_checked(temperatures: tuple[float, ...]) -> None:
     with pytest.raises(pydantic.ValidationError, match=r"record\.temperatures"):
         RecordSpec(temperatures=temperatures)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"kind": "threshold", "k": 12}, "record.k means something for kind topk only"),
+        ({"kind": "topk", "tau": 0.1}, "record.tau means something for kind threshold only"),
+        ({"kind": "topk", "draw_seed": 1}, "draw_seed means something for kind sampled and thresh"),
+        (
+            {"kind": "sampled", "draw_temperature": 2.0},
+            r"expected 1 or one of .*temperatures, \[\]",
+        ),
+    ],
+)
+def test_fields_of_another_kind(fields: dict[str, Any], expected: str) -> None:
+    with pytest.raises(pydantic.ValidationError, match=expected):
+        RecordSpec(**fields)
+
+
+def test_draws_are_from_the_flattest_distribution_that_is_asked_for() -> None:
+    assert RecordSpec(kind="threshold").drawn_at == 1.0
+    assert RecordSpec(kind="threshold", temperatures=(0.5,)).drawn_at == 1.0
+    flat = RecordSpec(kind="threshold", temperatures=(0.5, 2.0))
+    assert flat.drawn_at == 2.0
+    said = flat.model_copy(update={"draw_temperature": 2.0})
+    assert changed(record=flat).fingerprint() == changed(record=said).fingerprint()
+    sharp = flat.model_copy(update={"draw_temperature": 1.0})
+    assert changed(record=flat).fingerprint() != changed(record=sharp).fingerprint()
+
+
+def test_columns_of_draws() -> None:
+    assert "entry_counts" in RecordSpec(kind="sampled").columns
+    assert "entry_counts" not in RecordSpec(kind="threshold").columns

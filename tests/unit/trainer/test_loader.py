@@ -15,7 +15,7 @@ from trainer.config import LossConfig, TrainConfig
 from trainer.loader import Loader, RowReader, StepBatch, lay_out, padded_length
 from trainer.plan import LoaderState, count_steps, read_row_table
 
-RECORD = RecordSpec(k=3, temperatures=(2.0,), entropy=False)
+RECORD = RecordSpec(kind="topk", k=3, temperatures=(2.0,), entropy=False)
 VOCABULARY = {f"t{i}": i for i in range(40)}
 
 

@@ -1,0 +1,53 @@
+"""The random numbers of draws: a pure function of row, position and seed.
+
+They come from a counter-based generator (Philox 4x64, Salmon et al. 2011, as numpy implements it)
+whose key is the row key and whose counter is the position, so they are equal to the bit on every
+run, on every machine, however rows are put into batches and sequences cut into steps.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+LABELLING = 0
+"""Stream of the draws that are made when a row is labelled."""
+REDUCING = 1
+"""Stream of the draws that thin out the stored ones for a larger tau."""
+
+_WORDS_PER_BLOCK = 4
+_STREAM_SHIFT = 128
+_SEED_SHIFT = 192
+
+
+def uniforms(
+    row_key: bytes,
+    positions: npt.NDArray[np.int64],
+    per_position: int,
+    seed: int,
+    stream: int = LABELLING,
+) -> npt.NDArray[np.float64]:
+    """Uniform numbers in [0, 1), multiples of 2^-53, of positions of one row.
+
+    Args:
+        row_key: 16 bytes.
+        positions: int64 [N], target indices in the row, rising.
+        per_position: How many numbers each position gets.
+        seed: ``RecordSpec.draw_seed``.
+        stream: LABELLING or REDUCING.
+
+    Returns:
+        float64 [N, per_position]; those of a position do not depend on which others are asked for.
+    """
+    if not len(positions):
+        return np.zeros((0, per_position))
+    blocks = -(-per_position // _WORDS_PER_BLOCK)
+    key = int.from_bytes(row_key, "little")
+    offset = (stream << _STREAM_SHIFT) | (seed << _SEED_SHIFT)
+    runs = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
+    words = [
+        np.random.Philox(key=key, counter=offset + int(run[0]) * blocks).random_raw(
+            len(run) * blocks * _WORDS_PER_BLOCK
+        )
+        for run in runs
+    ]
+    raw = np.concatenate(words).reshape(len(positions), -1)[:, :per_position]
+    return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
