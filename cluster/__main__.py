@@ -142,7 +142,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 }
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """What the libraries say of themselves would drown what the user asked for."""
     for name, value in (
         ("RAY_USAGE_STATS_ENABLED", "0"),
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         are not a command, 130 when interrupted.
     """
     args = _parser().parse_args(argv)
-    _quiet_libraries()
+    quiet_libraries()
     from schemas.errors import TutelageError
 
     try:

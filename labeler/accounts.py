@@ -1,11 +1,11 @@
 """The summary of a run, from its roster and its manifests."""
 
-import numpy as np
 import pyarrow.compute as pc
 
 from schemas.config import StrictModel
-from schemas.keys import contains, keys_to_sorted
+from schemas.keys import SortedKeys, contains, keys_to_sorted
 from schemas.label_set import LabelSet
+from schemas.manifest import Manifest
 from schemas.roster import LABELLED, Accounts, read_roster
 from schemas.tables import key_array
 
@@ -20,8 +20,8 @@ class LabelSummary(StrictModel):
         rows_labelled, rows_reused, rows_duplicate, rows_quarantined: What became of them.
         rows_generated: Of the labelled ones, how many were generated first.
         tokens, labels: Of the rows labelled by this run.
-        bytes_per_label: On disk, of the units that this run's labelled rows are in; 0 if there are
-            none.
+        bytes_per_label, ids_per_label: On disk, of the units that this run's rows are in, reused
+            ones too; 0 if there are none.
         seconds: Wall time of the job, from reading the configuration on.
         labels_url, fingerprint: The label set.
         view: URL of the view, or empty.
@@ -39,6 +39,7 @@ class LabelSummary(StrictModel):
     tokens: int
     labels: int
     bytes_per_label: float
+    ids_per_label: float
     seconds: float
     labels_url: str
     view: str
@@ -53,11 +54,14 @@ def summarise(
     roster = read_roster(label_set, run)
     labelled = roster.filter(pc.equal(roster.column("disposition"), LABELLED))
     generated = int(pc.sum(pc.greater_equal(labelled.column("sample"), 0), min_count=0).as_py())
+    units = _units_of(label_set, keys_to_sorted(key_array(roster, "row_key")))
+    labels = sum(unit.num_labels for unit in units)
     return LabelSummary(
         teacher_backend=backend,
         run=run,
         rows_generated=generated,
-        bytes_per_label=_bytes_per_label(label_set, keys_to_sorted(key_array(labelled, "row_key"))),
+        bytes_per_label=sum(unit.size_bytes for unit in units) / labels if labels else 0.0,
+        ids_per_label=sum(unit.num_entries for unit in units) / labels if labels else 0.0,
         seconds=seconds,
         labels_url=label_set.url,
         view=view,
@@ -66,11 +70,9 @@ def summarise(
     )
 
 
-def _bytes_per_label(label_set: LabelSet, labelled: np.ndarray) -> float:
-    """Size of the shards that hold the given rows, by label in them."""
+def _units_of(label_set: LabelSet, rows: SortedKeys) -> list[Manifest]:
+    """The units that hold any of the given rows."""
     index = label_set.index()
-    here = contains(labelled, key_array(index, "row_key"))
+    here = contains(rows, key_array(index, "row_key"))
     units = set(pc.unique(index.column("unit_key").filter(here).cast("string")).to_pylist())
-    shards = [manifest for manifest in label_set.manifests() if manifest.unit_key in units]
-    labels = sum(manifest.num_labels for manifest in shards)
-    return sum(manifest.size_bytes for manifest in shards) / labels if labels else 0.0
+    return [manifest for manifest in label_set.manifests() if manifest.unit_key in units]

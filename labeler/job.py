@@ -62,8 +62,13 @@ def run_label_job(config: LabelConfig, progress: bool = True) -> LabelSummary:
         f"{accounts.rows_reused:,} reused + {accounts.rows_duplicate:,} duplicate + "
         f"{accounts.rows_quarantined:,} quarantined, in {duration(seconds)}"
     )
-    backend = config.teacher.backend
-    return summarise(label_set, run, accounts, backend, config.view, seconds)
+    summary = summarise(label_set, run, accounts, config.teacher.backend, config.view, seconds)
+    if summary.ids_per_label:
+        shown.say(
+            f"{summary.labels:,} new labels; {summary.ids_per_label:.1f} ids and "
+            f"{summary.bytes_per_label:.1f} bytes a label on disk"
+        )
+    return summary
 
 
 def open_label_set(config: LabelConfig) -> LabelSet:

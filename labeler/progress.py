@@ -79,9 +79,8 @@ def describe(state: RunState, now_s: float, base_s: float, base: RunState) -> st
     parts = [f"labelled {state.rows_done:,} of {state.rows_sent:,} rows found"]
     parts.append(f"corpus read {read:.0f}%")
     elapsed, gained = now_s - base_s, state.share_done() - base.share_done()
-    if elapsed > 0:
-        parts.append(f"{(state.tokens_done - base.tokens_done) / elapsed:,.0f} tokens/s")
     if elapsed > 0 and gained > 0:
+        parts.append(f"{(state.tokens_done - base.tokens_done) / elapsed:,.0f} tokens/s")
         left = elapsed * (1 - state.share_done()) / gained
         parts.append(f"about {duration(left)} left")
     return " | ".join(parts)

@@ -218,6 +218,7 @@ class LabelSet:
             keys=keys,
             quarantine=kept,
             num_quarantined=len(quarantined),
+            num_entries=shard.num_entries,
             provenance=dict(provenance),
         )
         return write_manifest(self.store, manifest)

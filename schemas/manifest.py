@@ -23,6 +23,7 @@ class Manifest(StrictModel):
         sha256: of the shard; empty where there is none.
         size_bytes: of the shard.
         row_groups: rows of each row group of the shard.
+        num_entries: exact entries and draws of all labels.
         keys: path of the row keys and lengths; empty where no row was labelled.
         quarantine: path of the rows that could not be labelled; empty where there are none.
         provenance: what does not change what a label means: backend, engine, versions, host, time.
@@ -41,6 +42,7 @@ class Manifest(StrictModel):
     keys: str
     quarantine: str
     num_quarantined: int
+    num_entries: int = 0
     provenance: dict[str, Any]
 
 

@@ -92,6 +92,11 @@ class LabelRows:
         """Labelled positions of all rows."""
         return int(self.label_offsets[-1])
 
+    @property
+    def num_entries(self) -> int:
+        """Exact entries and draws of all positions; 0 where there is no teacher."""
+        return 0 if self.entry_offsets is None else int(self.entry_offsets[-1])
+
     def slice(self, start: int, stop: int) -> "LabelRows":
         """Rows [start, stop) as views of these arrays."""
         start, stop, _ = slice(start, stop).indices(len(self))

@@ -47,11 +47,19 @@ class ShardInfo(StrictModel):
     num_rows: int
     num_tokens: int
     num_labels: int
+    num_entries: int
     row_groups: list[int]
 
 
 NO_SHARD = ShardInfo(
-    path="", sha256="", size_bytes=0, num_rows=0, num_tokens=0, num_labels=0, row_groups=[]
+    path="",
+    sha256="",
+    size_bytes=0,
+    num_rows=0,
+    num_tokens=0,
+    num_labels=0,
+    num_entries=0,
+    row_groups=[],
 )
 """Of a unit that has quarantined rows only."""
 
@@ -73,7 +81,7 @@ def write_shard(
     batches = [rows] if isinstance(rows, LabelRows) else rows
     schema = arrow_schema(spec)
     schema = schema.with_metadata({**schema.metadata, FINGERPRINT_KEY: fingerprint.encode()})
-    sizes: list[tuple[int, int, int]] = []
+    sizes: list[tuple[int, int, int, int]] = []
     try:
         with store.open(rel, "wb") as file:
             sink = _HashingFile(file)
@@ -82,7 +90,9 @@ def write_shard(
                 for group in _row_groups(batches):
                     validate(group, spec, vocab_size, where=store.path(rel))
                     writer.write_table(group.to_table(spec), row_group_size=len(group))
-                    sizes.append((len(group), group.num_tokens, group.num_labels))
+                    sizes.append(
+                        (len(group), group.num_tokens, group.num_labels, group.num_entries)
+                    )
     except BaseException:
         store.delete(rel)
         raise
@@ -91,10 +101,11 @@ def write_shard(
         path=rel,
         sha256=sink.sha256.hexdigest(),
         size_bytes=sink.size_bytes,
-        num_rows=sum(rows for rows, _, _ in sizes),
-        num_tokens=sum(tokens for _, tokens, _ in sizes),
-        num_labels=sum(labels for _, _, labels in sizes),
-        row_groups=[rows for rows, _, _ in sizes],
+        num_rows=sum(size[0] for size in sizes),
+        num_tokens=sum(size[1] for size in sizes),
+        num_labels=sum(size[2] for size in sizes),
+        num_entries=sum(size[3] for size in sizes),
+        row_groups=[size[0] for size in sizes],
     )
 
 

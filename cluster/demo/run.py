@@ -70,7 +70,7 @@ def run_demo(out: Path) -> DemoSummary:
     _write_configs(out)
     with stages.stage("corpus", "this Python's standard library, split by module"):
         _make_corpus(out)
-    with _ray():
+    with local_ray():
         label = _label(out, stages)
         train = _train(out, stages)
     with stages.stage("evaluate", "both students and their teacher on held-out files"):
@@ -107,7 +107,7 @@ def _make_corpus(out: Path) -> None:
 
 
 @contextmanager
-def _ray() -> Iterator[None]:
+def local_ray() -> Iterator[None]:
     """One local Ray for all stages; the jobs use the one that is there."""
     import ray
 
@@ -162,6 +162,7 @@ def _label(out: Path, stages: Stages) -> dict[str, Any]:
         "teacher_backend": corpus.teacher_backend,
         **totals,
         "bytes_per_label": corpus.bytes_per_label,
+        "ids_per_label": corpus.ids_per_label,
     }
 
 

@@ -1,0 +1,95 @@
+"""How much of the teacher's distribution the stored labels have lost.
+
+Measured as the forward KL from the teacher to what a trainer reads back, on the partition of the
+vocabulary that a record stores: each exact entry by itself, everything else in one bucket. (On the
+full vocabulary it would be infinite for every sparse record.)
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from labeler.teachers.base import RowLabels
+from schemas.record import LabelRows
+from schemas.spec import RecordSpec
+
+Float64s = npt.NDArray[np.float64]
+
+
+def partition_kl(labels: Sequence[RowLabels], stored: LabelRows, record: RecordSpec) -> Float64s:
+    """What rounding alone costs: labels before it against the rows assembled from them.
+
+    Args:
+        labels: one a row, as the teacher gave them.
+        stored: the same rows in the stored form.
+        record: of both.
+
+    Returns:
+        float64 [sum N], nats a label.
+    """
+    lengths = np.concatenate([row.head_len.astype(np.int64) + row.tail_len for row in labels])
+    width = max(row.entry_ids.shape[1] for row in labels)
+    true = np.concatenate([_wide(row.entry_logprobs, width) for row in labels])
+    used = np.arange(width) < lengths[:, None]
+    assert stored.entry_logprobs is not None
+    assert stored.tail_logmass is not None
+    kept = np.zeros(true.shape)
+    kept[used] = stored.entry_logprobs
+    tail = np.concatenate([row.tail_logmass for row in labels])
+    if record.kind != "sampled":
+        heads = np.concatenate([row.head_len for row in labels])
+        used = np.arange(width) < heads[:, None]
+    return kl_of_partition(
+        true, np.exp(tail.astype(np.float64)), kept, stored.tail_logmass, used, record
+    )
+
+
+def kl_of_partition(
+    true_logprobs: npt.NDArray[np.floating],
+    true_tail: Float64s,
+    stored_logprobs: npt.NDArray[np.floating],
+    stored_tail_logmass: npt.NDArray[np.floating],
+    used: npt.NDArray[np.bool_],
+    record: RecordSpec,
+) -> Float64s:
+    """KL(teacher, stored) on entries and bucket, the stored side read as a trainer reads it.
+
+    Heads are rescaled to 1 - exp(tail_logmass). Draws of kind ``sampled`` are taken with their own
+    probabilities, and the bucket is what they leave.
+
+    Args:
+        true_logprobs: [A, K], of the teacher at the entries.
+        true_tail: [A], its probability outside the head; unused for kind ``sampled``.
+        stored_logprobs: [A, K].
+        stored_tail_logmass: [A].
+        used: [A, K], which slots are entries of the partition.
+        record: says which kind.
+
+    Returns:
+        float64 [A], nats.
+    """
+    true = np.where(used, true_logprobs.astype(np.float64), -np.inf)
+    kept = np.where(used, stored_logprobs.astype(np.float64), -np.inf)
+    weights, kept_weights = np.exp(true), np.exp(kept)
+    if record.kind == "sampled":
+        true_tail = np.maximum(1.0 - weights.sum(1), 0.0)
+        kept_tail = np.maximum(1.0 - kept_weights.sum(1), 0.0)
+    else:
+        kept_tail = np.exp(stored_tail_logmass.astype(np.float64))
+        kept = kept + np.log((1.0 - kept_tail) / kept_weights.sum(1))[:, None]
+    ratio = np.zeros(true.shape)
+    np.subtract(true, kept, out=ratio, where=weights > 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bucket = np.where(true_tail > 0, true_tail * np.log(true_tail / kept_tail), 0.0)
+    result: Float64s = (weights * ratio).sum(1) + bucket
+    return result
+
+
+def _wide(values: npt.NDArray[np.float32], width: int) -> npt.NDArray[np.float32]:
+    """The same rows with zeros at their ends, to a common width."""
+    if values.shape[1] == width:
+        return values
+    padded = np.zeros((len(values), width), np.float32)
+    padded[:, : values.shape[1]] = values
+    return padded
