@@ -142,6 +142,41 @@ class RunConfig(StrictModel):
     )
 
 
+class GatesConfig(StrictModel):
+    """What labels have to pass before anyone is given them; none of it changes a label."""
+
+    audit_rate: float = Field(
+        default=1 / 256,
+        ge=0.0,
+        le=1.0,
+        description="share of labels that are compared with the full distribution; 0: none",
+    )
+    max_kl: float = Field(
+        default=1e-3,
+        gt=0.0,
+        description="mean nats a label that storing may cost a unit; above, it is quarantined",
+    )
+    max_missed_mass: float = Field(
+        default=1e-3,
+        gt=0.0,
+        description="probability by which a head may fall short of the most probable ids",
+    )
+    parity_rows: int = Field(
+        default=2,
+        ge=0,
+        description="rows that a second implementation of the teacher scores, once a label set; "
+        "0: none",
+    )
+    parity_tokens: int = Field(
+        default=256, ge=2, description="labels of each of these rows that are compared"
+    )
+    max_parity_kl: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="mean nats a label between both; unset: 1e-4 in float32, else 1e-2",
+    )
+
+
 class LabelConfig(StrictModel):
     """A whole ``label.toml``."""
 
@@ -152,6 +187,7 @@ class LabelConfig(StrictModel):
     teacher: TeacherConfig
     record: RecordSpec = RecordSpec(kind="topk")
     generate: GenerationSpec | None = None
+    gates: GatesConfig = GatesConfig()
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")

@@ -11,10 +11,57 @@ import numpy as np
 import numpy.typing as npt
 
 from labeler.teachers.base import RowLabels
+from schemas.manifest import Fidelity
 from schemas.record import LabelRows
 from schemas.spec import RecordSpec
 
 Float64s = npt.NDArray[np.float64]
+
+
+def measure(
+    labels: Sequence[RowLabels], stored: LabelRows, record: RecordSpec
+) -> Fidelity | None:
+    """Compares the audited labels of a unit, as they are stored, with the full distribution.
+
+    Args:
+        labels: one a row, with their audits.
+        stored: the same rows in the stored form, rounded.
+        record: of both.
+
+    Returns:
+        None where no label was audited.
+    """
+    places = [
+        stored.label_offsets[row] + one.audit.labels
+        for row, one in enumerate(labels)
+        if one.audit is not None
+    ]
+    audits = [one.audit for one in labels if one.audit is not None]
+    if not audits or not sum(map(len, places)):
+        return None
+    at = np.concatenate(places)
+    true = np.concatenate([audit.logprobs for audit in audits])
+    assert stored.entry_offsets is not None
+    assert stored.entry_logprobs is not None
+    assert stored.head_len is not None
+    assert stored.tail_logmass is not None
+    slots = np.arange(true.shape[1])
+    starts, ends = stored.entry_offsets[at], stored.entry_offsets[at + 1]
+    last = len(stored.entry_logprobs) - 1
+    kept = stored.entry_logprobs[np.minimum(starts[:, None] + slots, last)]
+    lengths = stored.head_len[at] if record.kind != "sampled" else ends - starts
+    tail = np.concatenate([audit.tail for audit in audits]).astype(np.float64)
+    kl = kl_of_partition(
+        true, tail, kept, stored.tail_logmass[at], slots < lengths[:, None], record
+    )
+    best = np.concatenate([audit.best for audit in audits])
+    return Fidelity(
+        labels=len(at),
+        mean_kl=float(kl.mean()),
+        max_kl=float(kl.max()),
+        covered_mass=float((1.0 - tail).mean()),
+        missed_mass=float((best - (1.0 - tail)).max()),
+    )
 
 
 def partition_kl(labels: Sequence[RowLabels], stored: LabelRows, record: RecordSpec) -> Float64s:

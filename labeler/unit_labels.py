@@ -33,6 +33,11 @@ class UnitLabels:
             self.requests + other.requests, labels, self.quarantined + other.quarantined
         )
 
+    def refused(self, reason: str, detail: str) -> "UnitLabels":
+        """The same unit with every labelled row in quarantine."""
+        refused = [request.quarantined(reason, detail) for request in self.requests]
+        return UnitLabels([], [], [*self.quarantined, *refused])
+
     def rows(self, record: RecordSpec) -> LabelRows | None:
         """The labelled rows in the stored form; None where there are none."""
         if not self.requests:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from labeler.gates import Gates
 from labeler.requests import Request, key_of_unit
 from labeler.survivor import Survivor
 from labeler.unit_labels import UnitLabels
@@ -29,23 +30,32 @@ class UnitDone:
 class UnitLabeller:
     """Labels units into one label set; units may come from several threads."""
 
-    def __init__(self, label_set: LabelSet, teacher: Survivor | None, salt: str = "") -> None:
+    def __init__(
+        self,
+        label_set: LabelSet,
+        teacher: Survivor | None,
+        salt: str = "",
+        gates: Gates | None = None,
+    ) -> None:
         """Prepares.
 
         Args:
             label_set: Where units go.
             teacher: None for a set of kind ``tokens``.
             salt: See ``key_of_unit``.
+            gates: What labels pass before they are committed; None: nothing.
         """
         self._label_set = label_set
         self._teacher = teacher
         self._salt = salt
+        self._gates = gates
 
     def label(self, requests: Sequence[Request]) -> UnitDone:
         """Labels and commits one unit; if it is committed already, only says so.
 
         Raises:
-            TeacherError: The teacher cannot be loaded, or its engine is broken.
+            TeacherError: The teacher cannot be loaded, its engine is broken, or its labels are not
+                those of another implementation.
             StoreError: The label set cannot be written to.
         """
         unit_key = key_of_unit(requests, self._salt)
@@ -58,7 +68,15 @@ class UnitLabeller:
             found, provenance = self._teacher.label(requests)
         provenance |= {"host": socket.gethostname(), "seconds": time.monotonic() - started}
         rows = found.rows(self._label_set.spec.record)
-        return _done(self._label_set.commit_unit(rows, found.quarantined, provenance, unit_key))
+        fidelity = None
+        if self._gates is not None:
+            self._gates.check_parity(found)
+            fidelity, problem = self._gates.audit(found, rows)
+            if problem:
+                found, rows = found.refused("fidelity", problem), None
+        return _done(
+            self._label_set.commit_unit(rows, found.quarantined, provenance, unit_key, fidelity)
+        )
 
 
 def _done(manifest: Manifest) -> UnitDone:

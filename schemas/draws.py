@@ -13,6 +13,9 @@ LABELLING = 0
 REDUCING = 1
 """Stream of the draws that thin out the stored ones for a larger tau."""
 
+AUDITING = 2
+"""Stream that says which labels of a row are audited."""
+
 _WORDS_PER_BLOCK = 4
 _STREAM_SHIFT = 128
 _SEED_SHIFT = 192
@@ -32,7 +35,7 @@ def uniforms(
         positions: int64 [N], target indices in the row, rising.
         per_position: How many numbers each position gets.
         seed: ``RecordSpec.draw_seed``.
-        stream: LABELLING or REDUCING.
+        stream: LABELLING, REDUCING or AUDITING.
 
     Returns:
         float64 [N, per_position]; those of a position do not depend on which others are asked for.

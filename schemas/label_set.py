@@ -31,7 +31,14 @@ from schemas.columns import arrow_schema
 from schemas.config import StrictModel
 from schemas.errors import DamagedError, RecordError, StoreError
 from schemas.keys import SortedKeys, contains, keys_to_sorted
-from schemas.manifest import MANIFESTS, Manifest, manifest_path, read_manifest, write_manifest
+from schemas.manifest import (
+    MANIFESTS,
+    Fidelity,
+    Manifest,
+    manifest_path,
+    read_manifest,
+    write_manifest,
+)
 from schemas.rows import LabelRows
 from schemas.shards import NO_SHARD, ShardInfo, read_row_group, write_shard
 from schemas.spec import SCHEMA_VERSION, LabelSetSpec
@@ -174,6 +181,7 @@ class LabelSet:
         quarantined: Sequence[QuarantineRow],
         provenance: Mapping[str, Any],
         unit_key: str,
+        fidelity: Fidelity | None = None,
     ) -> Manifest:
         """Commits one unit of work; if it is committed already, returns that manifest.
 
@@ -185,6 +193,7 @@ class LabelSet:
             provenance: plain JSON values.
             unit_key: identity of the unit, by `keys.unit_key` over all row keys of the task's
                 input, quarantined ones included.
+            fidelity: what an audit of the labels found.
 
         Returns:
             The manifest of the attempt that won, which may be another one.
@@ -219,6 +228,7 @@ class LabelSet:
             quarantine=kept,
             num_quarantined=len(quarantined),
             num_entries=shard.num_entries,
+            fidelity=fidelity,
             provenance=dict(provenance),
         )
         return write_manifest(self.store, manifest)

@@ -12,6 +12,24 @@ from schemas.storage import Store
 MANIFESTS = "manifests"
 
 
+class Fidelity(StrictModel):
+    """What an audit of some of a unit's labels found, against the full distribution in float64.
+
+    Attributes:
+        labels: how many were audited.
+        mean_kl, max_kl: nats a label, KL(teacher, stored) on the exact entries and one bucket for
+            the rest, the stored side as a trainer reads it; for kind ``sampled`` on the draws.
+        covered_mass: mean probability of the heads.
+        missed_mass: by how much a head fell short of the most probable ids of its length, at most.
+    """
+
+    labels: int
+    mean_kl: float
+    max_kl: float
+    covered_mass: float
+    missed_mass: float
+
+
 class Manifest(StrictModel):
     """What one unit of work left, and how it came about.
 
@@ -26,6 +44,7 @@ class Manifest(StrictModel):
         num_entries: exact entries and draws of all labels.
         keys: path of the row keys and lengths; empty where no row was labelled.
         quarantine: path of the rows that could not be labelled; empty where there are none.
+        fidelity: what an audit found; None where there was none.
         provenance: what does not change what a label means: backend, engine, versions, host, time.
     """
 
@@ -43,6 +62,7 @@ class Manifest(StrictModel):
     quarantine: str
     num_quarantined: int
     num_entries: int = 0
+    fidelity: Fidelity | None = None
     provenance: dict[str, Any]
 
 

@@ -1,0 +1,78 @@
+"""What a unit's labels pass before they are committed; a unit that fails is kept from everyone."""
+
+from collections.abc import Callable
+
+from labeler.config import GatesConfig
+from labeler.fidelity import measure
+from labeler.parity import PARITY_FILE, Reference, check_parity
+from labeler.unit_labels import UnitLabels
+from schemas.label_set import LabelSet
+from schemas.manifest import Fidelity
+from schemas.record import LabelRows
+
+MakeReference = Callable[[], Reference | None]
+
+
+class Gates:
+    """The gates of one label set, in one process."""
+
+    def __init__(
+        self, label_set: LabelSet, config: GatesConfig, make_reference: MakeReference
+    ) -> None:
+        """Prepares.
+
+        Args:
+            label_set: where units go.
+            config: the bounds.
+            make_reference: a second implementation of the teacher; None where the teacher is it.
+        """
+        self._label_set = label_set
+        self._config = config
+        self._make_reference = make_reference
+        self._parity_known = config.parity_rows == 0
+
+    def check_parity(self, found: UnitLabels) -> None:
+        """Once per label set: the teacher's labels are those of another implementation.
+
+        Raises:
+            TeacherError: They are not, so nothing may be published.
+        """
+        store = self._label_set.store
+        if self._parity_known or not found.labels:
+            return
+        if not store.exists(PARITY_FILE):
+            reference = self._make_reference()
+            if reference is not None:
+                check_parity(
+                    store,
+                    self._label_set.spec,
+                    self._config,
+                    reference,
+                    found.requests,
+                    found.labels,
+                )
+        self._parity_known = True
+
+    def audit(self, found: UnitLabels, rows: LabelRows | None) -> tuple[Fidelity | None, str]:
+        """Compares the audited labels, as they would be stored, with the full distribution.
+
+        Returns:
+            What was found, None where nothing was audited; and what is wrong with it, empty where
+            the unit may be published.
+        """
+        if rows is None or not found.labels:
+            return None, ""
+        fidelity = measure(found.labels, rows, self._label_set.spec.record)
+        if fidelity is None:
+            return None, ""
+        if not fidelity.mean_kl <= self._config.max_kl:
+            return fidelity, (
+                f"storing the labels costs {fidelity.mean_kl:.2e} nats a label, "
+                f"gates.max_kl allows {self._config.max_kl:.0e}"
+            )
+        if not fidelity.missed_mass <= self._config.max_missed_mass:
+            return fidelity, (
+                f"a head misses {fidelity.missed_mass:.2e} of the most probable ids' mass, "
+                f"gates.max_missed_mass allows {self._config.max_missed_mass:.0e}"
+            )
+        return fidelity, ""
