@@ -144,6 +144,13 @@ class RecordSpec(StrictModel):
         return max((1.0, *self.temperatures))
 
     @property
+    def draw_share(self) -> float:
+        """What one draw stands for, as a share of the distribution drawn from; 0 without draws."""
+        if self.kind == "threshold":
+            return self.tau
+        return 1.0 / self.draws if self.kind == "sampled" else 0.0
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Names of the columns of a label set of this spec, in the order of the schema."""
         names = list(TOKEN_COLUMNS)

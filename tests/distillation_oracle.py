@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from schemas.spec import RecordSpec
 from trainer.config import LossConfig
 from trainer.fused_head import LogitTransform
 from trainer.targets import SparseTargets
@@ -45,19 +46,93 @@ def random_targets(
     flat_ids = np.concatenate([*ids, np.zeros(0, np.int64)]).astype(np.int32)
     flat_logp = np.concatenate([logp[j, ids[j]] for j in range(num_labels)])
     bounds = torch.from_numpy(np.concatenate([[0], np.cumsum(head_sizes)]))
-    token_ids = rng.integers(0, vocab_size, num_labels)
-    return SparseTargets(
-        positions=torch.from_numpy(np.sort(rng.permutation(num_tokens)[:num_labels])),
-        token_ids=torch.from_numpy(token_ids),
-        weights=torch.from_numpy(rng.uniform(0.2, 2.0, num_labels).astype(np.float32)),
+    return _targets(
+        rng,
+        RecordSpec(temperatures=temperatures),
+        vocab_size,
+        num_tokens,
         entry_ids=torch.from_numpy(flat_ids),
         entry_logprobs=torch.from_numpy(flat_logp.astype(np.float16)),
         entry_bounds=bounds,
         entry_offsets=bounds,
+        entry_draws=None,
         tail_logmass=torch.from_numpy(tail_logmass.astype(np.float16)),
         lse=torch.from_numpy(np.array(lse).astype(np.float16)) if temperatures else None,
-        temperatures=temperatures,
+    )
+
+
+def drawn_targets(
+    rng: np.random.Generator,
+    record: RecordSpec,
+    num_labels: int,
+    vocab_size: int,
+    num_tokens: int,
+    spread: float = 2.0,
+) -> SparseTargets:
+    """Labels with draws of random teachers, made position by position as section 3 defines them.
+
+    Args:
+        record: of kind sampled or threshold.
+        num_labels, vocab_size, num_tokens, spread: as for `random_targets`.
+    """
+    logits = rng.normal(0, spread, (num_labels, vocab_size))
+    logp = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    drawn = [_drawn_entries(rng, record, row) for row in logp]
+    lse = [[np.log(np.exp(row / t).sum()) for t in record.temperatures] for row in logp]
+    bounds = torch.from_numpy(np.concatenate([[0], np.cumsum([len(ids) for ids, _, _ in drawn])]))
+    at_entries = [row[ids] for row, (ids, _, _) in zip(logp, drawn, strict=True)]
+    with np.errstate(divide="ignore"):
+        tail = np.log([mass for _, _, mass in drawn])
+    return _targets(
+        rng,
+        record,
+        vocab_size,
+        num_tokens,
+        entry_ids=torch.from_numpy(np.concatenate([ids for ids, _, _ in drawn]).astype(np.int32)),
+        entry_logprobs=torch.from_numpy(np.concatenate(at_entries).astype(np.float16)),
+        entry_bounds=bounds,
+        entry_offsets=bounds,
+        entry_draws=torch.from_numpy(np.concatenate([c for _, c, _ in drawn]).astype(np.uint8)),
+        tail_logmass=torch.from_numpy(np.minimum(tail, 0.0).astype(np.float16)),
+        lse=torch.from_numpy(np.array(lse).astype(np.float16)) if record.temperatures else None,
+    )
+
+
+def _drawn_entries(
+    rng: np.random.Generator, record: RecordSpec, logp: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Ids (head, then draws by rising id), how often each was drawn, and the mass off the head."""
+    p_s = np.exp(logp / record.drawn_at)
+    p_s /= p_s.sum()
+    if record.kind == "sampled":
+        ids, counts = np.unique(rng.choice(len(logp), record.draws, p=p_s), return_counts=True)
+        return ids, counts, 1.0
+    order = np.argsort(-logp, kind="stable")
+    head = order[: max(1, int((p_s >= record.tau).sum()))]
+    tail = np.sort(order[len(head) :])
+    edges = np.cumsum(p_s[tail])
+    points = np.arange(rng.random() * record.tau, edges[-1] if len(tail) else 0.0, record.tau)
+    draws = tail[np.minimum(np.searchsorted(edges, points, side="right"), len(tail) - 1)]
+    counts = np.concatenate([np.zeros(len(head), int), np.ones(len(draws), int)])
+    return np.concatenate([head, draws]), counts, float(np.exp(logp[tail]).sum())
+
+
+def _targets(
+    rng: np.random.Generator,
+    record: RecordSpec,
+    vocab_size: int,
+    num_tokens: int,
+    **entries: Tensor | None,
+) -> SparseTargets:
+    """Targets of these entries at random places, with random hard labels and weights."""
+    num_labels = len(entries["entry_bounds"]) - 1
+    return SparseTargets(
+        positions=torch.from_numpy(np.sort(rng.permutation(num_tokens)[:num_labels])),
+        token_ids=torch.from_numpy(rng.integers(0, vocab_size, num_labels)),
+        weights=torch.from_numpy(rng.uniform(0.2, 2.0, num_labels).astype(np.float32)),
+        record=record,
         num_ids=vocab_size,
+        **entries,
     )
 
 
@@ -90,11 +165,15 @@ def dense_loss(
 
 def _position_kl(logits: Tensor, targets: SparseTargets, j: int, loss: LossConfig) -> Tensor:
     """KL of one position, from a [V] row of logits at the distillation temperature."""
+    if loss.kind == "forward_kl":
+        return _position_estimate(logits, targets, j, loss.temperature)
     cut = slice(int(targets.entry_bounds[j]), int(targets.entry_bounds[j + 1]))
     ids = targets.entry_ids[cut].long()
     scaled = targets.entry_logprobs[cut].to(logits.dtype) / loss.temperature
     if loss.temperature == 1.0:
         tail = targets.tail_logmass[j].to(logits.dtype).exp()
+        if targets.entry_draws is not None:
+            tail = (tail - scaled.exp()[targets.entry_draws[cut] > 0].sum()).clamp(min=0.0)
         w = scaled.exp() * (1 - tail) / scaled.exp().sum()
     else:
         column = targets.temperatures.index(loss.temperature)
@@ -113,3 +192,28 @@ def _position_kl(logits: Tensor, targets: SparseTargets, j: int, loss: LossConfi
     if tail > 1e-12:
         kl = kl + tail * (tail.log() - torch.logsumexp(log_q[off], 0))
     return kl
+
+
+def _position_estimate(
+    logits: Tensor, targets: SparseTargets, j: int, temperature: float
+) -> Tensor:
+    """sum w (log p_T - log q_T) with the Horvitz-Thompson weights of one position's draws."""
+    cut = slice(int(targets.entry_bounds[j]), int(targets.entry_bounds[j + 1]))
+    record, draws = targets.record, targets.entry_draws[cut]
+
+    def log_p(at: float) -> Tensor:
+        lp = targets.entry_logprobs[cut].to(logits.dtype)
+        if at == 1.0:
+            head = lp[draws == 0]
+            mass = 1 - targets.tail_logmass[j].to(logits.dtype).exp()
+            exact = torch.log(head.exp() * mass / head.exp().sum())
+            return torch.cat([exact, lp[draws > 0]])
+        lse = targets.lse[j, targets.temperatures.index(at)].to(logits.dtype)
+        return lp / at - lse
+
+    drawn = draws > 0
+    p, p_s = log_p(temperature).exp(), log_p(record.drawn_at).exp()
+    share = record.tau if record.kind == "threshold" else 1 / record.draws
+    w = torch.where(drawn, draws.to(p.dtype) * share * p / p_s, p)
+    log_q = torch.log_softmax(logits, 0)[targets.entry_ids[cut].long()]
+    return (w * (log_p(temperature) - log_q)).sum()

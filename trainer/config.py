@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from schemas.config import StrictModel
 
-LossKind = Literal["hard", "truncated", "renormalised", "ghost"]
+LossKind = Literal["hard", "truncated", "renormalised", "ghost", "forward_kl"]
 
 
 class StudentConfig(StrictModel):
@@ -45,9 +45,18 @@ class StudentConfig(StrictModel):
 class LossConfig(StrictModel):
     """Which training target the labels become, per position (1 - alpha) * CE + alpha * T^2 * KL."""
 
-    kind: LossKind = Field("ghost", description="hard uses the tokens alone, never the teacher")
+    kind: LossKind = Field(
+        "ghost",
+        description="hard uses the tokens alone, never the teacher; forward_kl is the unbiased "
+        "target of labels with draws (sampled, threshold)",
+    )
     alpha: float = Field(1.0, ge=0.0, le=1.0, description="weight of the distillation term")
     temperature: float = Field(1.0, gt=0.0, description="distillation temperature T")
+    approximate_temperature: bool = Field(
+        False,
+        description="forward_kl: where T is above the temperature that draws were made at, take "
+        "the ghost target instead of refusing",
+    )
     chunk_tokens: int = Field(
         1024, ge=1, description="positions per chunk of the fused head; bounds its memory"
     )

@@ -29,7 +29,7 @@ A student trained by Tutelage on cached teacher labels.
 
 The label sets and the view are named by fingerprint: the labels of the same teacher weights,
 tokenizer, numerics and record have the same one, wherever they lie.
-
+{note}
 ## Configuration
 
 ```toml
@@ -44,8 +44,13 @@ def model_card(
     num_rows: int,
     num_steps: int,
     final_loss: float,
+    note: str = "",
 ) -> str:
-    """README.md of the exported student, which pins what it was trained on."""
+    """README.md of the exported student, which pins what it was trained on.
+
+    Args:
+        note: what a reader has to know of the target, one sentence without its full stop.
+    """
     return CARD.format(
         name=Path(config.run).name,
         label_sets=", ".join(f"`{fingerprint}`" for fingerprint in label_sets),
@@ -53,6 +58,7 @@ def model_card(
         num_rows=num_rows,
         num_steps=num_steps,
         final_loss=final_loss,
+        note=f"\nNote: {note}.\n" if note else "",
         config=dump_toml(config),
     )
 

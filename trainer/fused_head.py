@@ -29,8 +29,8 @@ from torch.autograd.function import once_differentiable
 
 from schemas.errors import VocabularyError
 from trainer.config import LossConfig
-from trainer.objectives import OBJECTIVES, Pull, StudentPartition
-from trainer.targets import SparseTargets, teacher_partition
+from trainer.objectives import Pull, StudentPartition, pull_of
+from trainer.targets import SparseTargets
 
 METRICS = ("loss", "ce", "kl", "weight")
 
@@ -93,7 +93,7 @@ def fused_distillation_loss(
 
     Raises:
         VocabularyError: an id of the labels lies outside the head.
-        ConfigError: the labels cannot serve the loss (see `trainer.targets.check_loss`).
+        ConfigError: the labels cannot serve the loss (see `trainer.loss_checks.check_loss`).
     """
     if targets.num_ids > weight.shape[0]:
         raise VocabularyError(
@@ -316,8 +316,7 @@ def _distil(
     lse_off = _softmax_(logits)
     lse = torch.logaddexp(lse_off, segments.logsumexp(at_entries))
     student = StudentPartition(at_entries.sub_(segments.spread(lse)), lse_off - lse, segments)
-    teacher = teacher_partition(chunk, loss.temperature, segments, logits.dtype)
-    pull = OBJECTIVES[loss.kind](teacher, student)
+    pull = pull_of(chunk, loss, student)
     if weights is not None:
         share = loss.alpha if loss.temperature == 1.0 else 1.0
         _write_gradient(logits, flat, chunk.token_ids, pull, student, weights, share)

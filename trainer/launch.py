@@ -41,7 +41,9 @@ def run_train_job(config: TrainConfig, progress: bool = True) -> TrainSummary:
         _say(progress, f"{config.run} is finished: {finished.steps} steps, {finished.exported}")
         return finished
     view.check_shards()
-    _check_labels(config, view)
+    note = _check_labels(config, view)
+    if note:
+        _say(progress, note)
     rows = read_row_table(view, config.data)
     num_steps = count_steps(rows, config.data, view.view_hash)
     _say(
@@ -64,18 +66,20 @@ def run_train_job(config: TrainConfig, progress: bool = True) -> TrainSummary:
     return summary
 
 
-def _check_labels(config: TrainConfig, view: View) -> None:
-    """Refuses labels that the student or the loss cannot use."""
+def _check_labels(config: TrainConfig, view: View) -> str:
+    """Refuses labels that the student or the loss cannot use; says where the loss is not exact."""
     from trainer.loader import common_record
+    from trainer.loss_checks import approximation, check_loss
     from trainer.student import load_tokenizer
-    from trainer.targets import check_loss
     from trainer.vocabulary import check_vocabularies
 
-    check_loss(config.loss, common_record(view))
+    record = common_record(view)
+    check_loss(config.loss, record)
     tokenizer = load_tokenizer(config.student.tokenizer or config.student.path)
     vocab_size = _vocab_size(config.student, tokenizer)
     for label_set in view.label_sets:
         check_vocabularies(tokenizer, vocab_size, label_set)
+    return approximation(config.loss, record)
 
 
 def _vocab_size(student: StudentConfig, tokenizer: Any) -> int:

@@ -175,7 +175,7 @@ class Loader:
         targets = build_targets(
             rows,
             row_starts,
-            self._reader.record.temperatures,
+            self._reader.record,
             self._vocab_size,
             self._rows.weight[ids],
         )

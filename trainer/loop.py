@@ -24,7 +24,8 @@ from trainer.checkpoint import TrainProgress, find_checkpoint, load_checkpoint, 
 from trainer.config import TrainConfig
 from trainer.curve import Curve, Point
 from trainer.export import export_student, model_card
-from trainer.loader import Loader, MicroBatch, StepBatch
+from trainer.loader import Loader, MicroBatch, StepBatch, common_record
+from trainer.loss_checks import approximation
 from trainer.plan import LoaderState, read_row_table
 from trainer.run_folder import RunFolder, TrainSummary
 from trainer.schedule import lr_factor
@@ -214,6 +215,7 @@ class Worker:
             len(self._rows),
             done.step,
             done.final_loss,
+            approximation(self._config.loss, common_record(self._view)),
         )
         export_student(self._engine, self._tokenizer, self._folder.student, card)
         if self._curve is not None:

@@ -16,8 +16,14 @@ With w the teacher's probabilities on S, m its mass off S and P = 1 - m:
 | truncated    | sum w (log w - log q)                   | P q - w        | P r   |
 | renormalised | sum w/P (log w/P - log q)               | q - w/P        | r     |
 | ghost        | sum w (log w - log q) + m log(m / r)    | q - w          | r - m |
+| forward_kl   | sum w (log p - log q), w from draws     | W q - w        | W r   |
 
-The truncated loss may be negative at a position; it is reported as it is.
+forward_kl is the target of Random Sampling KD (arXiv 2503.16870, section 3) with the weights of
+`trainer.teacher_weights`: w estimates the teacher's p id by id, W = sum w has mean one, and loss
+and gradient (q W - w at every id) are, in expectation, those of the KL to the full distribution.
+On labels with draws, S of the other three is the head and the distinct draws, each with its own p.
+
+The truncated and forward_kl losses may be negative at a position; they are reported as they are.
 """
 
 from collections.abc import Callable
@@ -26,8 +32,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trainer.config import LossConfig
+from trainer.loss_checks import objective
 from trainer.segments import Segments
-from trainer.targets import TeacherPartition
+from trainer.targets import SparseTargets
+from trainer.teacher_weights import (
+    TeacherEstimate,
+    TeacherPartition,
+    teacher_estimate,
+    teacher_partition,
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,21 @@ class Pull:
     loss: Tensor
     entry_gradient: Tensor
     tail_gradient: Tensor
+
+
+def pull_of(targets: SparseTargets, loss: LossConfig, student: StudentPartition) -> Pull:
+    """The target that `loss` names, from labels and student at its temperature.
+
+    Raises:
+        ConfigError: the labels cannot serve it (see `trainer.loss_checks.check_loss`).
+    """
+    kind, dtype = objective(loss, targets.record), student.log_entries.dtype
+    if kind == "forward_kl":
+        return forward_kl(
+            teacher_estimate(targets, loss.temperature, student.segments, dtype), student
+        )
+    partition = teacher_partition(targets, loss.temperature, student.segments, dtype)
+    return PARTITION_TARGETS[kind](partition, student)
 
 
 def truncated(teacher: TeacherPartition, student: StudentPartition) -> Pull:
@@ -84,12 +113,21 @@ def ghost(teacher: TeacherPartition, student: StudentPartition) -> Pull:
     return Pull(loss, gradient, student.log_tail.exp() - teacher.tail)
 
 
+def forward_kl(teacher: TeacherEstimate, student: StudentPartition) -> Pull:
+    """An unbiased estimate of the forward KL to the full distribution. Needs draws."""
+    segments = student.segments
+    total = segments.sum(teacher.weights)
+    loss = segments.sum(_cross(teacher.weights, teacher.log_probs - student.log_entries))
+    gradient = (segments.spread(total) * student.log_entries.exp()).sub_(teacher.weights)
+    return Pull(loss, gradient, total * student.log_tail.exp())
+
+
 def _cross(weights: Tensor, log_ratio: Tensor) -> Tensor:
     """weights * log_ratio, with 0 * log 0 = 0."""
     return torch.where(weights > 0, weights * log_ratio, 0.0)
 
 
-OBJECTIVES: dict[str, Callable[[TeacherPartition, StudentPartition], Pull]] = {
+PARTITION_TARGETS: dict[str, Callable[[TeacherPartition, StudentPartition], Pull]] = {
     "truncated": truncated,
     "renormalised": renormalised,
     "ghost": ghost,

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.distillation_oracle import dense_loss, random_targets
+from schemas.spec import RecordSpec
+from tests.distillation_oracle import dense_loss, drawn_targets, random_targets
 from trainer.config import LossConfig
 from trainer.fused_head import fused_distillation_loss
 from trainer.targets import SparseTargets
@@ -22,6 +23,20 @@ shapes = st.fixed_dictionaries(
         "vocab_size": st.integers(4, 50),
         "spread": st.sampled_from([0.1, 1.0, 4.0, 12.0]),
     }
+)
+records = st.one_of(
+    st.builds(
+        RecordSpec,
+        kind=st.just("threshold"),
+        tau=st.sampled_from([0.02, 0.1, 0.4]),
+        temperatures=st.just(TEMPERATURES),
+    ),
+    st.builds(
+        RecordSpec,
+        kind=st.just("sampled"),
+        draws=st.sampled_from([1, 8, 40]),
+        temperatures=st.just(TEMPERATURES),
+    ),
 )
 losses = st.builds(
     LossConfig,
@@ -85,6 +100,27 @@ def test_the_size_of_chunks_changes_nothing(shape, loss, chunk_tokens):
     other = run(targets, logits, loss.model_copy(update={"chunk_tokens": chunk_tokens}))
     assert other[0].item() == pytest.approx(total.item(), rel=1e-12, abs=1e-12)
     torch.testing.assert_close(other[1], gradient, rtol=1e-10, atol=1e-12)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(shapes, records, losses, st.booleans())
+def test_every_target_on_labels_with_draws_equals_its_dense_definition(
+    shape, record, loss, unbiased
+):
+    rng = np.random.default_rng(shape["seed"])
+    num_labels, vocab_size = shape["num_labels"], shape["vocab_size"]
+    targets = drawn_targets(rng, record, num_labels, vocab_size, num_labels, shape["spread"])
+    logits = torch.from_numpy(rng.normal(0, shape["spread"], (num_labels, vocab_size)))
+    logits.requires_grad_()
+    if unbiased:
+        loss = loss.model_copy(update={"kind": "forward_kl"})
+    total, gradient = run(targets, logits, loss)
+    eye = torch.eye(vocab_size, dtype=logits.dtype)
+    expected = dense_loss(logits, eye, None, targets, loss)
+    (theirs,) = torch.autograd.grad(expected, logits)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-8)
+    torch.testing.assert_close(gradient, theirs, rtol=1e-6, atol=1e-8)
+    assert float(gradient.sum(1).abs().max()) <= 1e-9 * (1 + float(gradient.abs().max()))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from schemas.errors import ConfigError, VocabularyError
-from tests.distillation_oracle import dense_loss, random_targets
+from schemas.spec import RecordSpec
+from tests.distillation_oracle import dense_loss, drawn_targets, random_targets
 from trainer.config import LossConfig
 from trainer.fused_head import (
     METRICS,
@@ -16,18 +17,44 @@ from trainer.fused_head import (
 )
 
 L, H, V, T = 29, 12, 40, 23
-KINDS = ("hard", "truncated", "renormalised", "ghost")
+KINDS = ("hard", "truncated", "renormalised", "ghost", "forward_kl")
 TEMPERATURES = (0.5, 2.0)
+RECORDS = {
+    "head": None,
+    "threshold": RecordSpec(kind="threshold", tau=0.06, temperatures=TEMPERATURES),
+    "threshold at 1": RecordSpec(
+        kind="threshold", tau=0.06, temperatures=TEMPERATURES, draw_temperature=1.0
+    ),
+    "sampled": RecordSpec(kind="sampled", draws=9, temperatures=TEMPERATURES),
+}
 CASES = [
-    (kind, temperature, alpha)
-    for kind, temperature, alpha in itertools.product(KINDS, (1.0, *TEMPERATURES), (1.0, 0.3, 0.0))
+    ("head", kind, temperature, alpha)
+    for kind, temperature, alpha in itertools.product(
+        KINDS[:-1], (1.0, *TEMPERATURES), (1.0, 0.3, 0.0)
+    )
     if kind != "hard" or (temperature, alpha) == (1.0, 1.0)
 ]
+for name, spec in RECORDS.items():
+    if spec is not None:
+        CASES += [(name, kind, 1.0, 1.0) for kind in ("truncated", "renormalised")]
+        CASES += [(name, "ghost", temperature, 0.3) for temperature in (1.0, 2.0)]
+        CASES += [
+            (name, "forward_kl", temperature, alpha)
+            for temperature, alpha in itertools.product((1.0, *TEMPERATURES), (1.0, 0.3))
+            if temperature <= spec.drawn_at
+        ]
 
 
-def inputs(seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0):
+def inputs(
+    seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0, record: str = "head"
+):
     rng = np.random.default_rng(seed)
-    targets = random_targets(rng, T, V, L, TEMPERATURES)
+    spec = RECORDS[record]
+    targets = (
+        random_targets(rng, T, V, L, TEMPERATURES)
+        if spec is None
+        else drawn_targets(rng, spec, T, V, L)
+    )
     hidden = torch.from_numpy(rng.normal(0, scale, (L, H))).to(dtype).requires_grad_()
     weight = torch.from_numpy(rng.normal(0, 1, (V, H))).to(dtype).requires_grad_()
     bias = torch.from_numpy(rng.normal(0, 1, V)).to(dtype).requires_grad_()
@@ -38,10 +65,10 @@ def gradients(total: torch.Tensor, *leaves: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad(total, leaves))
 
 
-@pytest.mark.parametrize(("kind", "temperature", "alpha"), CASES)
+@pytest.mark.parametrize(("record", "kind", "temperature", "alpha"), CASES)
 @pytest.mark.parametrize("chunk_tokens", [7, 64])
-def test_value_and_gradients_equal_the_dense_oracle(kind, temperature, alpha, chunk_tokens):
-    hidden, weight, bias, targets = inputs()
+def test_value_and_gradients_equal_the_dense_oracle(record, kind, temperature, alpha, chunk_tokens):
+    hidden, weight, bias, targets = inputs(record=record)
     loss = LossConfig(kind=kind, temperature=temperature, alpha=alpha, chunk_tokens=chunk_tokens)
     transform = LogitTransform(scale=0.7, softcap=3.0)
     for b, tr in ((None, LogitTransform()), (bias, transform)):
@@ -56,9 +83,9 @@ def test_value_and_gradients_equal_the_dense_oracle(kind, temperature, alpha, ch
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize(("kind", "temperature", "alpha"), CASES)
-def test_the_reported_loss_is_the_one_whose_gradient_is_used(kind, temperature, alpha):
-    hidden, weight, _, targets = inputs(1)
+@pytest.mark.parametrize(("record", "kind", "temperature", "alpha"), CASES)
+def test_the_reported_loss_is_the_one_whose_gradient_is_used(record, kind, temperature, alpha):
+    hidden, weight, _, targets = inputs(1, record=record)
     loss = LossConfig(kind=kind, temperature=temperature, alpha=alpha, chunk_tokens=8)
 
     def value(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -79,9 +106,9 @@ def test_the_reported_loss_is_the_one_whose_gradient_is_used(kind, temperature, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("kind", "temperature", "alpha"), CASES)
-def test_lower_precisions_stay_close_to_float64(kind, temperature, alpha, dtype):
-    hidden, weight, _, targets = inputs(2)
+@pytest.mark.parametrize(("record", "kind", "temperature", "alpha"), CASES)
+def test_lower_precisions_stay_close_to_float64(record, kind, temperature, alpha, dtype):
+    hidden, weight, _, targets = inputs(2, record=record)
     loss = LossConfig(kind=kind, temperature=temperature, alpha=alpha, chunk_tokens=8)
     low = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
     high = [x.detach().double().requires_grad_() for x in low]
@@ -299,10 +326,10 @@ def test_head_module_gives_logits_or_loss_and_shares_parameters():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("kind", "temperature", "alpha"), CASES)
-def test_a_gpu_gives_the_same_loss_and_the_same_bits_twice(kind, temperature, alpha, dtype):
+@pytest.mark.parametrize(("record", "kind", "temperature", "alpha"), CASES)
+def test_a_gpu_gives_the_same_loss_and_the_same_bits_twice(record, kind, temperature, alpha, dtype):
     """Softmax in place and half-precision products with a float32 result have their own kernels."""
-    hidden, weight, _, targets = inputs(2)
+    hidden, weight, _, targets = inputs(2, record=record)
     loss = LossConfig(kind=kind, temperature=temperature, alpha=alpha, chunk_tokens=8)
     low = [x.detach().to("cuda", dtype).requires_grad_() for x in (hidden, weight)]
     high = [x.detach().double().cpu().requires_grad_() for x in low]

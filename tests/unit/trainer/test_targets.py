@@ -7,13 +7,8 @@ from schemas.record import LabelRows
 from schemas.spec import RecordSpec
 from trainer.config import LossConfig
 from trainer.fused_head import fused_distillation_loss
-from trainer.targets import (
-    SparseTargets,
-    TeacherPartition,
-    build_targets,
-    check_loss,
-    teacher_partition,
-)
+from trainer.targets import SparseTargets, build_targets
+from trainer.teacher_weights import TeacherPartition, teacher_partition
 
 EMPTY_KEYS = np.zeros((2, 16), np.uint8)
 
@@ -39,11 +34,16 @@ def two_rows(**changes: object) -> LabelRows:
     return LabelRows(**{**columns, **changes})
 
 
-def build(rows: LabelRows | None = None, vocab_size: int = 30) -> SparseTargets:
+HEADS = RecordSpec(temperatures=(2.0,))
+
+
+def build(
+    rows: LabelRows | None = None, vocab_size: int = 30, record: RecordSpec = HEADS
+) -> SparseTargets:
     """The two rows packed into a [2, 8] micro-batch, the first at 2, the second at 8."""
     weights = np.array([1.0, 0.5], np.float32)
     return build_targets(
-        two_rows() if rows is None else rows, np.array([2, 8]), (2.0,), vocab_size, weights
+        two_rows() if rows is None else rows, np.array([2, 8]), record, vocab_size, weights
     )
 
 
@@ -155,8 +155,8 @@ def test_a_position_without_entries_is_an_error_not_a_silent_zero():
         )
 
 
-def test_tail_draws_are_refused():
-    with pytest.raises(RecordError, match="tail draws"):
+def test_draws_that_the_record_does_not_have_are_refused():
+    with pytest.raises(RecordError, match='"topk" does not have'):
         build(two_rows(tail_len=np.array([0, 1, 0, 0], np.uint16)))
 
 
@@ -170,20 +170,3 @@ def test_read_only_arrays_are_fine():
     for name in ("entry_ids", "entry_logprobs", "tail_logmass", "lse"):
         getattr(rows, name).flags.writeable = False
     assert build(rows).num_entries == 8
-
-
-@pytest.mark.parametrize(
-    ("loss", "record", "message"),
-    [
-        (LossConfig(kind="ghost"), RecordSpec(kind="tokens"), 'record.kind = "tokens"'),
-        (LossConfig(temperature=2.0), RecordSpec(temperatures=(1.5, 4.0)), "1.0, 1.5, 4.0"),
-    ],
-)
-def test_losses_that_the_record_cannot_serve_are_refused_up_front(loss, record, message):
-    with pytest.raises(ConfigError, match=message):
-        check_loss(loss, record)
-
-
-def test_losses_that_the_record_serves_pass():
-    check_loss(LossConfig(kind="hard"), RecordSpec(kind="tokens"))
-    check_loss(LossConfig(kind="ghost", temperature=4.0), RecordSpec(temperatures=(4.0,)))
