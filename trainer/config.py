@@ -58,7 +58,7 @@ class LossConfig(StrictModel):
         "the ghost target instead of refusing",
     )
     chunk_tokens: int = Field(
-        1024, ge=1, description="positions per chunk of the fused head; bounds its memory"
+        512, ge=1, description="positions per chunk of the fused head; bounds its memory"
     )
 
     @model_validator(mode="after")
