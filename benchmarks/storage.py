@@ -86,7 +86,8 @@ def _kind(name: str, rows: TokenRows, record: RecordSpec) -> Kind:
 
 def _with_12_ids(rows: TokenRows, field: str) -> RecordSpec:
     """The record of 12 ids a label, found on a part of the rows."""
-    some = TokenRows(rows.token_ids[:12], rows.label_spans[:12], rows.row_keys[:12])
+    every = max(1, len(rows.token_ids) // 12)
+    some = TokenRows(rows.token_ids[::every], rows.label_spans[::every], rows.row_keys[::every])
     make: Callable[[float], RecordSpec]
     if field == "tau":
         make = lambda x: RecordSpec(kind="threshold", tau=1 / x, entropy=False)  # noqa: E731

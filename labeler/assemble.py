@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from labeler.teachers.base import RowLabels
 from schemas.record import LabelRows, round_logprobs
+from schemas.rounding import FLOAT16_BITS
 from schemas.spec import RecordSpec
 
 
@@ -77,7 +78,9 @@ def _label_columns(labels: Sequence[RowLabels], record: RecordSpec) -> dict[str,
     if record.entropy:
         columns["entropy"] = rounded(lambda row: row.entropy)
     if record.temperatures:
-        columns["lse"] = rounded(lambda row: row.lse)
+        # Weights at a temperature are multiplied with exp(-lse): its rounding has no other to
+        # cancel with, so it keeps all its bits.
+        columns["lse"] = round_logprobs(column(lambda row: row.lse), FLOAT16_BITS)
     return columns
 
 

@@ -43,6 +43,6 @@ def audited_labels(row_key: bytes, num_labels: int, rate: float) -> npt.NDArray[
     return points[points < num_labels].astype(np.int64)
 
 
-def from_columns(labels: npt.NDArray[np.int64], columns: npt.NDArray[np.float32]) -> Audit:
+def audit_of(labels: npt.NDArray[np.int64], columns: npt.NDArray[np.float32]) -> Audit:
     """The audit of a row from what ``audit_logits`` gave for these labels of it."""
     return Audit(labels, columns[:, :-2], columns[:, -2], columns[:, -1])

@@ -18,9 +18,7 @@ from schemas.spec import RecordSpec
 Float64s = npt.NDArray[np.float64]
 
 
-def measure(
-    labels: Sequence[RowLabels], stored: LabelRows, record: RecordSpec
-) -> Fidelity | None:
+def measure(labels: Sequence[RowLabels], stored: LabelRows, record: RecordSpec) -> Fidelity | None:
     """Compares the audited labels of a unit, as they are stored, with the full distribution.
 
     Args:

@@ -7,7 +7,7 @@ two disagree by more than a bound, nothing is published. What was found stays in
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -131,7 +131,7 @@ def _first_labels(request: Request, row: RowLabels, most: int) -> tuple[Request,
         token_ids=request.token_ids[:end],
         label_spans=clip_spans(request.label_spans, 0, end),
     )
-    arrays = {
+    arrays: dict[str, Any] = {
         name: value[:most] for name, value in vars(row).items() if isinstance(value, np.ndarray)
     }
     return short, replace(row, **arrays)

@@ -25,6 +25,7 @@ from labeler.cluster_session import (
     user_error,
 )
 from labeler.config import LabelConfig, TeacherConfig
+from labeler.gates import Gates
 from labeler.identity import load_tokenizer
 from labeler.ledger import Ledger
 from labeler.pieces import FrozenKeys, PieceReader, PieceResult
@@ -33,6 +34,7 @@ from labeler.requests import REQUEST_SCHEMA, from_table, to_table
 from labeler.sources import Piece
 from labeler.survivor import Survivor
 from labeler.teachers.base import Teacher, make_teacher
+from labeler.teachers.references import reference_of
 from labeler.text_rows import TextRows
 from labeler.units import UnitDone, UnitLabeller
 from schemas.keys import Keys, stack_keys, unit_key
@@ -237,12 +239,14 @@ class _TeacherActor:
         config = setup.config
         self._ledger = ledger
         label_set = LabelSet.open(config.labels)
-        teacher = None
+        teacher, gates = None, None
         if config.teacher.backend != "none":
-            make = functools.partial(setup.make_teacher, config.teacher, config.record)
+            make = functools.partial(setup.make_teacher, config.teacher, label_set.spec.record)
             attempts = Attempts(label_set.store, setup.run, this_node(), is_lost_node)
-            teacher = Survivor(make, attempts, config.generate)
-        self._units = UnitLabeller(label_set, teacher, setup.salt)
+            teacher = Survivor(make, attempts, config.generate, config.gates.audit_rate)
+            reference = functools.partial(reference_of, config.teacher, teacher.running)
+            gates = Gates(label_set, config.gates, reference)
+        self._units = UnitLabeller(label_set, teacher, setup.salt, gates)
 
     def __call__(self, requests: pa.Table) -> pa.Table:
         if not requests.num_rows:

@@ -47,7 +47,10 @@ class Survivor:
         make_teacher: Callable[[], Teacher],
         attempts: Attempts,
         generation: GenerationSpec | None,
+        audit_rate: float = 0.0,
     ) -> None:
+        """Prepares; see ``label_requests`` for the last two."""
+        self._audit_rate = audit_rate
         self._make_teacher = make_teacher
         self._attempts = attempts
         self._generation = generation
@@ -64,6 +67,15 @@ class Survivor:
             found = self._labelled(list(requests), suspected=False)
             return found, self._running().provenance()
 
+    def running(self) -> Teacher:
+        """The teacher, made if it is not there.
+
+        Raises:
+            TeacherError: No engine can be made.
+        """
+        with self._lock:
+            return self._running()
+
     def _labelled(self, requests: list[Request], suspected: bool) -> UnitLabels:
         """Labels requests; ``suspected`` ones are part of what engines died over before."""
         key = key_of_unit(requests)
@@ -73,7 +85,7 @@ class Survivor:
             teacher = self._running()
             record = self._attempts.begin(key)
             try:
-                found = label_requests(requests, teacher, self._generation)
+                found = label_requests(requests, teacher, self._generation, self._audit_rate)
             except TeacherError:
                 self._attempts.failed(record)
                 self._drop()

@@ -56,7 +56,10 @@ class UnitLabels:
 
 
 def label_requests(
-    requests: Sequence[Request], teacher: Teacher, generation: GenerationSpec | None
+    requests: Sequence[Request],
+    teacher: Teacher,
+    generation: GenerationSpec | None,
+    audit_rate: float = 0.0,
 ) -> UnitLabels:
     """Labels requests; where they are prompts, generates their responses first.
 
@@ -71,6 +74,7 @@ def label_requests(
         [request.token_ids for request in complete],
         [request.label_spans for request in complete],
         stack_keys([request.row_key for request in complete]),
+        audit_rate,
     )
     good: list[Request] = []
     labels: list[RowLabels] = []

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from labeler.audits import Audit
 from labeler.config import TeacherConfig
 from schemas.draws import uniforms
 from schemas.errors import TeacherError
@@ -39,6 +40,7 @@ class RowLabels:
         entropy: float32 [N], nats, of the full distribution; None if the record has no such column.
         lse: float32 [N, S], log sum of p^(1/T) for each temperature of the record; None if it has
             none.
+        audit: the full distribution at some of the positions; None if no audit was asked for.
     """
 
     entry_ids: np.ndarray
@@ -51,6 +53,7 @@ class RowLabels:
     target_rank: np.ndarray
     entropy: np.ndarray | None
     lse: np.ndarray | None
+    audit: Audit | None = None
 
     @property
     def num_labels(self) -> int:
@@ -84,6 +87,7 @@ class Teacher(Protocol):
         token_ids: Sequence[np.ndarray],
         label_spans: Sequence[np.ndarray],
         row_keys: np.ndarray,
+        audit_rate: float = 0.0,
     ) -> list[RowLabels | RowFailure]:
         """Labels sequences.
 
@@ -92,6 +96,7 @@ class Teacher(Protocol):
             label_spans: one flat integer array of half-open [start, end) pairs of target indices a
                 request; sorted, disjoint, start >= 1, end <= L.
             row_keys: uint8 [R, 16], which with the target indices decide the draws.
+            audit_rate: share of the labels that come with an ``Audit``.
 
         Returns:
             One result a request, in order. A request that cannot be labelled is a ``RowFailure``

@@ -3,15 +3,19 @@
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from labeler.audits import audit_of
 from labeler.label_head import PositionLabels
 from labeler.teachers.base import RowLabels
 from schemas.spec import RecordSpec
 
 
 class Packed(NamedTuple):
-    """Labels of N positions.
+    """Labels of N positions, and behind them the audits of A of these.
+
+    An audit has the columns of ``labeler.audit_logits`` in its floats and nothing else.
 
     Attributes:
         integers: int32 [N, K + 2, or 2 K + 2]: ids, the two lengths, and for kind ``sampled`` the
@@ -59,10 +63,18 @@ def pack(labels: PositionLabels) -> Packed:
     return Packed(torch.cat(ids, dim=1), torch.cat(floats, dim=1), labels.target_rank)
 
 
-def unpack(packed: Packed, record: RecordSpec) -> RowLabels:
-    """The labels that were packed, as views of the arrays."""
-    integers, values = np.asarray(packed.integers), np.asarray(packed.floats)
-    width = values.shape[1] - _num_extra(record)
+def unpack(packed: Packed, record: RecordSpec, audited: npt.NDArray[np.int64]) -> RowLabels:
+    """The labels that were packed, as views of the arrays.
+
+    Args:
+        packed: of N positions and A audits.
+        record: of the labels.
+        audited: int64 [A], the labels that were audited.
+    """
+    count = len(packed.ranks) - len(audited)
+    width = packed.floats.shape[1] - _num_extra(record)
+    integers, values = np.asarray(packed.integers)[:count], np.asarray(packed.floats)[:count]
+    audit = np.asarray(packed.floats)[count:, : width + 2]
     extra = values[:, width:]
     lse_at = 2 + int(record.entropy)
     return RowLabels(
@@ -73,7 +85,8 @@ def unpack(packed: Packed, record: RecordSpec) -> RowLabels:
         entry_counts=integers[:, width + 2 :] if record.kind == "sampled" else None,
         tail_logmass=extra[:, 0],
         target_logprob=extra[:, 1],
-        target_rank=np.asarray(packed.ranks),
+        target_rank=np.asarray(packed.ranks)[:count],
         entropy=extra[:, 2] if record.entropy else None,
         lse=extra[:, lse_at:] if record.temperatures else None,
+        audit=audit_of(audited, audit) if len(audited) else None,
     )

@@ -4,11 +4,14 @@ import importlib.metadata
 import inspect
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from labeler.audit_logits import audit_logits
+from labeler.audits import audit_of, audited_labels
 from labeler.config import TeacherConfig
 from labeler.identity import (
     context_tokens,
@@ -43,7 +46,16 @@ class TransformersTeacher:
     ``teacher.engine`` is passed to ``from_pretrained``.
     """
 
-    def __init__(self, config: TeacherConfig, record: RecordSpec) -> None:
+    def __init__(
+        self, config: TeacherConfig, record: RecordSpec, device: str | None = None
+    ) -> None:
+        """Loads the model.
+
+        Args:
+            config: which one.
+            record: what to compute.
+            device: for torch; None: a GPU where there is one.
+        """
         self._record = record
         self._config = config
         model_config = load_model_config(config)
@@ -51,7 +63,8 @@ class TransformersTeacher:
         self._context = context_tokens(config)
         self._eos_ids = eos_ids(config)
         self._lock = threading.Lock()
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = torch.device(device or best)
         self._model = _load(config, model_config).to(self._device).eval()
         self._keeps_logits = "logits_to_keep" in inspect.signature(self._model.forward).parameters
 
@@ -60,6 +73,7 @@ class TransformersTeacher:
         token_ids: Sequence[np.ndarray],
         label_spans: Sequence[np.ndarray],
         row_keys: np.ndarray,
+        audit_rate: float = 0.0,
     ) -> list[RowLabels | RowFailure]:
         """See ``Teacher.label``."""
         results: list[RowLabels | RowFailure | None] = [
@@ -69,12 +83,11 @@ class TransformersTeacher:
         valid = [row for row, refused in enumerate(results) if refused is None]
         with self._lock, torch.inference_mode():
             for batch in _batches(valid, [len(tokens) for tokens in token_ids]):
+                keys = [row_keys[row].tobytes() for row in batch]
                 targets = [span_targets(label_spans[row]) for row in batch]
-                drawn_by = [
-                    row_uniforms(self._record, row_keys[row].tobytes(), row_targets)
-                    for row, row_targets in zip(batch, targets, strict=True)
-                ]
-                labelled = self._label_batch([token_ids[row] for row in batch], targets, drawn_by)
+                labelled = self._label_batch(
+                    [token_ids[row] for row in batch], targets, keys, audit_rate
+                )
                 for row, labels in zip(batch, labelled, strict=True):
                     results[row] = usable_or_failure(labels)
         return [result for result in results if result is not None]
@@ -83,26 +96,66 @@ class TransformersTeacher:
         self,
         rows: list[np.ndarray],
         targets: list[np.ndarray],
-        drawn_by: list[np.ndarray | None],
+        keys: list[bytes],
+        audit_rate: float,
     ) -> Iterator[RowLabels]:
         """Labels rows that fit into one forward pass, in as many passes as their logits need."""
         padded, mask = _pad(rows, self._device)
+        in_work = [
+            _Row(
+                row_targets,
+                row_uniforms(self._record, key, row_targets),
+                audited_labels(key, len(row_targets), audit_rate),
+            )
+            for row_targets, key in zip(targets, keys, strict=True)
+        ]
+        for positions, logits in self._all_logits(padded, mask, targets):
+            for index, row in enumerate(in_work):
+                here, at = row.labels_at(positions)
+                row_logits = logits[index, torch.from_numpy(at).to(self._device)]
+                next_ids = padded[index, torch.from_numpy(row.targets[here]).to(self._device)]
+                row.add(row_logits, next_ids, here, self._record)
+        return (row.labels() for row in in_work)
+
+    def logprobs(
+        self,
+        token_ids: Sequence[np.ndarray],
+        label_spans: Sequence[np.ndarray],
+        entry_ids: Sequence[np.ndarray],
+    ) -> list[np.ndarray]:
+        """Log-probabilities of given ids, from a plain log-softmax in float64.
+
+        Args:
+            token_ids: one integer array [L] a row, within the model's context.
+            label_spans: one flat array of [start, end) pairs a row.
+            entry_ids: one integer array [N, K] a row, for each target.
+
+        Returns:
+            float64 [N, K] a row, nats.
+        """
+        results = []
+        with self._lock, torch.inference_mode():
+            for tokens, spans, ids in zip(token_ids, label_spans, entry_ids, strict=True):
+                targets = span_targets(spans)
+                found = np.empty(ids.shape)
+                padded, mask = _pad([tokens], self._device)
+                for positions, logits in self._all_logits(padded, mask, [targets]):
+                    here = np.isin(targets - 1, positions)
+                    wanted = torch.from_numpy(ids[here].astype(np.int64)).to(self._device)
+                    full = torch.log_softmax(logits[0].double(), dim=-1)
+                    found[here] = full.gather(1, wanted).cpu().numpy()
+                results.append(found)
+        return results
+
+    def _all_logits(
+        self, padded: torch.Tensor, mask: torch.Tensor, targets: list[np.ndarray]
+    ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """Positions that are followed by a target of any row, and their logits, part by part."""
         wanted = np.unique(np.concatenate(targets)) - 1
-        step = max(1, _LOGIT_ELEMENTS // (len(rows) * self._vocab_size))
-        parts: list[list[PositionLabels]] = [[] for _ in rows]
+        step = max(1, _LOGIT_ELEMENTS // (len(padded) * self._vocab_size))
         for start in range(0, len(wanted), step):
             positions = wanted[start : start + step]
-            logits = self._logits(padded, mask, positions)
-            for index, row_targets in enumerate(targets):
-                is_here = np.isin(row_targets - 1, positions)
-                here, numbers = row_targets[is_here], drawn_by[index]
-                at = torch.from_numpy(np.searchsorted(positions, here - 1)).to(self._device)
-                next_ids = padded[index, torch.from_numpy(here).to(self._device)]
-                numbers = None if numbers is None else numbers[is_here]
-                parts[index].append(
-                    label_logits(logits[index, at], next_ids, self._record, numbers)
-                )
-        return (_row_labels(row_parts) for row_parts in parts)
+            yield positions, self._logits(padded, mask, positions)
 
     def _logits(
         self, padded: torch.Tensor, mask: torch.Tensor, positions: np.ndarray
@@ -228,9 +281,44 @@ def _pad(rows: list[np.ndarray], device: torch.device) -> tuple[torch.Tensor, to
     return padded.to(device), mask.to(device)
 
 
-def _row_labels(parts: list[PositionLabels]) -> RowLabels:
-    columns: list[Any] = []
-    for column in zip(*parts, strict=True):
-        present = [part.cpu() for part in column if part is not None]
-        columns.append(torch.cat(present).numpy() if present else None)
-    return RowLabels(*columns)
+@dataclass
+class _Row:
+    """A row that is being labelled, a part of its positions at a time.
+
+    Attributes:
+        targets: int64 [N], target indices, rising.
+        uniforms: float64 [N, numbers of a position], of the draws; None where there are none.
+        audited: int64 [A], labels that are audited, rising.
+    """
+
+    targets: np.ndarray
+    uniforms: np.ndarray | None
+    audited: np.ndarray
+    parts: list[PositionLabels] = field(default_factory=list)
+    audits: list[torch.Tensor] = field(default_factory=list)
+
+    def labels_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The labels that the given positions decide, and the places of these positions."""
+        here = np.flatnonzero(np.isin(self.targets - 1, positions))
+        return here, np.searchsorted(positions, self.targets[here] - 1)
+
+    def add(
+        self, logits: torch.Tensor, next_ids: torch.Tensor, here: np.ndarray, record: RecordSpec
+    ) -> None:
+        """Labels the positions of the labels ``here`` from their logits."""
+        numbers = None if self.uniforms is None else self.uniforms[here]
+        labels = label_logits(logits, next_ids, record, numbers)
+        self.parts.append(labels)
+        at = torch.from_numpy(np.flatnonzero(np.isin(here, self.audited))).to(logits.device)
+        if len(at):
+            self.audits.append(audit_logits(logits[at], labels.entry_ids[at], labels.head_len[at]))
+
+    def labels(self) -> RowLabels:
+        """All of them."""
+        columns: list[Any] = []
+        for column in zip(*self.parts, strict=True):
+            present = [part.cpu() for part in column if part is not None]
+            columns.append(torch.cat(present).numpy() if present else None)
+        if self.audits:
+            columns.append(audit_of(self.audited, torch.cat(self.audits).cpu().numpy()))
+        return RowLabels(*columns)

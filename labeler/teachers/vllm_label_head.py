@@ -26,15 +26,17 @@ Alignment: the hidden state at position t - 1 gives the distribution over the to
 import importlib.metadata
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from labeler.audit_logits import audit_logits
+from labeler.audits import audited_labels
 from labeler.label_head import label_logits
-from labeler.teachers.base import RowLabels, row_uniforms, span_targets
-from labeler.teachers.packed_labels import Packed, empty_packed, pack, unpack
+from labeler.teachers.base import RowLabels, span_targets
+from labeler.teachers.packed_labels import Packed, pack, unpack
+from labeler.teachers.rows_in_progress import RowInProgress, Share, deal, deal_audits, joined
 from schemas.errors import TeacherError
 from schemas.spec import RecordSpec
 
@@ -43,6 +45,7 @@ TESTED_VERSIONS = ("0.32.",)
 
 _SPANS = "tutelage_label_spans"
 _ROW_KEY = "tutelage_row_key"
+_AUDIT_RATE = "tutelage_audit_rate"
 
 # Logits that exist at once: enough rows that the product with the head is efficient, whatever the
 # vocabulary, and few enough that they stay in the cache of a CPU where the vocabulary is small.
@@ -62,12 +65,13 @@ _RUNNER_PARTS = (
 _STEP_PARAMETERS = ("hidden_states", "num_scheduled_tokens")
 
 
-def label_params(label_spans: np.ndarray, row_key: np.ndarray) -> Any:
+def label_params(label_spans: np.ndarray, row_key: np.ndarray, audit_rate: float) -> Any:
     """Sampling parameters of a request that labels the targets of flat [start, end) pairs.
 
     Args:
         label_spans: integer, flat.
         row_key: uint8 [16].
+        audit_rate: share of the labels that are audited.
     """
     from vllm import SamplingParams
 
@@ -80,6 +84,7 @@ def label_params(label_spans: np.ndarray, row_key: np.ndarray) -> Any:
         extra_args={
             _SPANS: [int(bound) for bound in label_spans],
             _ROW_KEY: row_key.tobytes().hex(),
+            _AUDIT_RATE: audit_rate,
         },
     )
 
@@ -188,32 +193,6 @@ class _DiscardedSamples:
         self._hidden.clear()
 
 
-@dataclass
-class _RowInProgress:
-    """A request that is being labelled; a long one takes several steps, and may be restarted.
-
-    Attributes:
-        targets: int64 [N], target indices, rising.
-        target_ids: int64 [N], the tokens that stand there.
-        uniforms: float64 [N, numbers of a position], of the draws; None where there are none.
-        packed: of N positions.
-    """
-
-    targets: np.ndarray
-    target_ids: np.ndarray
-    uniforms: np.ndarray | None
-    packed: Packed
-
-
-@dataclass(frozen=True)
-class _Share:
-    """The positions of one request that one step labels: [first, last) of its N targets."""
-
-    row: _RowInProgress
-    first: int
-    last: int
-
-
 class _LabelHead:
     """Replaces ``GPUModelRunner._get_prompt_logprobs_dict`` of one worker."""
 
@@ -240,7 +219,7 @@ class _LabelHead:
         pending: dict[str, int] = self._runner.num_prompt_logprobs
         ours = [name for name in pending if self._spans(name) is not None]
         finished = self._stock(pending, ours, hidden_states, num_scheduled_tokens)
-        shares: list[_Share] = []
+        shares: list[Share] = []
         hidden_rows: list[np.ndarray] = []
         complete: list[str] = []
         for name in ours:
@@ -280,7 +259,7 @@ class _LabelHead:
         pending.update(hidden)
         return finished
 
-    def _share(self, name: str, start: int, end: int) -> _Share:
+    def _share(self, name: str, start: int, end: int) -> Share:
         """The targets of a request whose hidden states are those of positions [start, end)."""
         request = self._runner.requests[name]
         row = request.in_progress_prompt_logprobs_cpu
@@ -290,71 +269,67 @@ class _LabelHead:
             )
             request.in_progress_prompt_logprobs_cpu = row
         first, last = np.searchsorted(row.targets, (start + 1, end + 1))
-        return _Share(row, int(first), int(last))
+        return Share(row, int(first), int(last))
 
-    def _new_row(self, token_ids: np.ndarray, arguments: dict[str, Any]) -> _RowInProgress:
-        targets = span_targets(np.asarray(arguments[_SPANS]))
-        return _RowInProgress(
-            targets=targets,
-            target_ids=token_ids[targets],
-            uniforms=row_uniforms(self.record, bytes.fromhex(arguments[_ROW_KEY]), targets),
-            packed=empty_packed(len(targets), self.record, self._vocab_size),
+    def _new_row(self, token_ids: np.ndarray, arguments: dict[str, Any]) -> RowInProgress:
+        return RowInProgress.of(
+            token_ids,
+            span_targets(np.asarray(arguments[_SPANS])),
+            bytes.fromhex(arguments[_ROW_KEY]),
+            arguments[_AUDIT_RATE],
+            self.record,
+            self._vocab_size,
         )
 
-    def _hidden_rows(self, name: str, share: _Share, start: int) -> np.ndarray:
+    def _hidden_rows(self, name: str, share: Share, start: int) -> np.ndarray:
         offset = self._runner.query_start_loc.np[self._runner.input_batch.req_id_to_index[name]]
         rows: np.ndarray = share.row.targets[share.first : share.last] - 1 - start + offset
         return rows
 
     def _label(
-        self, hidden_states: torch.Tensor, hidden_rows: np.ndarray, shares: list[_Share]
+        self, hidden_states: torch.Tensor, hidden_rows: np.ndarray, shares: list[Share]
     ) -> None:
         """Labels the given rows of the hidden states and deals the results to the requests."""
         device = hidden_states.device
         rows = torch.from_numpy(hidden_rows).to(device)
-        targets = torch.from_numpy(_joined(shares, "target_ids")).to(device)
-        uniforms = _joined(shares, "uniforms") if self.record.has_draws else None
+        targets = torch.from_numpy(joined(shares, "target_ids")).to(device)
+        uniforms = joined(shares, "uniforms") if self.record.has_draws else None
+        audited = joined(shares, "is_audited")
         step = max(_MIN_ROWS, _LOGIT_ELEMENTS // self._vocab_size)
-        packed = []
+        packed, audits = [], []
         for first in range(0, len(rows), step):
             part = slice(first, first + step)
             logits = self._runner.model.compute_logits(hidden_states[rows[part]])
-            if logits is not None:  # One worker of a tensor-parallel group may get them all.
-                numbers = None if uniforms is None else uniforms[part]
-                labels = label_logits(logits, targets[part], self.record, numbers)
-                packed.append(pack(labels))
+            if logits is None:
+                continue  # One worker of a tensor-parallel group may get them all.
+            numbers = None if uniforms is None else uniforms[part]
+            labels = label_logits(logits, targets[part], self.record, numbers)
+            packed.append(pack(labels))
+            at = torch.from_numpy(np.flatnonzero(audited[part])).to(device)
+            if len(at):
+                audits.append(audit_logits(logits[at], labels.entry_ids[at], labels.head_len[at]))
         if packed:
-            _deal(Packed(*(torch.cat(part).cpu() for part in zip(*packed, strict=True))), shares)
+            deal(Packed(*(torch.cat(part).cpu() for part in zip(*packed, strict=True))), shares)
+        if audits:
+            deal_audits(torch.cat(audits).cpu(), shares)
 
     def _finish(self, name: str) -> Any:
         from vllm.v1.outputs import LogprobsTensors
 
         request = self._runner.requests[name]
-        row: _RowInProgress = request.in_progress_prompt_logprobs_cpu
+        row: RowInProgress = request.in_progress_prompt_logprobs_cpu
         request.in_progress_prompt_logprobs_cpu = None
         del self._runner.num_prompt_logprobs[name]
         return LogprobsTensors(*row.packed)
 
 
-def _joined(shares: list[_Share], name: str) -> np.ndarray:
-    """What the shares have of an array of their rows, one after the other."""
-    return np.concatenate([getattr(share.row, name)[share.first : share.last] for share in shares])
-
-
-def _deal(packed: Packed, shares: list[_Share]) -> None:
-    """Copies the results of a step into the rows that they belong to."""
-    start = 0
-    for share in shares:
-        end = start + share.last - share.first
-        for mine, new in zip(share.row.packed, packed, strict=True):
-            mine[share.first : share.last] = new[start:end]
-        start = end
-
-
-def row_labels(output: Any, record: RecordSpec) -> RowLabels:
+def row_labels(
+    output: Any, record: RecordSpec, num_labels: int, row_key: np.ndarray, audit_rate: float
+) -> RowLabels:
     """The labels in the output of a request made with ``label_params``."""
     ids, floats, ranks, *_ = output.prompt_logprobs
-    return unpack(Packed(ids, floats, ranks), record)
+    audited = audited_labels(row_key.tobytes(), num_labels, audit_rate)
+    return unpack(Packed(ids, floats, ranks), record, audited)
 
 
 def keep_arrays(engine: Any, request_id: str) -> None:

@@ -30,6 +30,7 @@ from labeler.teachers.base import (
     RowLabels,
     refuse_generation,
     refuse_request,
+    span_targets,
     usable_or_failure,
 )
 from schemas.errors import TeacherError
@@ -48,6 +49,9 @@ _NOT_OPTIONS = {
     "worker_extension_cls": "the label head is one",
     "logprobs_mode": "labels are of the raw distribution",
 }
+
+# What vLLM allows where nobody asks for more.
+_STOCK_CANDIDATES = 20
 
 # What the key-value cache of a CPU engine may take, unless teacher.engine says.
 _CPU_KV_CACHE_BYTES = 2 * 2**30
@@ -109,38 +113,85 @@ class VllmTeacher:
         token_ids: Sequence[np.ndarray],
         label_spans: Sequence[np.ndarray],
         row_keys: np.ndarray,
+        audit_rate: float = 0.0,
     ) -> list[RowLabels | RowFailure]:
         """See ``Teacher.label``."""
-        return self._on_engine_thread(self._label, token_ids, label_spans, row_keys)
+        return self._on_engine_thread(self._label, token_ids, label_spans, row_keys, audit_rate)
 
     def _label(
         self,
         token_ids: Sequence[np.ndarray],
         label_spans: Sequence[np.ndarray],
         row_keys: np.ndarray,
+        audit_rate: float,
     ) -> list[RowLabels | RowFailure]:
         from labeler.teachers import vllm_label_head
 
-        failures: dict[int, RowFailure] = {}
+        results: dict[int, RowLabels | RowFailure] = {}
         rows: dict[str, int] = {}
         requests = zip(token_ids, label_spans, row_keys, strict=True)
         for row, (tokens, spans, key) in enumerate(requests):
             refused = refuse_request(tokens, spans, self._vocab_size, self._context)
             if refused is None:
-                params = vllm_label_head.label_params(spans, key)
+                params = vllm_label_head.label_params(spans, key, audit_rate)
                 added = self._add(tokens, params, vllm_label_head.keep_arrays)
                 if isinstance(added, str):
                     rows[added] = row
                     continue
                 refused = added
-            failures[row] = refused
-        labels = {
-            rows[output.request_id]: usable_or_failure(
-                vllm_label_head.row_labels(output, self._record)
+            results[row] = refused
+        for output in self._finished(rows):
+            row = rows[output.request_id]
+            num_labels = int((label_spans[row][1::2] - label_spans[row][::2]).sum())
+            labels = vllm_label_head.row_labels(
+                output, self._record, num_labels, row_keys[row], audit_rate
             )
-            for output in self._finished(rows)
-        }
-        return [failures[row] if row in failures else labels[row] for row in range(len(token_ids))]
+            results[row] = usable_or_failure(labels)
+        return [results[row] for row in range(len(token_ids))]
+
+    def stock_logprobs(
+        self,
+        token_ids: Sequence[np.ndarray],
+        label_spans: Sequence[np.ndarray],
+        entry_ids: Sequence[np.ndarray],
+    ) -> list[np.ndarray]:
+        """Log-probabilities of given ids by vLLM's own path, for a few rows that it can serve.
+
+        Returns:
+            float64 [N, K] a row, nats; NaN for ids that are not among its candidates.
+        """
+        return self._on_engine_thread(self._stock_logprobs, token_ids, label_spans, entry_ids)
+
+    def _stock_logprobs(
+        self,
+        token_ids: Sequence[np.ndarray],
+        label_spans: Sequence[np.ndarray],
+        entry_ids: Sequence[np.ndarray],
+    ) -> list[np.ndarray]:
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=min(_STOCK_CANDIDATES, self._vocab_size),
+            flat_logprobs=True,
+            detokenize=False,
+        )
+        names = [self._add(tokens, params) for tokens in token_ids]
+        for name in names:
+            if isinstance(name, RowFailure):
+                raise TeacherError(f"vLLM's own path refuses a row: {name.detail}")
+        outputs = {output.request_id: output for output in self._finished([str(n) for n in names])}
+        found = []
+        for name, spans, ids in zip(names, label_spans, entry_ids, strict=True):
+            flat = outputs[str(name)].prompt_logprobs
+            values = np.full(ids.shape, np.nan)
+            for label, target in enumerate(span_targets(spans)):
+                here = slice(flat.start_indices[target], flat.end_indices[target])
+                known = dict(zip(flat.token_ids[here], flat.logprobs[here], strict=True))
+                values[label] = [known.get(int(one), np.nan) for one in ids[label]]
+            found.append(values)
+        return found
 
     def generate(
         self,

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from labeler.cluster_session import Resources
-from labeler.config import LabelConfig
+from labeler.config import GatesConfig, LabelConfig
 from labeler.job import open_label_set, run_label_job
 from labeler.pieces import FrozenKeys, PieceReader, PieceResult
 from labeler.pipeline import RunSetup, run_pipeline
@@ -171,7 +171,9 @@ def test_a_row_that_kills_the_process_is_quarantined_alone(
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     ids = tokenizer(texts[13])["input_ids"]
     poison = np.array([*ids, tokenizer.eos_token_id], np.int32).tobytes().hex()
+    # These labels are made up, which the parity gate would rightly refuse.
     job = config(tmp_path, tiny_model_dir, unit_rows=4)
+    job = job.model_copy(update={"gates": GatesConfig(parity_rows=0)})
     label_set = open_label_set(job)
     make = functools.partial(deadly_teacher(poison), tmp_path)
     setup = RunSetup("run", job, make)

@@ -71,7 +71,7 @@ def stock_labels(vllm: VllmTeacher, tokens: list[np.ndarray]) -> list[Any]:
             vllm._add(ids, params),
             vllm._add(
                 tokens[2],
-                vllm_label_head.label_params(spans, np.zeros(16, np.uint8)),
+                vllm_label_head.label_params(spans, np.zeros(16, np.uint8), 0.0),
                 vllm_label_head.keep_arrays,
             ),
         )

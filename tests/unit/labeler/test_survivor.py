@@ -38,6 +38,7 @@ class FragileTeacher:
         token_ids: Sequence[np.ndarray],
         label_spans: Sequence[np.ndarray],
         row_keys: np.ndarray,
+        audit_rate: float = 0.0,
     ) -> list[RowLabels | RowFailure]:
         if any(POISON in ids for ids in token_ids) or (self._canary_dies and len(token_ids) == 1):
             if self._crash:

@@ -34,6 +34,7 @@ class UniformTeacher:
         token_ids: Sequence[np.ndarray],
         label_spans: Sequence[np.ndarray],
         row_keys: np.ndarray,
+        audit_rate: float = 0.0,
     ) -> list[RowLabels | RowFailure]:
         return [self._one(*pair) for pair in zip(token_ids, label_spans, strict=True)]
 

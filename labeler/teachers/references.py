@@ -1,0 +1,82 @@
+"""Which second implementation can check a teacher's labels on this machine; see ``parity``."""
+
+import importlib.metadata
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import psutil
+
+from labeler.config import TeacherConfig
+from labeler.identity import model_folder
+from labeler.parity import Reference
+from labeler.teachers.base import Teacher
+from labeler.weights import weight_files
+from schemas.errors import TeacherError
+from schemas.spec import RecordSpec
+
+# Of the size of the weights on disk: half precision may become float32, and there are activations.
+_MEMORY_SHARE = 2.5
+
+
+def reference_of(config: TeacherConfig, running: Callable[[], Teacher]) -> Reference | None:
+    """The best reference there is for a teacher.
+
+    Args:
+        config: of the teacher.
+        running: gives the teacher itself.
+
+    Returns:
+        transformers on the CPU; the engine's own log-probabilities where the model is too large
+        for that, or where transformers cannot load it; None where the teacher is the reference.
+    """
+    if config.backend != "vllm":
+        return None
+    needed = _MEMORY_SHARE * sum(file.stat().st_size for file in weight_files(model_folder(config)))
+    free = psutil.virtual_memory().available
+    if needed > free:
+        reason = f"transformers would need {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
+        return StockPath(running(), reason)
+    try:
+        return TransformersOnCpu(config)
+    except TeacherError as error:
+        return StockPath(running(), str(error))
+
+
+class TransformersOnCpu:
+    """The same model by transformers, on the CPU, so that it takes nothing from the engine."""
+
+    def __init__(self, config: TeacherConfig) -> None:
+        from labeler.teachers.transformers_teacher import TransformersTeacher
+
+        self.name = f"transformers {importlib.metadata.version('transformers')} on a CPU"
+        plain = config.model_copy(update={"engine": {}, "backend": "transformers"})
+        self._teacher = TransformersTeacher(plain, RecordSpec(kind="topk", k=1), device="cpu")
+
+    def logprobs(
+        self,
+        token_ids: Sequence[np.ndarray],
+        label_spans: Sequence[np.ndarray],
+        entry_ids: Sequence[np.ndarray],
+    ) -> list[np.ndarray]:
+        """See ``Reference.logprobs``."""
+        return self._teacher.logprobs(token_ids, label_spans, entry_ids)
+
+
+class StockPath:
+    """The engine's own log-probabilities: the same forward pass, another way from there."""
+
+    def __init__(self, teacher: Teacher, reason: str) -> None:
+        self.name = f"the engine's own path ({reason})"
+        self._teacher = teacher
+
+    def logprobs(
+        self,
+        token_ids: Sequence[np.ndarray],
+        label_spans: Sequence[np.ndarray],
+        entry_ids: Sequence[np.ndarray],
+    ) -> list[np.ndarray]:
+        """See ``Reference.logprobs``."""
+        from labeler.teachers.vllm_teacher import VllmTeacher
+
+        assert isinstance(self._teacher, VllmTeacher)
+        return self._teacher.stock_logprobs(token_ids, label_spans, entry_ids)

@@ -1,0 +1,127 @@
+"""Gates: a unit that storing has damaged and a teacher that disagrees with a reference."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from labeler.attempts import Attempts
+from labeler.config import GatesConfig, TeacherConfig
+from labeler.gates import Gates
+from labeler.parity import PARITY_FILE, Reference
+from labeler.requests import Request, label_request
+from labeler.survivor import Survivor
+from labeler.teachers.references import TransformersOnCpu, reference_of
+from labeler.teachers.transformers_teacher import TransformersTeacher
+from labeler.units import UnitLabeller
+from labeler.windows import all_but_first
+from schemas.errors import TeacherError
+from schemas.label_set import LabelSet
+from schemas.spec import LabelSetSpec, RecordSpec, TeacherIdentity, TextSpec
+
+RECORD = RecordSpec(kind="threshold", tau=0.05)
+
+
+def make_label_set(folder: Path, record: RecordSpec) -> LabelSet:
+    spec = LabelSetSpec(
+        record=record,
+        teacher=TeacherIdentity(
+            weights_digest="w", tokenizer_digest="t", vocab_size=320, dtype="float32"
+        ),
+        text=TextSpec(max_tokens=64, overlap=8, add_bos=False, add_eos=False, split_long=True),
+    )
+    return LabelSet.create_or_open(str(folder), spec)
+
+
+def make_requests(count: int) -> list[Request]:
+    rng = np.random.default_rng(1)
+    rows = [rng.integers(0, 320, 40, dtype=np.int32) for _ in range(count)]
+    return [label_request(ids, all_but_first(40), "file", n, 0) for n, ids in enumerate(rows)]
+
+
+def config_of(model: Path) -> TeacherConfig:
+    return TeacherConfig(
+        backend="transformers", model=str(model), dtype="float32", max_model_len=64
+    )
+
+
+def labeller(
+    tmp_path: Path,
+    model: Path,
+    gates: GatesConfig,
+    record: RecordSpec = RECORD,
+    reference: Reference | None = None,
+) -> tuple[UnitLabeller, LabelSet]:
+    label_set = make_label_set(tmp_path / "labels", record)
+    survivor = Survivor(
+        lambda: TransformersTeacher(config_of(model), record),
+        Attempts(label_set.store, "run", "here", lambda _: False),
+        None,
+        gates.audit_rate,
+    )
+    return (
+        UnitLabeller(label_set, survivor, gates=Gates(label_set, gates, lambda: reference)),
+        label_set,
+    )
+
+
+def test_what_an_audit_found_is_in_the_manifest(tmp_path: Path, tiny_model_dir: Path) -> None:
+    units, label_set = labeller(tmp_path, tiny_model_dir, GatesConfig(audit_rate=0.1))
+    units.label(make_requests(4))
+    (manifest,) = label_set.manifests()
+    assert manifest.fidelity is not None
+    assert 12 <= manifest.fidelity.labels <= 20
+    assert manifest.fidelity.mean_kl < 1e-5
+    assert 0.0 < manifest.fidelity.covered_mass <= 1.0
+
+
+def test_a_unit_that_lost_too_much_is_not_published(tmp_path: Path, tiny_model_dir: Path) -> None:
+    coarse = RECORD.model_copy(update={"logprob_bits": 1})
+    gates = GatesConfig(audit_rate=1.0, max_kl=1e-5)
+    units, label_set = labeller(tmp_path, tiny_model_dir, gates, coarse)
+    done = units.label(make_requests(3))
+    assert (done.num_rows, done.num_quarantined) == (0, 3)
+    assert len(label_set.index()) == 0
+    row = label_set.quarantine().to_pylist()[0]
+    assert row["reason"] == "fidelity"
+    assert "nats a label, gates.max_kl allows 1e-05" in row["detail"]
+
+
+def test_parity_with_the_reference_is_noted_once(tmp_path: Path, tiny_model_dir: Path) -> None:
+    reference = TransformersOnCpu(config_of(tiny_model_dir))
+    gates = GatesConfig(parity_rows=2, parity_tokens=16)
+    units, label_set = labeller(tmp_path, tiny_model_dir, gates, reference=reference)
+    units.label(make_requests(4))
+    noted = json.loads(label_set.store.read_bytes(PARITY_FILE))
+    assert noted["reference"].startswith("transformers ")
+    assert (noted["rows"], noted["labels"]) == (2, 32)
+    assert abs(noted["mean_kl"]) < 1e-6
+    assert noted["max_logprob_difference"] < 1e-4
+    before = label_set.store.read_bytes(PARITY_FILE)
+    units, _ = labeller(tmp_path, tiny_model_dir, gates, reference=reference)
+    units.label(make_requests(8))
+    assert label_set.store.read_bytes(PARITY_FILE) == before
+
+
+def test_drift_publishes_nothing_and_says_by_how_much(tmp_path: Path, tiny_model_dir: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model_dir, other)
+    config = json.loads((other / "config.json").read_text())
+    config["rms_norm_eps"] = 0.05  # as an engine that reads a setting in another way
+    (other / "config.json").write_text(json.dumps(config))
+    units, label_set = labeller(
+        tmp_path, tiny_model_dir, GatesConfig(), reference=TransformersOnCpu(config_of(other))
+    )
+    with pytest.raises(TeacherError, match=r"KL \d\.\d+e-\d+ nats a label on .* at most 1e-04"):
+        units.label(make_requests(4))
+    assert label_set.manifests() == []
+    assert not label_set.store.exists(PARITY_FILE)
+
+
+def test_no_reference_of_the_reference(tiny_model_dir: Path) -> None:
+    def never() -> TransformersTeacher:
+        raise AssertionError("not needed")
+
+    assert reference_of(config_of(tiny_model_dir), never) is None
