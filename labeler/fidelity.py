@@ -100,8 +100,8 @@ def kl_of_partition(
 ) -> Float64s:
     """KL(teacher, stored) on entries and bucket, the stored side read as a trainer reads it.
 
-    Heads are rescaled to 1 - exp(tail_logmass). Draws of kind ``sampled`` are taken with their own
-    probabilities, and the bucket is what they leave.
+    Heads are rescaled to 1 - exp(tail_logmass). Draws of kind ``sampled`` have no stored mass of
+    their own; they are compared at the teacher's.
 
     Args:
         true_logprobs: [A, K], of the teacher at the entries.
@@ -119,10 +119,10 @@ def kl_of_partition(
     weights, kept_weights = np.exp(true), np.exp(kept)
     if record.kind == "sampled":
         true_tail = np.maximum(1.0 - weights.sum(1), 0.0)
-        kept_tail = np.maximum(1.0 - kept_weights.sum(1), 0.0)
+        kept_tail = true_tail
     else:
         kept_tail = np.exp(stored_tail_logmass.astype(np.float64))
-        kept = kept + np.log((1.0 - kept_tail) / kept_weights.sum(1))[:, None]
+    kept = kept + np.log((1.0 - kept_tail) / kept_weights.sum(1))[:, None]
     ratio = np.zeros(true.shape)
     np.subtract(true, kept, out=ratio, where=weights > 0)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -62,7 +62,7 @@ class RecordSpec(StrictModel):
     """
 
     kind: RecordKind = Field(
-        default="topk", description="what is kept of the teacher's distribution"
+        default="threshold", description="what is kept of the teacher's distribution"
     )
     k: int = Field(default=64, ge=1, le=65535, description="topk: entries of a head")
     top_p: float = Field(
@@ -92,7 +92,10 @@ class RecordSpec(StrictModel):
     )
     entropy: bool = Field(default=True, description="store the entropy of the full distribution")
     logprob_bits: int = Field(
-        default=10, ge=1, le=10, description="mantissa bits of log-probabilities that are kept"
+        default=6,
+        ge=1,
+        le=10,
+        description="mantissa bits of log-probabilities that are kept; lse keeps 10",
     )
     teacher_context: bool = Field(
         default=False, description="rows may have tokens that only the teacher saw"

@@ -46,7 +46,7 @@ class LossConfig(StrictModel):
     """Which training target the labels become, per position (1 - alpha) * CE + alpha * T^2 * KL."""
 
     kind: LossKind = Field(
-        "ghost",
+        "forward_kl",
         description="hard uses the tokens alone, never the teacher; forward_kl is the unbiased "
         "target of labels with draws (sampled, threshold)",
     )

@@ -43,7 +43,7 @@ def test_rows_satisfy_the_record(bits: int, scale: float) -> None:
 
 
 def test_values_and_order() -> None:
-    record = RecordSpec(kind="topk", k=8, temperatures=(2.0,))
+    record = RecordSpec(kind="topk", k=8, temperatures=(2.0,), logprob_bits=10)
     rows, labels = make_rows(record)
     assert rows.num_labels == 12
     assert rows.label_offsets.tolist() == [0, 6, 11, 12]
@@ -60,7 +60,7 @@ def test_values_and_order() -> None:
 
 
 def test_forbidden_ids_and_an_empty_tail_are_finite_zeros() -> None:
-    record = RecordSpec(kind="topk", k=64)
+    record = RecordSpec(kind="topk", k=64, logprob_bits=10)
     rows, _ = make_rows(record, forbidden=470)
     validate(rows, record, VOCAB_SIZE)
     assert rows.entry_logprobs is not None

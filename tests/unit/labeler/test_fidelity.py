@@ -19,10 +19,10 @@ from schemas.spec import RecordSpec
 VOCAB_SIZE = 400
 LENGTHS = [40, 7, 90]
 KINDS = {
-    "topk": RecordSpec(kind="topk", k=16, temperatures=(2.0,)),
-    "topp": RecordSpec(kind="topp", top_p=0.9, max_head=40),
-    "threshold": RecordSpec(kind="threshold", tau=0.05),
-    "sampled": RecordSpec(kind="sampled", draws=20),
+    "topk": RecordSpec(kind="topk", k=16, temperatures=(2.0,), logprob_bits=10),
+    "topp": RecordSpec(kind="topp", top_p=0.9, max_head=40, logprob_bits=10),
+    "threshold": RecordSpec(kind="threshold", tau=0.05, logprob_bits=10),
+    "sampled": RecordSpec(kind="sampled", draws=20, logprob_bits=10),
 }
 
 

@@ -8,7 +8,7 @@ from label_rows import make_spec
 
 from schemas.spec import GenerationSpec, LabelSetSpec, RecordSpec, TeacherIdentity
 
-SPEC = make_spec(RecordSpec(), 320)
+SPEC = make_spec(RecordSpec(kind="topk", logprob_bits=10), 320)
 
 
 def changed(**fields: object) -> LabelSetSpec:
@@ -66,7 +66,7 @@ def test_tokens_have_no_teacher() -> None:
 
 
 def test_differences_name_fields_and_both_values() -> None:
-    other = changed(record=RecordSpec(kind="topk", k=32))
+    other = changed(record=RecordSpec(kind="topk", k=32, logprob_bits=10))
     assert SPEC.differences(other) == ["record.k: 64 / 32"]
 
 

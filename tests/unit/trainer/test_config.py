@@ -29,7 +29,7 @@ def load(tmp_path: Path, *overrides: str, text: str = MINIMAL) -> TrainConfig:
 
 def test_a_minimal_file_is_a_complete_run(tmp_path: Path) -> None:
     config = load(tmp_path)
-    assert config.loss.kind == "ghost"
+    assert config.loss.kind == "forward_kl"
     assert config.data.epochs == 1
     assert config.data.steps is None
 

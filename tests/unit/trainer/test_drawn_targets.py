@@ -130,7 +130,7 @@ def test_a_position_whose_draws_are_all_absent_counts_for_nothing_or_is_an_error
     assert not logits.grad[0].any()
     assert logits.grad[1].any()
     with pytest.raises(RecordError, match="label 0 of a chunk has no entries"):
-        fused_distillation_loss(logits, torch.eye(9), None, targets, LossConfig())
+        fused_distillation_loss(logits, torch.eye(9), None, targets, LossConfig(kind="ghost"))
 
 
 def test_above_the_temperature_of_the_draws_only_the_bounded_approximation_is_given():
@@ -159,8 +159,12 @@ def test_above_the_temperature_of_the_draws_only_the_bounded_approximation_is_gi
     ("loss", "record", "message"),
     [
         (LossConfig(kind="ghost"), RecordSpec(kind="tokens"), 'record.kind = "tokens"'),
-        (LossConfig(temperature=2.0), RecordSpec(temperatures=(1.5, 4.0)), "1.0, 1.5, 4.0"),
-        (LossConfig(kind="forward_kl"), RecordSpec(), 'use loss.kind = "ghost"'),
+        (
+            LossConfig(kind="ghost", temperature=2.0),
+            RecordSpec(temperatures=(1.5, 4.0)),
+            "1.0, 1.5, 4.0",
+        ),
+        (LossConfig(), RecordSpec(kind="topk"), 'use loss.kind = "ghost"'),
         (LossConfig(kind="forward_kl"), RecordSpec(kind="topp"), 'use loss.kind = "ghost"'),
         (LossConfig(kind="forward_kl", temperature=3.0), THRESHOLD, r"serve 1\.0, 2\.0"),
         (

@@ -129,7 +129,9 @@ def test_many_chunks_do_not_drift_in_bfloat16():
     weight = torch.from_numpy(rng.normal(0, 1, (V, H))).bfloat16().requires_grad_()
     d_weight = [
         gradients(
-            fused_distillation_loss(hidden, weight, None, targets, LossConfig(chunk_tokens=c))[0],
+            fused_distillation_loss(
+                hidden, weight, None, targets, LossConfig(kind="ghost", chunk_tokens=c)
+            )[0],
             weight,
         )[0]
         for c in (1, 512)
@@ -246,16 +248,20 @@ def test_truncated_may_be_negative_and_is_not_clamped():
 
 def test_only_what_needs_a_gradient_gets_one():
     hidden, weight, _, targets = inputs(10, torch.float32)
-    full = fused_distillation_loss(hidden, weight, None, targets, LossConfig())[0]
+    full = fused_distillation_loss(hidden, weight, None, targets, LossConfig(kind="ghost"))[0]
     d_hidden, d_weight = gradients(full, hidden, weight)
 
-    frozen = fused_distillation_loss(hidden, weight.detach(), None, targets, LossConfig())[0]
+    frozen = fused_distillation_loss(
+        hidden, weight.detach(), None, targets, LossConfig(kind="ghost")
+    )[0]
     torch.testing.assert_close(gradients(frozen, hidden)[0], d_hidden)
-    head_only = fused_distillation_loss(hidden.detach(), weight, None, targets, LossConfig())[0]
+    head_only = fused_distillation_loss(
+        hidden.detach(), weight, None, targets, LossConfig(kind="ghost")
+    )[0]
     torch.testing.assert_close(gradients(head_only, weight)[0], d_weight)
 
     with torch.no_grad():
-        silent, _ = fused_distillation_loss(hidden, weight, None, targets, LossConfig())
+        silent, _ = fused_distillation_loss(hidden, weight, None, targets, LossConfig(kind="ghost"))
     assert not silent.requires_grad
     torch.testing.assert_close(silent, full.detach())
 
@@ -267,14 +273,16 @@ def test_no_gradient_work_without_need(monkeypatch):
     called = []
     monkeypatch.setattr(module._HeadPass, "_accumulate", lambda *a: called.append(a))
     with torch.no_grad():
-        fused_distillation_loss(hidden, weight, None, targets, LossConfig())
-    fused_distillation_loss(hidden.detach(), weight.detach(), None, targets, LossConfig())
+        fused_distillation_loss(hidden, weight, None, targets, LossConfig(kind="ghost"))
+    fused_distillation_loss(
+        hidden.detach(), weight.detach(), None, targets, LossConfig(kind="ghost")
+    )
     assert not called
 
 
 def test_backward_twice_is_an_error():
     hidden, weight, _, targets = inputs(12, torch.float32)
-    total, _ = fused_distillation_loss(hidden, weight, None, targets, LossConfig())
+    total, _ = fused_distillation_loss(hidden, weight, None, targets, LossConfig(kind="ghost"))
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="backward twice"):
         total.backward()
@@ -282,7 +290,9 @@ def test_backward_twice_is_an_error():
 
 def test_no_labels_give_zero_and_zero_gradients():
     hidden, weight, _, targets = inputs(13, torch.float32)
-    total, parts = fused_distillation_loss(hidden, weight, None, targets.chunk(0, 0), LossConfig())
+    total, parts = fused_distillation_loss(
+        hidden, weight, None, targets.chunk(0, 0), LossConfig(kind="ghost")
+    )
     assert total.item() == parts["weight"].item() == 0.0
     total.backward()
     assert not hidden.grad.any()
@@ -292,8 +302,10 @@ def test_no_labels_give_zero_and_zero_gradients():
 def test_zero_weight_positions_count_for_nothing():
     hidden, weight, _, targets = inputs(14)
     masked = replace(targets, weights=targets.weights * (torch.arange(T) < 9))
-    total, _ = fused_distillation_loss(hidden, weight, None, masked, LossConfig())
-    alone, _ = fused_distillation_loss(hidden, weight, None, targets.chunk(0, 9), LossConfig())
+    total, _ = fused_distillation_loss(hidden, weight, None, masked, LossConfig(kind="ghost"))
+    alone, _ = fused_distillation_loss(
+        hidden, weight, None, targets.chunk(0, 9), LossConfig(kind="ghost")
+    )
     assert total.item() == pytest.approx(alone.item())
     torch.testing.assert_close(gradients(total, hidden), gradients(alone, hidden))
 
@@ -303,13 +315,15 @@ def test_ids_outside_the_head_are_refused():
     with pytest.raises(
         VocabularyError, match=f"id {V - 1} but the student's head has {V - 1} rows"
     ):
-        fused_distillation_loss(hidden, weight[:-1], None, targets, LossConfig())
+        fused_distillation_loss(hidden, weight[:-1], None, targets, LossConfig(kind="ghost"))
 
 
 def test_a_temperature_that_is_not_stored_is_refused_by_name():
     hidden, weight, _, targets = inputs(16)
     with pytest.raises(ConfigError, match=r"3\.0 .* serve 0\.5, 1\.0, 2\.0"):
-        fused_distillation_loss(hidden, weight, None, targets, LossConfig(temperature=3.0))
+        fused_distillation_loss(
+            hidden, weight, None, targets, LossConfig(kind="ghost", temperature=3.0)
+        )
 
 
 def test_head_module_gives_logits_or_loss_and_shares_parameters():
@@ -319,8 +333,10 @@ def test_head_module_gives_logits_or_loss_and_shares_parameters():
     assert head.weight is linear.weight
     assert list(head.state_dict()) == ["weight", "bias"]
     torch.testing.assert_close(head(hidden), linear(hidden))
-    total, _ = head(hidden.view(1, L, H), targets, LossConfig())
-    expected, _ = fused_distillation_loss(hidden, linear.weight, linear.bias, targets, LossConfig())
+    total, _ = head(hidden.view(1, L, H), targets, LossConfig(kind="ghost"))
+    expected, _ = fused_distillation_loss(
+        hidden, linear.weight, linear.bias, targets, LossConfig(kind="ghost")
+    )
     torch.testing.assert_close(total, expected)
 
 

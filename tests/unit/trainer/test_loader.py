@@ -115,7 +115,7 @@ def test_targets_point_at_the_state_before_their_token(view: View) -> None:
 def test_gathered_rows_are_the_stored_rows(view: View) -> None:
     rows = read_row_table(view, config(view).data)
     ids = np.random.default_rng(0).permutation(len(rows))[:50]
-    reader = RowReader(view, rows, LossConfig(), cache_bytes=0)
+    reader = RowReader(view, rows, LossConfig(kind="ghost"), cache_bytes=0)
     gathered = reader.gather(ids)
     expected = view.label_sets[0].read_rows(view.table.take(ids))
     assert_same_rows(gathered, expected)

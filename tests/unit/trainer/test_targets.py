@@ -34,7 +34,7 @@ def two_rows(**changes: object) -> LabelRows:
     return LabelRows(**{**columns, **changes})
 
 
-HEADS = RecordSpec(temperatures=(2.0,))
+HEADS = RecordSpec(kind="topk", temperatures=(2.0,))
 
 
 def build(
