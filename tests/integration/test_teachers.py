@@ -270,3 +270,44 @@ def test_random_numbers_are_those_of_the_row_key(
         assert len(found) == len(expected)
         # Rows and steps come in any order.
         assert sorted(found.tolist()) == sorted(expected.tolist())
+
+
+def test_audits_of_both_teachers_agree(vllm: VllmTeacher, reference: TransformersTeacher) -> None:
+    tokens, spans = make_rows()
+    keys = stack_keys([row_key(*pair) for pair in zip(tokens, spans, strict=True)])
+    for record in (RECORD, RecordSpec(kind="sampled", draws=9), RecordSpec(tau=1 / 16)):
+        with serving(vllm, record), serving(reference, record):
+            pairs = zip(
+                *(t.label(tokens, spans, keys, 0.1) for t in (vllm, reference)), strict=True
+            )
+        num_audited = 0
+        for one, other in ((labelled(a), labelled(b)) for a, b in pairs):
+            mine, theirs = one.audit, other.audit
+            if mine is None or theirs is None:
+                assert mine is theirs
+                continue
+            num_audited += len(mine.labels)
+            np.testing.assert_array_equal(mine.labels, theirs.labels)
+            np.testing.assert_allclose(mine.tail, theirs.tail, rtol=0, atol=1e-3)
+            # They are of the ids that each teacher keeps, and those the labels' own numbers.
+            lengths = (one.head_len + one.tail_len)[mine.labels]
+            used = np.arange(mine.logprobs.shape[1]) < lengths[:, None]
+            own = one.entry_logprobs[mine.labels]
+            np.testing.assert_allclose(mine.logprobs[used], own[used], rtol=0, atol=1e-4)
+        assert num_audited > 50
+
+
+def test_the_engines_own_path_knows_the_most_probable_ids(
+    vllm: VllmTeacher, reference: TransformersTeacher
+) -> None:
+    """What the parity gate falls back on where no second implementation fits."""
+    tokens, spans = make_rows()
+    few = slice(2, 5)
+    labels = [labelled(one) for one in label(vllm, tokens[few], spans[few])]
+    ids = [one.entry_ids for one in labels]
+    stock = vllm.stock_logprobs(tokens[few], spans[few], ids)
+    dense = reference.logprobs(tokens[few], spans[few], ids)
+    for mine, theirs in zip(stock, dense, strict=True):
+        known = ~np.isnan(mine)
+        assert known.mean() > 0.99  # 16 of 20 candidates; ties at the end may go either way
+        np.testing.assert_allclose(mine[known], theirs[known], rtol=0, atol=1e-4)
