@@ -1,0 +1,80 @@
+"""From the words of `tutelage labels` to the work, and from its results to lines for people."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Outcome(NamedTuple):
+    """What a command leaves: its summary as JSON, and its exit code."""
+
+    summary: str
+    exit_code: int = 0
+
+
+def run_action(args: argparse.Namespace) -> Outcome:
+    """Runs one action; prints for people.
+
+    Raises:
+        TutelageError: as the action does.
+    """
+    return _ACTIONS[args.action](args)
+
+
+def _verify(args: argparse.Namespace) -> Outcome:
+    from schemas.verify import verify
+
+    started = time.monotonic()
+    result = verify(args.url, _Progress("verify").show)
+    for problem in result.problems:
+        print(f"{problem.what}: {problem.line()}")
+    repairs = dict.fromkeys(problem.repair for problem in result.problems)
+    for repair in repairs:
+        print(f"to mend: {repair}")
+    wrong = f"{len(result.problems)} problems" if len(result.problems) != 1 else "1 problem"
+    if result.units_to_drop:
+        wrong += f" in {len(result.units_to_drop)} of {result.units} units"
+    garbage = f"; {result.garbage} shards that no manifest names" if result.garbage else ""
+    print(
+        f"{args.url}: {wrong if result.problems else 'whole'}; checked {result.units:,} units, "
+        f"{result.rows:,} rows, {result.labels:,} labels, {result.bytes:,} bytes in "
+        f"{time.monotonic() - started:.1f} s{garbage}"
+    )
+    return Outcome(result.model_dump_json(indent=2), 1 if result.problems else 0)
+
+
+def _drop(args: argparse.Namespace) -> Outcome:
+    from schemas.label_set import LabelSet
+
+    LabelSet.open(args.url).drop_unit(args.unit)
+    print(f"dropped unit {args.unit}; its rows are labelled again by the next label job")
+    return Outcome(json.dumps({"url": args.url, "dropped": args.unit}))
+
+
+class _Progress:
+    """A line on the standard error stream, at most once in two seconds, with the time left."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._started = self._shown = time.monotonic()
+
+    def show(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._shown < 2.0 or not done:
+            return
+        self._shown = now
+        left = (now - self._started) * (total - done) / done
+        print(
+            f"{self._name}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {left:.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+_ACTIONS: dict[str, Callable[[argparse.Namespace], Outcome]] = {
+    "verify": _verify,
+    "drop": _drop,
+}
