@@ -46,6 +46,54 @@ def _verify(args: argparse.Namespace) -> Outcome:
     return Outcome(result.model_dump_json(indent=2), 1 if result.problems else 0)
 
 
+def _ls(args: argparse.Namespace) -> Outcome:
+    from cluster.labels.text import size_text, table
+    from schemas.listing import list_label_sets
+
+    entries = list_label_sets(args.url)
+    head = ("label set", "teacher", "record", "rows", "tokens", "labels", "size", "bytes/label")
+    lines = [
+        (
+            entry.url,
+            entry.teacher,
+            entry.record,
+            f"{entry.rows:,}",
+            f"{entry.tokens:,}",
+            f"{entry.labels:,}",
+            size_text(entry.bytes),
+            f"{entry.bytes_per_label:.1f}",
+        )
+        for entry in entries
+        if not entry.problem
+    ]
+    print(table(head, lines, right=(3, 4, 5, 6, 7)) if entries else f"{args.url}: no label sets")
+    for entry in entries:
+        if entry.problem:
+            print(f"unreadable: {entry.problem}")
+    return Outcome(json.dumps({"label_sets": [entry.model_dump() for entry in entries]}, indent=2))
+
+
+def _gc(args: argparse.Namespace) -> Outcome:
+    from cluster.labels.text import size_text, table
+    from schemas.garbage import collect_garbage
+
+    found = collect_garbage(args.url, args.older_than, args.delete)
+    lines = [
+        (file.file, file.why, size_text(file.size_bytes), f"{file.age_hours:.1f} h")
+        for file in found.files
+    ]
+    if lines:
+        print(table(("file", "why", "size", "age"), lines, right=(2, 3)))
+    what = f"{len(lines)} files, {size_text(found.size_bytes)}, older than {args.older_than:g} h"
+    young = f"; {found.too_young} younger ones left alone" if found.too_young else ""
+    if found.deleted:
+        print(f"{args.url}: deleted {what}{young}")
+    else:
+        advice = "; --delete removes them" if lines else ""
+        print(f"{args.url}: {what}, that no manifest names{young}{advice}")
+    return Outcome(found.model_dump_json(indent=2))
+
+
 def _drop(args: argparse.Namespace) -> Outcome:
     from schemas.label_set import LabelSet
 
@@ -75,6 +123,8 @@ class _Progress:
 
 
 _ACTIONS: dict[str, Callable[[argparse.Namespace], Outcome]] = {
+    "ls": _ls,
     "verify": _verify,
     "drop": _drop,
+    "gc": _gc,
 }
