@@ -73,6 +73,14 @@ def _ls(args: argparse.Namespace) -> Outcome:
     return Outcome(json.dumps({"label_sets": [entry.model_dump() for entry in entries]}, indent=2))
 
 
+def _show(args: argparse.Namespace) -> Outcome:
+    from cluster.labels.show import show
+
+    text, facts = show(args.url, args.groups, args.rows, args.positions, args.seed)
+    print(text)
+    return Outcome(json.dumps(facts, indent=2))
+
+
 def _gc(args: argparse.Namespace) -> Outcome:
     from cluster.labels.text import size_text, table
     from schemas.garbage import collect_garbage
@@ -124,6 +132,7 @@ class _Progress:
 
 _ACTIONS: dict[str, Callable[[argparse.Namespace], Outcome]] = {
     "ls": _ls,
+    "show": _show,
     "verify": _verify,
     "drop": _drop,
     "gc": _gc,
