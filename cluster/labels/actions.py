@@ -81,6 +81,58 @@ def _show(args: argparse.Namespace) -> Outcome:
     return Outcome(json.dumps(facts, indent=2))
 
 
+def _view(args: argparse.Namespace) -> Outcome:
+    from schemas.errors import ConfigError
+    from schemas.view_make import Selection, make_views
+
+    if args.holdout_to and not args.holdout:
+        raise ConfigError("--holdout-to says where to, but --holdout does not say how much")
+    out = args.out.rstrip("/")
+    train, heldout = (
+        (out, args.holdout_to) if args.holdout_to else (f"{out}/train", f"{out}/heldout")
+    )
+    selection = Selection(
+        sources=tuple(args.sources),
+        where=args.where or "",
+        holdout=args.holdout or 0.0,
+        weights=_numbers("--weights", args.weights),
+        sample=_sample(args.sample),
+        seed=args.seed,
+    )
+    views = make_views(train if args.holdout else out, heldout, selection)
+    for view in views:
+        shown = f"{view.num_rows:,} rows, {view.num_tokens:,} tokens, {view.num_labels:,} labels"
+        print(f"{view.url}: {shown} (view {view.view_hash})")
+    facts = [
+        {"url": view.url, "view_hash": view.view_hash, "rows": view.num_rows,
+         "tokens": view.num_tokens, "labels": view.num_labels}
+        for view in views
+    ]  # fmt: skip
+    return Outcome(json.dumps({"views": facts}, indent=2))
+
+
+def _sample(text: str | None) -> float:
+    """A share, or a number of rows: "1.0" is everything and "1" one row."""
+    if text is None:
+        return 0.0
+    (value,) = _numbers("--sample", text) or (0.0,)
+    everything = value == 1.0 and not text.strip().isdigit()
+    if value <= 0.0:
+        from schemas.errors import ConfigError
+
+        raise ConfigError(f"--sample is {text!r}; expected a share such as 0.1 or a number of rows")
+    return 0.0 if everything else value
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in (text or "").split(",") if part.strip())
+    except ValueError as error:
+        from schemas.errors import ConfigError
+
+        raise ConfigError(f"{option} is {text!r}; expected numbers") from error
+
+
 def _gc(args: argparse.Namespace) -> Outcome:
     from cluster.labels.text import size_text, table
     from schemas.garbage import collect_garbage
@@ -134,6 +186,7 @@ _ACTIONS: dict[str, Callable[[argparse.Namespace], Outcome]] = {
     "ls": _ls,
     "show": _show,
     "verify": _verify,
+    "view": _view,
     "drop": _drop,
     "gc": _gc,
 }

@@ -59,7 +59,7 @@ def _view(actions: argparse._SubParsersAction) -> argparse.ArgumentParser:  # ty
     parser.add_argument(
         "--where",
         metavar="EXPR",
-        help="keep rows for which it holds, for example: num_labels >= 64 and source like '%%.py'",
+        help="keep rows for which it holds: \"num_labels >= 64 and source.endswith('.py')\"",
     )
     parser.add_argument(
         "--sample", metavar="FRACTION|ROWS", help="keep that share (0.1) or number (5000) of rows"
