@@ -133,6 +133,14 @@ def _numbers(option: str, text: str | None) -> tuple[float, ...]:
         raise ConfigError(f"{option} is {text!r}; expected numbers") from error
 
 
+def _export(args: argparse.Namespace) -> Outcome:
+    from cluster.labels.export import export
+
+    done = export(args.url, args.out, args.format, args.tokenizer)
+    print(f"{done.out}: {done.rows:,} rows as {done.format}, {len(done.files)} files; {done.note}")
+    return Outcome(done.model_dump_json(indent=2))
+
+
 def _gc(args: argparse.Namespace) -> Outcome:
     from cluster.labels.text import size_text, table
     from schemas.garbage import collect_garbage
@@ -187,6 +195,7 @@ _ACTIONS: dict[str, Callable[[argparse.Namespace], Outcome]] = {
     "show": _show,
     "verify": _verify,
     "view": _view,
+    "export": _export,
     "drop": _drop,
     "gc": _gc,
 }
