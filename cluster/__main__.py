@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from cluster.labels.arguments import add_actions
+
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 
@@ -32,10 +34,8 @@ def _parser() -> argparse.ArgumentParser:
         _add_json(command)
     text = "look after label sets"
     labels = commands.add_parser("labels", help=text, description=text.capitalize() + ".")
-    actions = labels.add_subparsers(dest="action", metavar="ACTION", required=True)
-    drop = actions.add_parser("drop", help="take a damaged unit out; label again to mend it")
-    drop.add_argument("url", help="the label set")
-    drop.add_argument("--unit", required=True, metavar="KEY", help="as the error named it")
+    for action in add_actions(labels):
+        _add_json(action)
     text = "run label, train or evaluate on a Ray cluster"
     submit = commands.add_parser("submit", help=text, description=text.capitalize() + ".")
     submit.add_argument("job", choices=("label", "train", "evaluate"))
@@ -104,11 +104,11 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _labels(args: argparse.Namespace) -> int:
-    from schemas.label_set import LabelSet
+    from cluster.labels.actions import run_action
 
-    LabelSet.open(args.url).drop_unit(args.unit)
-    print(f"dropped unit {args.unit}; its rows are labelled again by the next label job")
-    return 0
+    outcome = run_action(args)
+    _write_json(args.json, outcome.summary)
+    return outcome.exit_code
 
 
 def _submit(args: argparse.Namespace) -> int:

@@ -84,6 +84,7 @@ class LabelSet:
         store: its files.
         spec: what its labels mean.
         fingerprint: of the spec.
+        vocabulary_file: where the vocabulary is in it; empty where it was made without.
     """
 
     def __init__(self, store: Store, file: LabelSetFile) -> None:
@@ -91,7 +92,7 @@ class LabelSet:
         self.store = store
         self.spec = file.spec
         self.fingerprint = file.fingerprint
-        self._vocabulary = file.vocabulary
+        self.vocabulary_file = file.vocabulary
 
     @staticmethod
     def create_or_open(
@@ -162,13 +163,13 @@ class LabelSet:
             StoreError: the set was made without.
             DamagedError: the file is not the one that was written.
         """
-        if not self._vocabulary:
+        if not self.vocabulary_file:
             raise StoreError(f"{self.url}: this label set was made without a vocabulary")
-        data = self.store.read_bytes(self._vocabulary)
-        if _vocabulary_name(data) != self._vocabulary:
+        data = self.store.read_bytes(self.vocabulary_file)
+        if _vocabulary_name(data) != self.vocabulary_file:
             raise DamagedError(
-                f"{self.store.path(self._vocabulary)}: its content does not have the digest in its "
-                "name; restore the file from a copy"
+                f"{self.store.path(self.vocabulary_file)}: its content does not have the digest in "
+                "its name; restore the file from a copy"
             )
         vocabulary: dict[str, int] = json.loads(data)
         return vocabulary

@@ -11,6 +11,8 @@ import errno
 import os
 import shutil
 import uuid
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +26,21 @@ EXCLUSIVE_PROTOCOLS = frozenset(
     {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "azure", "memory"}
 )
 TEMPORARY_PREFIX = ".writing-"
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file as a listing shows it.
+
+    Attributes:
+        rel: path in the store.
+        size_bytes: its length.
+        modified: when it was last written to.
+    """
+
+    rel: str
+    size_bytes: int
+    modified: datetime
 
 
 class Store:
@@ -166,6 +183,33 @@ class Store:
                 "both commit; use a store that does, or a local path"
             )
 
+    def walk(self, rel: str) -> list[StoredFile]:
+        """Every file below a folder, temporary ones included, by path; none where it is not there.
+
+        Files that go away meanwhile may be missing.
+        """
+        found = []
+        for path, entry in self.fs.find(self.path(rel), detail=True).items():
+            with contextlib.suppress(FileNotFoundError):
+                below = str(path)[len(self.root.rstrip("/")) + 1 :]
+                size = int(entry["size"] or 0)
+                found.append(StoredFile(below, size, _modified(self.fs, str(path), entry)))
+        return sorted(found, key=lambda file: file.rel)
+
+    def folders(self, rel: str) -> list[str]:
+        """Relative paths of the folders right under a folder, sorted."""
+        folder = self.path(rel) if rel else self.root
+        try:
+            entries = self.fs.ls(folder, detail=True)
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            return []
+        names = (
+            str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]
+            for entry in entries
+            if entry["type"] == "directory"
+        )
+        return sorted(f"{rel}/{name}" if rel else name for name in names)
+
     def list(self, rel: str, suffix: str = "") -> list[str]:
         """Relative paths of the files right under a folder, sorted; none where it is not there."""
         folder = self.path(rel)
@@ -213,6 +257,20 @@ class Store:
 
     def _not_there(self, rel: str) -> StoreError:
         return StoreError(f"{self.path(rel)}: there is no such file")
+
+
+def _modified(fs: Any, path: str, entry: dict[str, Any]) -> datetime:
+    """From a listing, whose key differs from store to store; else by asking for it."""
+    names = ("LastModified", "mtime", "updated", "last_modified", "modified")
+    value = next((entry[name] for name in names if entry.get(name)), None)
+    if value is None:
+        value = fs.modified(path)
+    if isinstance(value, int | float):
+        return datetime.fromtimestamp(value, UTC)
+    if isinstance(value, str):
+        value = datetime.fromisoformat(value)
+    found: datetime = value
+    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
 
 
 def _write_temporary(final: Path, data: bytes) -> Path:

@@ -7,13 +7,14 @@ dropped or damaged, the view says so instead of training on less.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pydantic
+from pydantic import Field
 
 from schemas.config import StrictModel
 from schemas.errors import DamagedError, StoreError
@@ -71,13 +72,18 @@ class ViewSource(StrictModel):
 
 
 class ViewFile(StrictModel):
-    """The content of view.json, which is written last."""
+    """The content of view.json, which is written last.
+
+    Attributes:
+        selection: how rows were chosen; empty where all rows of the runs were taken.
+    """
 
     view_hash: str
     num_rows: int
     num_tokens: int
     num_labels: int
     sources: list[ViewSource]
+    selection: dict[str, Any] = Field(default_factory=dict)
 
 
 class View:
@@ -161,6 +167,23 @@ def build_view(url: str, label_sets: Sequence[tuple[LabelSet, str]]) -> View:
     table = first_of_each_key(
         pa.concat_tables([VIEW.empty_table(), *parts]).unify_dictionaries().combine_chunks()
     )
+    return write_view(url, label_sets, table)
+
+
+def write_view(
+    url: str,
+    label_sets: Sequence[tuple[LabelSet, str]],
+    table: pa.Table,
+    selection: Mapping[str, Any] | None = None,
+) -> View:
+    """Writes a view of chosen rows; one that is there is replaced.
+
+    Args:
+        url: where to write it.
+        label_sets: label sets, each with the closed run that its rows are from.
+        table: the rows, in the schema and the order of VIEW.
+        selection: plain JSON values that say how they were chosen.
+    """
     store = Store(url)
     sources = [
         ViewSource(
@@ -179,6 +202,7 @@ def build_view(url: str, label_sets: Sequence[tuple[LabelSet, str]]) -> View:
         num_tokens=pc.sum(table.column("num_tokens"), min_count=0).as_py(),
         num_labels=pc.sum(table.column("num_labels"), min_count=0).as_py(),
         sources=sources,
+        selection=dict(selection or {}),
     )
     # A view that is replaced is not there in between, rather than half of one and half of another.
     store.delete(VIEW_FILE)
