@@ -34,7 +34,7 @@ def assemble_rows(
         record: how many bits to keep, and which columns there are.
 
     Returns:
-        The rows; every head has ``min(record.k, V)`` entries, and no position has tail draws.
+        The rows.
     """
     tokens = [np.asarray(row, dtype=np.int32) for row in token_ids]
     spans = [np.asarray(row, dtype=np.int32) for row in label_spans]
@@ -56,22 +56,38 @@ def _label_columns(labels: Sequence[RowLabels], record: RecordSpec) -> dict[str,
     def rounded(read: Callable[[RowLabels], np.ndarray | None]) -> npt.NDArray[np.float16]:
         return round_logprobs(column(read), record.logprob_bits)
 
-    head_ids = column(lambda row: row.head_ids)
-    num_labels, width = head_ids.shape
+    used = [_used_slots(row) for row in labels]
+
+    def entries(read: Callable[[RowLabels], np.ndarray | None]) -> np.ndarray:
+        pairs = zip(labels, used, strict=True)
+        return np.concatenate([_present(read(row))[slots].reshape(-1) for row, slots in pairs])
+
+    logprobs = entries(lambda row: row.entry_logprobs)
     columns: dict[str, Any] = {
-        "head_len": np.full(num_labels, width, dtype=np.uint16),
-        "tail_len": np.zeros(num_labels, dtype=np.uint16),
-        "entry_ids": head_ids.reshape(-1),
-        "entry_logprobs": rounded(lambda row: row.head_logprobs).reshape(-1),
+        "head_len": column(lambda row: row.head_len).astype(np.uint16),
+        "tail_len": column(lambda row: row.tail_len).astype(np.uint16),
+        "entry_ids": entries(lambda row: row.entry_ids),
+        "entry_logprobs": round_logprobs(logprobs, record.logprob_bits),
         "tail_logmass": rounded(lambda row: row.tail_logmass),
         "target_logprob": rounded(lambda row: row.target_logprob),
         "target_rank": column(lambda row: row.target_rank),
     }
+    if record.kind == "sampled":  # heads are empty, so that every entry is a draw
+        columns["entry_counts"] = entries(lambda row: row.entry_counts).astype(np.uint8)
     if record.entropy:
         columns["entropy"] = rounded(lambda row: row.entropy)
     if record.temperatures:
         columns["lse"] = rounded(lambda row: row.lse)
     return columns
+
+
+def _used_slots(labels: RowLabels) -> Any:
+    """An index into [N, K] arrays of entries: what of them is used."""
+    lengths = np.asarray(labels.head_len) + labels.tail_len
+    width = labels.entry_ids.shape[1]
+    if (lengths == width).all():  # selecting would copy what is already right
+        return slice(None)
+    return np.arange(width) < lengths[:, None]
 
 
 def _present(values: np.ndarray | None) -> np.ndarray:

@@ -4,28 +4,23 @@
 asks for. It is plain torch, runs on any device, and works through its input in slices of rows, so
 that its own buffers stay small next to the logits.
 
-Shapes: T positions, V vocabulary, K kept entries, S temperatures.
+Shapes: T positions, V vocabulary, K kept entries at most, H of them in a head, S temperatures.
 """
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from labeler.tail_draws import ONE, Entries, FixedPoint, fixed_point_buffer
+from labeler.topk import ordered_topk
 from schemas.spec import RecordSpec
 
 # Elements of one slice of logits. On a CPU the passes over a slice want to find it in the cache;
 # on a GPU fewer, larger kernels are better.
 _SLICE_ELEMENTS_CPU = 2**20
 _SLICE_ELEMENTS_GPU = 2**27
-
-# Blocks of fewer ids than this are not worth a round of their own.
-_MIN_BLOCK_DEPTH = 4
-
-# numpy selects with vector instructions, several times faster than torch but on one thread only.
-_NUMPY_THREADS = 4
 
 # Below this tail probability, terms of the softmax have begun to underflow in float32.
 _SMALL_TAIL = 1e-30
@@ -35,11 +30,16 @@ class PositionLabels(NamedTuple):
     """What is kept of the teacher's distribution at T positions, before rounding.
 
     Row i describes the distribution that row i of the logits is: the one **over** the target token,
-    computed from the tokens before it. Log-probabilities are natural, at temperature 1.
+    computed from the tokens before it. Log-probabilities are natural, at temperature 1. Slots
+    behind the first head_len + tail_len of a row hold zeros.
 
     Attributes:
-        head_ids: int32 [T, K], the most probable ids by falling probability, ties by rising id.
-        head_logprobs: float32 [T, K], their log-probabilities; -inf where the model forbids an id.
+        entry_ids: int32 [T, K], the head by falling probability, ties by rising id, then the draws
+            by rising id.
+        entry_logprobs: float32 [T, K], their log-probabilities; -inf where the model forbids an id.
+        head_len: int32 [T], exact entries.
+        tail_len: int32 [T], distinct draws.
+        entry_counts: uint8 [T, K], how often each was drawn; None but for kind ``sampled``.
         tail_logmass: float32 [T], log of the probability outside the head; -inf where nothing is.
         target_logprob: float32 [T], of the token that stands in the sequence.
         target_rank: int32 [T], 1 + the number of ids strictly more probable.
@@ -48,8 +48,11 @@ class PositionLabels(NamedTuple):
             record; None if it has none.
     """
 
-    head_ids: torch.Tensor
-    head_logprobs: torch.Tensor
+    entry_ids: torch.Tensor
+    entry_logprobs: torch.Tensor
+    head_len: torch.Tensor
+    tail_len: torch.Tensor
+    entry_counts: torch.Tensor | None
     tail_logmass: torch.Tensor
     target_logprob: torch.Tensor
     target_rank: torch.Tensor
@@ -57,13 +60,51 @@ class PositionLabels(NamedTuple):
     lse: torch.Tensor | None
 
 
-def head_width(record: RecordSpec, vocab_size: int) -> int:
-    """How many entries a head has: ``record.k``, or the whole vocabulary where that is smaller."""
-    return min(record.k, vocab_size)
+class _Scratch(NamedTuple):
+    """Memory that all slices use: fresh memory of this size costs more than what is done in it.
+
+    Attributes:
+        probs: float32 [rows of a slice, V].
+        parts: int64, of ``fixed_point_buffer``; None for kinds without draws.
+    """
+
+    probs: torch.Tensor
+    parts: torch.Tensor | None
+
+
+class _Head(NamedTuple):
+    """The exact entries of T positions, as far as they are in heads.
+
+    Attributes:
+        ids: int64 [T, H]; behind the end of a head, its first id again.
+        logits: float32 [T, H], of those ids.
+        kept: bool [T, H], what is in a head; None where all of it is.
+        last: float32 [T, 1], the lowest logit in each head.
+    """
+
+    ids: torch.Tensor
+    logits: torch.Tensor
+    kept: torch.Tensor | None
+    last: torch.Tensor
+
+
+class _Tops(NamedTuple):
+    """The most probable id of T positions.
+
+    Attributes:
+        ids: int64 [T, 1].
+        probs: float32 [T, 1], its probability at temperatures other than 1 where it is known.
+    """
+
+    ids: torch.Tensor
+    probs: dict[float, torch.Tensor]
 
 
 def label_logits(
-    logits: torch.Tensor, target_ids: torch.Tensor, record: RecordSpec
+    logits: torch.Tensor,
+    target_ids: torch.Tensor,
+    record: RecordSpec,
+    uniforms: np.ndarray | None = None,
 ) -> PositionLabels:
     """Labels T positions from their full logits.
 
@@ -71,7 +112,9 @@ def label_logits(
         logits: floating [T, V], what the model's softmax gets: after soft cap, scale and bias,
             without the padding of the head. Computed on in float32.
         target_ids: integer [T], the token that stands at each target position.
-        record: which columns to compute, and how many entries to keep.
+        record: which columns to compute, and which entries to keep.
+        uniforms: float64 [T, numbers of a position] of ``labeler.teachers.base.row_uniforms``;
+            None for kinds without draws.
 
     Returns:
         The labels, on the device of the logits. A NaN among a row's logits makes that row's
@@ -79,11 +122,17 @@ def label_logits(
     """
     if len(logits) == 0:
         return _empty(logits, record)
+    drawn_by = None if uniforms is None else torch.from_numpy(uniforms).to(logits.device)
     slices = list(_slices(logits))
-    # One buffer for all slices: fresh memory of this size costs more than what is done in it.
-    buffer = torch.empty(slices[0].stop, logits.shape[1], device=logits.device)
+    scratch = _scratch(slices[0].stop, logits, record)
     parts = [
-        _label_slice(logits[rows].float(), target_ids[rows].long(), record, buffer)
+        _label_slice(
+            logits[rows].float(),
+            target_ids[rows].long(),
+            record,
+            None if drawn_by is None else drawn_by[rows],
+            scratch,
+        )
         for rows in slices
     ]
     if len(parts) == 1:
@@ -99,20 +148,31 @@ def _slices(logits: torch.Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, num_rows))
 
 
+def _scratch(rows: int, logits: torch.Tensor, record: RecordSpec) -> _Scratch:
+    vocab_size, device = logits.shape[1], logits.device
+    return _Scratch(
+        torch.empty(rows, vocab_size, device=device),
+        fixed_point_buffer(rows, vocab_size, device) if record.has_draws else None,
+    )
+
+
 def _cat(columns: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
     present = [column for column in columns if column is not None]
     return torch.cat(present) if present else None
 
 
 def _empty(logits: torch.Tensor, record: RecordSpec) -> PositionLabels:
-    width = head_width(record, logits.shape[1])
+    width = record.most_entries(logits.shape[1])
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.zeros(0, *shape, dtype=dtype, device=logits.device)
 
     return PositionLabels(
-        head_ids=zeros(width, dtype=torch.int32),
-        head_logprobs=zeros(width),
+        entry_ids=zeros(width, dtype=torch.int32),
+        entry_logprobs=zeros(width),
+        head_len=zeros(dtype=torch.int32),
+        tail_len=zeros(dtype=torch.int32),
+        entry_counts=zeros(width, dtype=torch.uint8) if record.kind == "sampled" else None,
         tail_logmass=zeros(),
         target_logprob=zeros(),
         target_rank=zeros(dtype=torch.int32),
@@ -122,111 +182,113 @@ def _empty(logits: torch.Tensor, record: RecordSpec) -> PositionLabels:
 
 
 def _label_slice(
-    logits: torch.Tensor, target_ids: torch.Tensor, record: RecordSpec, buffer: torch.Tensor
+    logits: torch.Tensor,
+    target_ids: torch.Tensor,
+    record: RecordSpec,
+    uniforms: torch.Tensor | None,
+    scratch: _Scratch,
 ) -> PositionLabels:
-    """One slice of float32 logits [T, V]; see ``label_logits``. ``buffer`` is overwritten."""
-    head_ids, head_logits = ordered_topk(logits, head_width(record, logits.shape[1]))
-    probs = torch.softmax(logits, dim=-1, out=buffer[: len(logits)])
-    head_probs = probs.gather(1, head_ids)
+    """One slice of float32 logits [T, V]; see ``label_logits``. ``scratch`` is overwritten."""
+    probs = scratch.probs[: len(logits)]
+    entries, tops = _select(logits, record, uniforms, probs, scratch.parts)
+    top_ids = tops.ids
     # log Z = top logit - log p(top): the softmax has already paid for the sum.
-    normaliser = head_logits[:, :1] - head_probs[:, :1].log()
+    normaliser = logits.gather(1, top_ids) - probs.gather(1, top_ids).log()
     target_logits = logits.gather(1, target_ids[:, None])
-    tail_probs = probs.scatter_(1, head_ids, 0.0)
-    tail_logmass = _tail_logmass(logits, tail_probs, head_ids, normaliser)
-    entropy = None
-    if record.entropy:
-        entropy = _entropy(logits, tail_probs, head_logits, head_probs, normaliser)
+    head = None if record.kind == "sampled" else _head(logits, entries, record)
+    head_probs = None if head is None else _take_head(probs, head)
+    if head is None:
+        tail_logmass = torch.zeros(len(logits), device=logits.device)
+    else:
+        tail_logmass = _tail_logmass(logits, probs, head.ids, normaliser)
     return PositionLabels(
-        head_ids=head_ids.int(),
-        head_logprobs=(head_logits - normaliser).clamp_(max=0.0),
+        entry_ids=entries.ids.int(),
+        entry_logprobs=_entry_logprobs(logits, entries, normaliser, record),
+        head_len=entries.head_len.int(),
+        tail_len=entries.tail_len.int(),
+        entry_counts=entries.counts,
         tail_logmass=tail_logmass,
         target_logprob=(target_logits - normaliser).clamp_(max=0.0).squeeze(1),
-        target_rank=_ranks(logits, target_logits, head_logits),
-        entropy=entropy,
-        lse=_lse_at(logits, head_logits, head_ids, normaliser, record.temperatures, buffer),
+        target_rank=_ranks(logits, target_logits, head),
+        entropy=_entropy(logits, probs, head, head_probs, normaliser) if record.entropy else None,
+        lse=_lse_at(logits, tops, normaliser, record.temperatures, probs),
     )
 
 
-def ordered_topk(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest of each row, by falling value and, among equal values, by rising id.
+def _select(
+    logits: torch.Tensor,
+    record: RecordSpec,
+    uniforms: torch.Tensor | None,
+    probs: torch.Tensor,
+    parts: torch.Tensor | None,
+) -> tuple[Entries, _Tops]:
+    """Which ids are kept. Leaves the probabilities at temperature 1 in ``probs``."""
+    width = record.most_entries(logits.shape[1])
+    if not record.has_draws:
+        ids, _ = ordered_topk(logits, width)
+        torch.softmax(logits, dim=-1, out=probs)
+        head_len = torch.full((len(ids),), width, device=ids.device)
+        if record.kind == "topp":
+            head_len = _covering(probs.gather(1, ids), record.top_p)
+            slots = torch.arange(width, device=ids.device)
+            ids.masked_fill_(slots >= head_len[:, None], 0)
+        return Entries(ids, head_len, torch.zeros_like(head_len)), _Tops(ids[:, :1], {})
+    assert uniforms is not None, "a record with draws needs uniform numbers"
+    assert parts is not None
+    drawn_at = record.drawn_at
+    torch.softmax(logits if drawn_at == 1.0 else logits / drawn_at, dim=-1, out=probs)
+    fixed = FixedPoint(probs, parts)
+    if record.kind == "threshold":
+        entries = fixed.threshold(logits, record.tau, uniforms, width)
+        top_ids = entries.ids[:, :1]
+    else:
+        entries = fixed.sampled(uniforms, width)
+        top_ids, _ = ordered_topk(logits, 1)
+    if drawn_at == 1.0:
+        return entries, _Tops(top_ids, {})
+    tops = _Tops(top_ids, {drawn_at: probs.gather(1, top_ids)})
+    torch.softmax(logits, dim=-1, out=probs)
+    return entries, tops
 
-    ``torch.topk`` promises no order among equal values, neither which of them it keeps at the
-    boundary nor how it sorts them; bfloat16 logits are full of such ties. Here both are decided
-    by the id, always, because what is selected are integers that hold value and id.
 
-    Args:
-        logits: float32 [T, V].
-        k: at most V.
+def _covering(falling: torch.Tensor, mass: float) -> torch.Tensor:
+    """How many of falling probabilities [T, K] sum to a mass, or all that are not 0: int64 [T].
 
-    Returns:
-        The ids, int64 [T, k], and their logits, float32 [T, k].
+    Summed in fixed point, so that the answer does not depend on the order of the additions.
     """
-    depth = _block_depth(logits.shape[1], k + 1)
-    if depth < _MIN_BLOCK_DEPTH:
-        ids = _topk_of_all(logits, k)
-        return ids, logits.gather(1, ids)
-    ids = _topk_of_blocks(logits, k + 1, depth)
-    values = logits.gather(1, ids)
-    # Which blocks were searched is not decided by id, so equals at the boundary may be in others.
-    tied = (values[:, k - 1] == values[:, k]).nonzero().squeeze(1)
-    ids, values = ids[:, :k], values[:, :k]
-    if len(tied):
-        ids[tied] = _topk_of_all(logits[tied], k)
-    return ids, values
+    before = (falling * float(ONE)).long()
+    before = before.cumsum(dim=1) - before
+    needed = (before < round(mass * ONE)) & (falling > 0.0)
+    return needed.sum(dim=1).clamp_(min=1)
 
 
-def _block_depth(vocab_size: int, k: int) -> int:
-    """How many ids a block has; a divisor of the vocabulary where there is one close by.
-
-    Balances two rounds of selection: vocab_size / depth maxima, then k * depth candidates.
-    """
-    depth = math.isqrt(vocab_size // k)
-    divisors = (d for d in range(max(1, depth), 2 * depth) if vocab_size % d == 0)
-    return next(divisors, depth)
-
-
-def _topk_of_blocks(logits: torch.Tensor, k: int, depth: int) -> torch.Tensor:
-    """Ids [T, k] of the largest logits: ids are dealt into blocks, the best k are searched.
-
-    A value among the k largest lies in one of the k blocks with the largest maxima, so this is
-    exact, up to ties; it reads a row once, with a vector maximum.
-    """
-    vocab_size = logits.shape[1]
-    num_blocks = vocab_size // depth
-    blocked = num_blocks * depth
-    # Block b holds the ids b, b + num_blocks, b + 2 * num_blocks, ...
-    by_block = logits[:, :blocked].unflatten(1, (depth, num_blocks))
-    blocks = _largest(by_block.amax(dim=1), torch.arange(num_blocks, device=logits.device), k)
-    values = by_block.gather(2, blocks[:, None, :].expand(-1, depth, -1)).flatten(1)
-    starts = torch.arange(0, blocked, num_blocks, device=logits.device)
-    ids = (starts[:, None] + blocks[:, None, :]).flatten(1)
-    if blocked < vocab_size:
-        rest = torch.arange(blocked, vocab_size, device=logits.device)
-        values = torch.cat((values, logits[:, blocked:]), dim=1)
-        ids = torch.cat((ids, rest.expand(len(ids), -1)), dim=1)
-    return _largest(values, ids, k)
+def _head(logits: torch.Tensor, entries: Entries, record: RecordSpec) -> _Head:
+    if record.kind == "topk":
+        kept_logits = logits.gather(1, entries.ids)
+        return _Head(entries.ids, kept_logits, None, kept_logits[:, -1:])
+    slots = torch.arange(int(entries.head_len.max()), device=logits.device)
+    kept = slots < entries.head_len[:, None]
+    ids = torch.where(kept, entries.ids[:, : len(slots)], entries.ids[:, :1])
+    kept_logits = logits.gather(1, ids)
+    return _Head(ids, kept_logits, kept, kept_logits.gather(1, entries.head_len[:, None] - 1))
 
 
-def _topk_of_all(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Ids [T, k] of the largest logits, exact for ties too."""
-    return _largest(logits, torch.arange(logits.shape[1], device=logits.device), k)
+def _take_head(probs: torch.Tensor, head: _Head) -> torch.Tensor:
+    """Probabilities of the head [T, H], 0 behind its end; they are 0 in ``probs`` after it."""
+    head_probs = probs.gather(1, head.ids)
+    probs.scatter_(1, head.ids, 0.0)
+    return head_probs if head.kept is None else head_probs.masked_fill_(~head.kept, 0.0)
 
 
-def _largest(values: torch.Tensor, ids: torch.Tensor, k: int) -> torch.Tensor:
-    """The ids [T, k] of the largest of float32 values [T, n], falling; ids rise among equals."""
-    bits = (values + 0.0).view(torch.int32)  # Makes one value of 0 and -0.
-    # As integers, the bits of negative floats fall where the floats rise: turn those around.
-    rising = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
-    keys = rising.bitwise_not_().long().bitwise_left_shift_(32).bitwise_or_(ids)
-    return _smallest(keys, k).bitwise_and_(0xFFFFFFFF)
-
-
-def _smallest(keys: torch.Tensor, k: int) -> torch.Tensor:
-    """The k smallest of each row of int64 keys [T, n], rising."""
-    if keys.device.type == "cpu" and torch.get_num_threads() <= _NUMPY_THREADS:
-        kept = np.partition(keys.numpy(), min(k, keys.shape[1] - 1), axis=1)[:, :k]
-        return torch.from_numpy(np.sort(kept, axis=1))
-    return torch.topk(keys, k, dim=-1, largest=False).values
+def _entry_logprobs(
+    logits: torch.Tensor, entries: Entries, normaliser: torch.Tensor, record: RecordSpec
+) -> torch.Tensor:
+    logprobs = (logits.gather(1, entries.ids) - normaliser).clamp_(max=0.0)
+    if record.kind == "topk":
+        return logprobs
+    slots = torch.arange(logprobs.shape[1], device=logits.device)
+    used = slots < (entries.head_len + entries.tail_len)[:, None]
+    return logprobs.masked_fill_(~used, 0.0)
 
 
 def _tail_logmass(
@@ -249,13 +311,14 @@ def _tail_logmass(
 def _entropy(
     logits: torch.Tensor,
     tail_probs: torch.Tensor,
-    head_logits: torch.Tensor,
-    head_probs: torch.Tensor,
+    head: _Head | None,
+    head_probs: torch.Tensor | None,
     normaliser: torch.Tensor,
 ) -> torch.Tensor:
     """Entropy in nats [T]: log Z - sum of p times logit. Overwrites ``tail_probs``."""
     mean_logit = tail_probs.mul_(logits).sum(dim=-1)
-    mean_logit += (head_probs * head_logits).sum(dim=-1)
+    if head is not None:
+        mean_logit += (head_probs * head.logits).sum(dim=-1)
     undefined = mean_logit.isnan().nonzero().squeeze(1)
     if len(undefined):  # An id that the model forbids has 0 * -inf; its share of the entropy is 0.
         allowed = logits[undefined]
@@ -265,24 +328,26 @@ def _entropy(
     return (normaliser.squeeze(1) - mean_logit).clamp_(min=0.0)
 
 
-def _ranks(
-    logits: torch.Tensor, target_logits: torch.Tensor, head_logits: torch.Tensor
-) -> torch.Tensor:
+def _ranks(logits: torch.Tensor, target_logits: torch.Tensor, head: _Head | None) -> torch.Tensor:
     """1 + the number of strictly larger logits, int32 [T]."""
-    ranks = (head_logits > target_logits).sum(dim=-1, dtype=torch.int32)
+    if head is None:
+        return (logits > target_logits).sum(dim=-1).int() + 1
+    larger = head.logits > target_logits
+    if head.kept is not None:
+        larger &= head.kept
+    ranks = larger.sum(dim=-1, dtype=torch.int32)
     # Where the target is below the head, what is above it is not all in the head: count the row.
-    below = (target_logits < head_logits[:, -1:]).squeeze(1).nonzero().squeeze(1)
+    below = (target_logits < head.last).squeeze(1).nonzero().squeeze(1)
     if len(below):
-        larger = torch.empty(len(below), logits.shape[1], device=logits.device)
-        torch.gt(logits[below], target_logits[below], out=larger)
-        ranks[below] = larger.sum(dim=-1).int()
+        above = torch.empty(len(below), logits.shape[1], device=logits.device)
+        torch.gt(logits[below], target_logits[below], out=above)
+        ranks[below] = above.sum(dim=-1).int()
     return ranks + 1
 
 
 def _lse_at(
     logits: torch.Tensor,
-    head_logits: torch.Tensor,
-    head_ids: torch.Tensor,
+    tops: _Tops,
     normaliser: torch.Tensor,
     temperatures: tuple[float, ...],
     buffer: torch.Tensor,
@@ -290,9 +355,12 @@ def _lse_at(
     """Log sum of p^(1/T) over the vocabulary [T, S]: logsumexp(logit / T) - log Z / T."""
     if not temperatures:
         return None
+    top_logits = logits.gather(1, tops.ids)
     columns = []
     for temperature in temperatures:
-        probs = torch.softmax(logits / temperature, dim=-1, out=buffer[: len(logits)])
-        tempered = head_logits[:, :1] / temperature - probs.gather(1, head_ids[:, :1]).log()
-        columns.append(tempered - normaliser / temperature)
+        top = tops.probs.get(temperature)
+        if top is None:
+            probs = torch.softmax(logits / temperature, dim=-1, out=buffer)
+            top = probs.gather(1, tops.ids)
+        columns.append((top_logits - normaliser) / temperature - top.log())
     return torch.cat(columns, dim=1)

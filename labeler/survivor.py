@@ -17,6 +17,7 @@ from labeler.requests import Request, key_of_unit
 from labeler.teachers.base import RowFailure, Teacher
 from labeler.unit_labels import UnitLabels, label_requests
 from schemas.errors import TeacherError
+from schemas.keys import row_key, stack_keys
 from schemas.spec import GenerationSpec
 
 MAX_STARTS = 3
@@ -30,6 +31,7 @@ _CANARY = "canary"
 _HARMLESS = {_START: "started", _CANARY: "labelled a row of two tokens"}
 _CANARY_IDS = np.array([0, 1], np.int32)
 _CANARY_SPANS = np.array([1, 2], np.int32)
+_CANARY_KEY = stack_keys([row_key(_CANARY_IDS, _CANARY_SPANS)])
 
 
 class Survivor:
@@ -115,7 +117,7 @@ class Survivor:
             teacher = self._running()
             record = self._begin_harmless(_CANARY)
             try:
-                (result,) = teacher.label([_CANARY_IDS], [_CANARY_SPANS])
+                (result,) = teacher.label([_CANARY_IDS], [_CANARY_SPANS], _CANARY_KEY)
             except TeacherError:
                 self._attempts.failed(record)
                 self._drop()

@@ -63,7 +63,9 @@ def label_requests(
     if generation is not None:
         complete = _with_responses(requests, teacher, generation, quarantined)
     results = teacher.label(
-        [request.token_ids for request in complete], [request.label_spans for request in complete]
+        [request.token_ids for request in complete],
+        [request.label_spans for request in complete],
+        stack_keys([request.row_key for request in complete]),
     )
     good: list[Request] = []
     labels: list[RowLabels] = []

@@ -143,6 +143,18 @@ class RecordSpec(StrictModel):
             return self.draw_temperature
         return max((1.0, *self.temperatures))
 
+    def most_entries(self, vocab_size: int) -> int:
+        """How many entries a position has at most."""
+        most = {
+            "tokens": 0,
+            "topk": self.k,
+            "topp": self.max_head,
+            "sampled": self.draws,
+            # The head takes tau or more from what is drawn from; but for a head of one, perhaps.
+            "threshold": int(1 / self.tau) + 2,
+        }
+        return min(most[self.kind], vocab_size)
+
     @property
     def draw_share(self) -> float:
         """What one draw stands for, as a share of the distribution drawn from; 0 without draws."""

@@ -1,7 +1,11 @@
 """Rows of labels as a teacher would give them, from random logits, for tests that need some."""
 
-import numpy as np
+from itertools import pairwise
 
+import numpy as np
+from label_oracle import Entries, entries_of
+
+from schemas.draws import uniforms
 from schemas.keys import content_key, row_key, stack_keys
 from schemas.record import LabelRows, round_logprobs
 from schemas.rows import offsets_of, target_positions
@@ -52,15 +56,21 @@ def add_labels(
     rows: LabelRows, spec: RecordSpec, logits: np.ndarray, targets: np.ndarray
 ) -> LabelRows:
     """The labels that a teacher with these logits, [N, V] in row order, gives to the targets."""
-    n, vocab_size = logits.shape
-    k = min(spec.k, vocab_size)
+    n = len(logits)
     peak = logits.max(axis=1, keepdims=True)
     logprobs = logits - peak - np.log(np.exp(logits - peak).sum(axis=1, keepdims=True))
     order = np.argsort(-logprobs, axis=1, kind="stable")
-    ordered = np.take_along_axis(logprobs, order, axis=1)
+    entries = _entries(rows, spec, logprobs, order)
+    head_len, tail_len, ids, counts = entries
+    label = np.repeat(np.arange(n), head_len + tail_len)
+    in_head = np.arange(len(ids)) - offsets_of(head_len + tail_len)[label] < head_len[label]
+    outside = np.ones_like(logprobs, np.bool_)
+    outside[label[in_head], ids[in_head]] = False
     target = logprobs[np.arange(n), targets]
     with np.errstate(divide="ignore"):
-        tail = np.log(np.exp(ordered[:, k:]).sum(axis=1))
+        tail = np.log(np.where(outside, np.exp(logprobs), 0.0).sum(axis=1))
+    if spec.kind == "sampled":
+        tail[:] = 0.0
     lse = [np.log(np.exp(logprobs / t).sum(axis=1)) for t in spec.temperatures]
 
     def stored(x: np.ndarray) -> np.ndarray:
@@ -70,10 +80,11 @@ def add_labels(
     return LabelRows(
         **kept
         | {
-            "head_len": np.full(n, k, np.uint16),
-            "tail_len": np.zeros(n, np.uint16),
-            "entry_ids": np.ascontiguousarray(order[:, :k], np.int32).reshape(-1),
-            "entry_logprobs": stored(ordered[:, :k]).reshape(-1),
+            "head_len": head_len.astype(np.uint16),
+            "tail_len": tail_len.astype(np.uint16),
+            "entry_ids": ids.astype(np.int32),
+            "entry_logprobs": stored(logprobs[label, ids]),
+            "entry_counts": counts.astype(np.uint8) if spec.kind == "sampled" else None,
             "tail_logmass": stored(np.minimum(tail, 0.0)),
             "target_logprob": stored(target),
             "target_rank": 1 + (logprobs > target[:, None]).sum(axis=1).astype(np.int32),
@@ -81,6 +92,41 @@ def add_labels(
             "lse": stored(np.stack(lse, axis=1)) if lse else None,
         }
     )
+
+
+def _entries(
+    rows: LabelRows, spec: RecordSpec, logprobs: np.ndarray, order: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Lengths of heads and tails [N], and ids and counts of all entries."""
+    n, vocab_size = logprobs.shape
+    if spec.kind == "topk":
+        k = min(spec.k, vocab_size)
+        ids = np.ascontiguousarray(order[:, :k]).reshape(-1)
+        return np.full(n, k), np.zeros(n, np.int64), ids, ids
+    numbers = _uniforms(rows, spec)
+    kept = [
+        entries_of(logprobs[at], spec, None if numbers is None else numbers[at]) for at in range(n)
+    ]
+    none = Entries(*[np.empty(0, np.int64)] * 3)
+    return (
+        np.array([len(one.head) for one in kept], np.int64),
+        np.array([len(one.draws) for one in kept], np.int64),
+        np.concatenate([one.ids for one in [none, *kept]]),
+        np.concatenate([one.counts for one in [none, *kept]]),
+    )
+
+
+def _uniforms(rows: LabelRows, spec: RecordSpec) -> np.ndarray | None:
+    """float64 [N, numbers of a position]; None for kinds without draws."""
+    if not spec.has_draws:
+        return None
+    count = spec.draws if spec.kind == "sampled" else 1
+    positions, offsets = target_positions(rows.label_spans, rows.span_offsets)
+    parts = [
+        uniforms(rows.row_key[i].tobytes(), positions[a:b], count, spec.draw_seed)
+        for i, (a, b) in enumerate(pairwise(offsets))
+    ]
+    return np.concatenate([np.empty((0, count)), *parts])
 
 
 def _spans(rng: np.random.Generator, length: int) -> np.ndarray:

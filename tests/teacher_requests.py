@@ -1,12 +1,17 @@
 """Labelling requests for the tests of teachers, and how two teachers' answers are compared."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from labeler.config import TeacherConfig
-from labeler.teachers.base import RowFailure, RowLabels
+from labeler.teachers import vllm_label_head
+from labeler.teachers.base import RowFailure, RowLabels, Teacher
+from labeler.teachers.vllm_teacher import VllmTeacher
+from schemas.keys import row_key, stack_keys
 from schemas.spec import RecordSpec
 
 VOCAB_SIZE = 320
@@ -20,7 +25,7 @@ ENGINE = {
     "max_logprobs": RECORD.k,
     "kv_cache_memory_bytes": 2**28,
 }
-FLOATS = ("head_logprobs", "tail_logmass", "target_logprob", "entropy", "lse")
+FLOATS = ("entry_logprobs", "tail_logmass", "target_logprob", "entropy", "lse")
 
 
 def config(folder: Path, backend: str = "vllm", **fields: Any) -> TeacherConfig:
@@ -41,6 +46,26 @@ def make_rows(vocab_size: int = VOCAB_SIZE) -> tuple[list[np.ndarray], list[np.n
     return tokens, spans
 
 
+def label(
+    teacher: Teacher, tokens: list[np.ndarray], spans: list[np.ndarray]
+) -> list[RowLabels | RowFailure]:
+    """Labels rows under the keys of their content."""
+    keys = [row_key(*pair) for pair in zip(tokens, spans, strict=True)]
+    return teacher.label(tokens, spans, stack_keys(keys))
+
+
+@contextmanager
+def serving(teacher: Teacher, record: RecordSpec) -> Iterator[None]:
+    """Has a teacher of these tests give labels of another record for a while."""
+    usual = teacher._record
+    for change in (record, usual):
+        if isinstance(teacher, VllmTeacher):
+            teacher._on_engine_thread(vllm_label_head.install, teacher._llm, change)
+        teacher._record = change
+        if change is record:
+            yield
+
+
 def labelled(result: RowLabels | RowFailure) -> RowLabels:
     assert isinstance(result, RowLabels), result
     return result
@@ -52,6 +77,38 @@ def assert_same(one: RowLabels, other: RowLabels, tolerance: float) -> None:
             getattr(one, name), getattr(other, name), rtol=0, atol=tolerance, err_msg=name
         )
     # Neighbours closer than the tolerance may stand in either order.
-    unlike = one.head_ids != other.head_ids
+    unlike = one.entry_ids != other.entry_ids
     assert unlike.mean() < 0.01
     assert (one.target_rank != other.target_rank).mean() < 0.01
+
+
+def assert_same_draws(
+    one: list[RowLabels], other: list[RowLabels], tolerance: float, unlike: float
+) -> None:
+    """Labels with draws that are from the same random numbers and from nearly the same logits.
+
+    An id at the edge of the head, or under a point at the edge of two ids, may go either way: at
+    most a share ``unlike`` of all positions. The others have the same ids.
+    """
+    same = np.concatenate([_same_entries(a, b) for a, b in zip(one, other, strict=True)])
+    assert (~same).mean() <= unlike, f"{(~same).sum()} of {len(same)} positions differ"
+    for name in (*FLOATS, "entry_counts"):
+        mine, theirs = (_joined(labels, name) for labels in (one, other))
+        if mine is not None:
+            np.testing.assert_allclose(
+                mine[same], theirs[same], rtol=0, atol=tolerance, err_msg=name
+            )
+
+
+def _joined(labels: list[RowLabels], name: str) -> np.ndarray | None:
+    columns = [getattr(row, name) for row in labels]
+    return None if columns[0] is None else np.concatenate(columns)
+
+
+def _same_entries(one: RowLabels, other: RowLabels) -> np.ndarray:
+    """bool [N]: where both have the same ids in the same places."""
+    same = (one.entry_ids == other.entry_ids).all(axis=1)
+    same &= (one.head_len == other.head_len) & (one.tail_len == other.tail_len)
+    if one.entry_counts is not None:
+        same &= (one.entry_counts == other.entry_counts).all(axis=1)
+    return same

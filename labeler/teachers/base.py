@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from labeler.config import TeacherConfig
+from schemas.draws import uniforms
 from schemas.errors import TeacherError
 from schemas.spec import GenerationSpec, RecordSpec
 
@@ -18,13 +19,19 @@ from schemas.spec import GenerationSpec, RecordSpec
 class RowLabels:
     """The labels of one sequence of L tokens at its N target positions, before rounding.
 
-    Entry j describes the teacher's distribution **over** the token at target index t_j, computed
+    Label j describes the teacher's distribution **over** the token at target index t_j, computed
     from the tokens before t_j; targets are those of the row's label spans, in rising order. K is
-    ``record.k``, or the vocabulary where that is smaller.
+    what a label of this record holds at most, or the vocabulary where that is smaller; the first
+    head_len + tail_len slots of a label are used, the others hold zeros.
 
     Attributes:
-        head_ids: int32 [N, K], by falling probability, ties by rising id.
-        head_logprobs: float32 [N, K], nats, at temperature 1; -inf where the model forbids an id.
+        entry_ids: int32 [N, K], the head by falling probability, ties by rising id, then the draws
+            by rising id.
+        entry_logprobs: float32 [N, K], nats, at temperature 1; -inf where the model forbids an id.
+        head_len: int32 [N], exact entries.
+        tail_len: int32 [N], distinct tail draws.
+        entry_counts: [N, K], integers in [0, 255], how often each was drawn; None but for kind
+            ``sampled``.
         tail_logmass: float32 [N], log of the probability outside the head; -inf where K is
             everything.
         target_logprob: float32 [N], of the token that stands in the sequence.
@@ -34,8 +41,11 @@ class RowLabels:
             none.
     """
 
-    head_ids: np.ndarray
-    head_logprobs: np.ndarray
+    entry_ids: np.ndarray
+    entry_logprobs: np.ndarray
+    head_len: np.ndarray
+    tail_len: np.ndarray
+    entry_counts: np.ndarray | None
     tail_logmass: np.ndarray
     target_logprob: np.ndarray
     target_rank: np.ndarray
@@ -50,7 +60,7 @@ class RowLabels:
     def first_unusable(self) -> int | None:
         """Index of the first label with a NaN or an impossible target, or None if there is none."""
         usable = np.isfinite(self.target_logprob) & ~np.isnan(self.tail_logmass)
-        usable &= ~np.isnan(self.head_logprobs).any(axis=1)
+        usable &= ~np.isnan(self.entry_logprobs).any(axis=1)
         if self.entropy is not None:
             usable &= np.isfinite(self.entropy)
         if self.lse is not None:
@@ -70,7 +80,10 @@ class Teacher(Protocol):
     """A model that labels sequences and samples responses; may be called from several threads."""
 
     def label(
-        self, token_ids: Sequence[np.ndarray], label_spans: Sequence[np.ndarray]
+        self,
+        token_ids: Sequence[np.ndarray],
+        label_spans: Sequence[np.ndarray],
+        row_keys: np.ndarray,
     ) -> list[RowLabels | RowFailure]:
         """Labels sequences.
 
@@ -78,6 +91,7 @@ class Teacher(Protocol):
             token_ids: one integer array [L] a request.
             label_spans: one flat integer array of half-open [start, end) pairs of target indices a
                 request; sorted, disjoint, start >= 1, end <= L.
+            row_keys: uint8 [R, 16], which with the target indices decide the draws.
 
         Returns:
             One result a request, in order. A request that cannot be labelled is a ``RowFailure``
@@ -196,6 +210,23 @@ def span_targets(spans: np.ndarray) -> np.ndarray:
     return np.concatenate(
         [np.arange(start, end) for start, end in zip(bounds[::2], bounds[1::2], strict=True)]
     )
+
+
+def row_uniforms(record: RecordSpec, row_key: bytes, targets: np.ndarray) -> np.ndarray | None:
+    """The random numbers of a row's draws.
+
+    Args:
+        record: says how many a position needs, and from which seed.
+        row_key: 16 bytes.
+        targets: int64 [N], target indices, rising.
+
+    Returns:
+        float64 [N, numbers of a position], in [0, 1); None for kinds without draws.
+    """
+    if not record.has_draws:
+        return None
+    per_position = record.draws if record.kind == "sampled" else 1
+    return uniforms(row_key, targets, per_position, record.draw_seed)
 
 
 def usable_or_failure(labels: RowLabels) -> RowLabels | RowFailure:

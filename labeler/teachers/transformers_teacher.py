@@ -25,6 +25,7 @@ from labeler.teachers.base import (
     RowLabels,
     refuse_generation,
     refuse_request,
+    row_uniforms,
     span_targets,
     usable_or_failure,
 )
@@ -55,7 +56,10 @@ class TransformersTeacher:
         self._keeps_logits = "logits_to_keep" in inspect.signature(self._model.forward).parameters
 
     def label(
-        self, token_ids: Sequence[np.ndarray], label_spans: Sequence[np.ndarray]
+        self,
+        token_ids: Sequence[np.ndarray],
+        label_spans: Sequence[np.ndarray],
+        row_keys: np.ndarray,
     ) -> list[RowLabels | RowFailure]:
         """See ``Teacher.label``."""
         results: list[RowLabels | RowFailure | None] = [
@@ -66,13 +70,20 @@ class TransformersTeacher:
         with self._lock, torch.inference_mode():
             for batch in _batches(valid, [len(tokens) for tokens in token_ids]):
                 targets = [span_targets(label_spans[row]) for row in batch]
-                labelled = self._label_batch([token_ids[row] for row in batch], targets)
+                drawn_by = [
+                    row_uniforms(self._record, row_keys[row].tobytes(), row_targets)
+                    for row, row_targets in zip(batch, targets, strict=True)
+                ]
+                labelled = self._label_batch([token_ids[row] for row in batch], targets, drawn_by)
                 for row, labels in zip(batch, labelled, strict=True):
                     results[row] = usable_or_failure(labels)
         return [result for result in results if result is not None]
 
     def _label_batch(
-        self, rows: list[np.ndarray], targets: list[np.ndarray]
+        self,
+        rows: list[np.ndarray],
+        targets: list[np.ndarray],
+        drawn_by: list[np.ndarray | None],
     ) -> Iterator[RowLabels]:
         """Labels rows that fit into one forward pass, in as many passes as their logits need."""
         padded, mask = _pad(rows, self._device)
@@ -83,10 +94,14 @@ class TransformersTeacher:
             positions = wanted[start : start + step]
             logits = self._logits(padded, mask, positions)
             for index, row_targets in enumerate(targets):
-                here = row_targets[np.isin(row_targets - 1, positions)]
+                is_here = np.isin(row_targets - 1, positions)
+                here, numbers = row_targets[is_here], drawn_by[index]
                 at = torch.from_numpy(np.searchsorted(positions, here - 1)).to(self._device)
                 next_ids = padded[index, torch.from_numpy(here).to(self._device)]
-                parts[index].append(label_logits(logits[index, at], next_ids, self._record))
+                numbers = None if numbers is None else numbers[is_here]
+                parts[index].append(
+                    label_logits(logits[index, at], next_ids, self._record, numbers)
+                )
         return (_row_labels(row_parts) for row_parts in parts)
 
     def _logits(

@@ -6,12 +6,13 @@ replaced, in each worker, by one that computes the whole label record from the h
 
 1. ``LLM(worker_extension_cls=EXTENSION)`` mixes ``LabelHeadExtension`` into the worker class.
 2. ``install`` asks every worker, through ``collective_rpc``, to put a label head into its runner.
-3. A request made with ``label_params`` says in ``extra_args`` which positions to label. The head
-   collects those positions of all requests of a step, computes logits for a few hundred at a
-   time, and keeps the record's numbers only.
-4. The results travel home in the arrays that the engine ships anyway, with extra columns: ids
-   [N, K], floats [N, K + 2 + ...], ranks [N].
-5. ``keep_arrays`` makes the front-end leave them as they are; ``unpack`` names their columns.
+3. A request made with ``label_params`` says in ``extra_args`` which positions to label, and its
+   row key, which with the positions gives the random numbers of draws. The head collects those
+   positions of all requests of a step, computes logits for a few hundred at a time, and keeps the
+   record's numbers only.
+4. The results travel home in the arrays that the engine ships anyway, with extra columns (see
+   ``packed_labels``).
+5. ``keep_arrays`` makes the front-end leave them as they are; ``row_labels`` names their columns.
 
 A request without ``extra_args`` of ours goes through vLLM's own step, also in the same batch.
 
@@ -31,8 +32,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from labeler.label_head import PositionLabels, head_width, label_logits
-from labeler.teachers.base import RowLabels, span_targets
+from labeler.label_head import label_logits
+from labeler.teachers.base import RowLabels, row_uniforms, span_targets
+from labeler.teachers.packed_labels import Packed, empty_packed, pack, unpack
 from schemas.errors import TeacherError
 from schemas.spec import RecordSpec
 
@@ -40,6 +42,7 @@ EXTENSION = f"{__name__}.LabelHeadExtension"
 TESTED_VERSIONS = ("0.32.",)
 
 _SPANS = "tutelage_label_spans"
+_ROW_KEY = "tutelage_row_key"
 
 # Logits that exist at once: enough rows that the product with the head is efficient, whatever the
 # vocabulary, and few enough that they stay in the cache of a CPU where the vocabulary is small.
@@ -59,8 +62,13 @@ _RUNNER_PARTS = (
 _STEP_PARAMETERS = ("hidden_states", "num_scheduled_tokens")
 
 
-def label_params(label_spans: np.ndarray, record: RecordSpec) -> Any:
-    """Sampling parameters of a request that labels the targets of flat [start, end) pairs."""
+def label_params(label_spans: np.ndarray, row_key: np.ndarray) -> Any:
+    """Sampling parameters of a request that labels the targets of flat [start, end) pairs.
+
+    Args:
+        label_spans: integer, flat.
+        row_key: uint8 [16].
+    """
     from vllm import SamplingParams
 
     return SamplingParams(
@@ -69,12 +77,17 @@ def label_params(label_spans: np.ndarray, record: RecordSpec) -> Any:
         detokenize=False,
         prompt_logprobs=1,  # Makes the runner call the step that is replaced.
         skip_reading_prefix_cache=True,  # Cached positions have no hidden states.
-        extra_args={_SPANS: [int(bound) for bound in label_spans]},
+        extra_args={
+            _SPANS: [int(bound) for bound in label_spans],
+            _ROW_KEY: row_key.tobytes().hex(),
+        },
     )
 
 
 def install(llm: Any, record: RecordSpec) -> list[str]:
     """Puts a label head into every worker of an ``LLM`` made with ``worker_extension_cls``.
+
+    Where there is one already, it serves the new record from now on.
 
     Returns:
         The class names of the model runners, one a worker.
@@ -114,10 +127,14 @@ class LabelHeadExtension:
             where there is nothing. A text, because exceptions lose their class on the way home.
         """
         runner = self.model_runner
+        record = RecordSpec.model_validate_json(record_json)
         complaint = _complaint(runner)
-        if not complaint:
+        installed = getattr(getattr(runner, "_get_prompt_logprobs_dict", None), "__self__", None)
+        if isinstance(installed, _LabelHead):
+            installed.record = record
+        elif not complaint:
             shim = _DiscardedSamples(runner)
-            head = _LabelHead(runner, RecordSpec.model_validate_json(record_json), shim.restore)
+            head = _LabelHead(runner, record, shim.restore)
             runner._sample = shim.sample
             runner._get_prompt_logprobs_dict = head.step
         return type(runner).__name__, complaint
@@ -178,16 +195,14 @@ class _RowInProgress:
     Attributes:
         targets: int64 [N], target indices, rising.
         target_ids: int64 [N], the tokens that stand there.
-        ids: int32 [N, K].
-        floats: float32 [N, K + extra].
-        ranks: int32 [N].
+        uniforms: float64 [N, numbers of a position], of the draws; None where there are none.
+        packed: of N positions.
     """
 
     targets: np.ndarray
     target_ids: np.ndarray
-    ids: torch.Tensor
-    floats: torch.Tensor
-    ranks: torch.Tensor
+    uniforms: np.ndarray | None
+    packed: Packed
 
 
 @dataclass(frozen=True)
@@ -205,7 +220,7 @@ class _LabelHead:
     def __init__(self, runner: Any, record: RecordSpec, on_step: Callable[[], None]) -> None:
         self._runner = runner
         self._on_step = on_step
-        self._record = record
+        self.record = record
         self._vocab_size = runner.model_config.get_vocab_size()
         self._stock_step: Callable[..., dict[str, Any]] = runner._get_prompt_logprobs_dict
 
@@ -270,20 +285,20 @@ class _LabelHead:
         request = self._runner.requests[name]
         row = request.in_progress_prompt_logprobs_cpu
         if row is None:
-            row = self._new_row(np.asarray(request.prompt_token_ids), np.asarray(self._spans(name)))
+            row = self._new_row(
+                np.asarray(request.prompt_token_ids), request.sampling_params.extra_args
+            )
             request.in_progress_prompt_logprobs_cpu = row
         first, last = np.searchsorted(row.targets, (start + 1, end + 1))
         return _Share(row, int(first), int(last))
 
-    def _new_row(self, token_ids: np.ndarray, spans: np.ndarray) -> _RowInProgress:
-        targets = span_targets(spans)
-        width = head_width(self._record, self._vocab_size)
+    def _new_row(self, token_ids: np.ndarray, arguments: dict[str, Any]) -> _RowInProgress:
+        targets = span_targets(np.asarray(arguments[_SPANS]))
         return _RowInProgress(
             targets=targets,
             target_ids=token_ids[targets],
-            ids=torch.empty(len(targets), width, dtype=torch.int32),
-            floats=torch.empty(len(targets), width + num_extra(self._record)),
-            ranks=torch.empty(len(targets), dtype=torch.int32),
+            uniforms=row_uniforms(self.record, bytes.fromhex(arguments[_ROW_KEY]), targets),
+            packed=empty_packed(len(targets), self.record, self._vocab_size),
         )
 
     def _hidden_rows(self, name: str, share: _Share, start: int) -> np.ndarray:
@@ -297,18 +312,19 @@ class _LabelHead:
         """Labels the given rows of the hidden states and deals the results to the requests."""
         device = hidden_states.device
         rows = torch.from_numpy(hidden_rows).to(device)
-        target_ids = [share.row.target_ids[share.first : share.last] for share in shares]
-        targets = torch.from_numpy(np.concatenate(target_ids)).to(device)
+        targets = torch.from_numpy(_joined(shares, "target_ids")).to(device)
+        uniforms = _joined(shares, "uniforms") if self.record.has_draws else None
         step = max(_MIN_ROWS, _LOGIT_ELEMENTS // self._vocab_size)
         packed = []
         for first in range(0, len(rows), step):
             part = slice(first, first + step)
             logits = self._runner.model.compute_logits(hidden_states[rows[part]])
             if logits is not None:  # One worker of a tensor-parallel group may get them all.
-                packed.append(_pack(label_logits(logits, targets[part], self._record)))
+                numbers = None if uniforms is None else uniforms[part]
+                labels = label_logits(logits, targets[part], self.record, numbers)
+                packed.append(pack(labels))
         if packed:
-            ids, floats, ranks = (torch.cat(column).cpu() for column in zip(*packed, strict=True))
-            _deal(ids, floats, ranks, shares)
+            _deal(Packed(*(torch.cat(part).cpu() for part in zip(*packed, strict=True))), shares)
 
     def _finish(self, name: str) -> Any:
         from vllm.v1.outputs import LogprobsTensors
@@ -317,53 +333,28 @@ class _LabelHead:
         row: _RowInProgress = request.in_progress_prompt_logprobs_cpu
         request.in_progress_prompt_logprobs_cpu = None
         del self._runner.num_prompt_logprobs[name]
-        return LogprobsTensors(row.ids, row.floats, row.ranks)
+        return LogprobsTensors(*row.packed)
 
 
-def _deal(
-    ids: torch.Tensor, floats: torch.Tensor, ranks: torch.Tensor, shares: list[_Share]
-) -> None:
+def _joined(shares: list[_Share], name: str) -> np.ndarray:
+    """What the shares have of an array of their rows, one after the other."""
+    return np.concatenate([getattr(share.row, name)[share.first : share.last] for share in shares])
+
+
+def _deal(packed: Packed, shares: list[_Share]) -> None:
     """Copies the results of a step into the rows that they belong to."""
     start = 0
     for share in shares:
-        place = slice(share.first, share.last)
         end = start + share.last - share.first
-        share.row.ids[place] = ids[start:end]
-        share.row.floats[place] = floats[start:end]
-        share.row.ranks[place] = ranks[start:end]
+        for mine, new in zip(share.row.packed, packed, strict=True):
+            mine[share.first : share.last] = new[start:end]
         start = end
 
 
-def num_extra(record: RecordSpec) -> int:
-    """Columns of floats beside the head: tail mass, target, entropy if any, one a temperature."""
-    return 2 + int(record.entropy) + len(record.temperatures)
-
-
-def _pack(labels: PositionLabels) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids [T, K], floats [T, K + extra] and ranks [T] of labels; ``unpack`` is the way back."""
-    columns = [labels.head_logprobs, labels.tail_logmass[:, None], labels.target_logprob[:, None]]
-    if labels.entropy is not None:
-        columns.append(labels.entropy[:, None])
-    if labels.lse is not None:
-        columns.append(labels.lse)
-    return labels.head_ids, torch.cat(columns, dim=1), labels.target_rank
-
-
-def unpack(output: Any, record: RecordSpec) -> RowLabels:
+def row_labels(output: Any, record: RecordSpec) -> RowLabels:
     """The labels in the output of a request made with ``label_params``."""
     ids, floats, ranks, *_ = output.prompt_logprobs
-    values = np.asarray(floats)
-    extra = values[:, ids.shape[1] :]
-    lse_at = 2 + int(record.entropy)
-    return RowLabels(
-        head_ids=np.asarray(ids),
-        head_logprobs=values[:, : ids.shape[1]],
-        tail_logmass=extra[:, 0],
-        target_logprob=extra[:, 1],
-        target_rank=np.asarray(ranks),
-        entropy=extra[:, 2] if record.entropy else None,
-        lse=extra[:, lse_at:] if record.temperatures else None,
-    )
+    return unpack(Packed(ids, floats, ranks), record)
 
 
 def keep_arrays(engine: Any, request_id: str) -> None:

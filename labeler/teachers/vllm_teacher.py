@@ -105,22 +105,29 @@ class VllmTeacher:
         return self._thread.submit(function, *arguments).result()
 
     def label(
-        self, token_ids: Sequence[np.ndarray], label_spans: Sequence[np.ndarray]
+        self,
+        token_ids: Sequence[np.ndarray],
+        label_spans: Sequence[np.ndarray],
+        row_keys: np.ndarray,
     ) -> list[RowLabels | RowFailure]:
         """See ``Teacher.label``."""
-        return self._on_engine_thread(self._label, token_ids, label_spans)
+        return self._on_engine_thread(self._label, token_ids, label_spans, row_keys)
 
     def _label(
-        self, token_ids: Sequence[np.ndarray], label_spans: Sequence[np.ndarray]
+        self,
+        token_ids: Sequence[np.ndarray],
+        label_spans: Sequence[np.ndarray],
+        row_keys: np.ndarray,
     ) -> list[RowLabels | RowFailure]:
         from labeler.teachers import vllm_label_head
 
         failures: dict[int, RowFailure] = {}
         rows: dict[str, int] = {}
-        for row, (tokens, spans) in enumerate(zip(token_ids, label_spans, strict=True)):
+        requests = zip(token_ids, label_spans, row_keys, strict=True)
+        for row, (tokens, spans, key) in enumerate(requests):
             refused = refuse_request(tokens, spans, self._vocab_size, self._context)
             if refused is None:
-                params = vllm_label_head.label_params(spans, self._record)
+                params = vllm_label_head.label_params(spans, key)
                 added = self._add(tokens, params, vllm_label_head.keep_arrays)
                 if isinstance(added, str):
                     rows[added] = row
@@ -128,7 +135,9 @@ class VllmTeacher:
                 refused = added
             failures[row] = refused
         labels = {
-            rows[output.request_id]: usable_or_failure(vllm_label_head.unpack(output, self._record))
+            rows[output.request_id]: usable_or_failure(
+                vllm_label_head.row_labels(output, self._record)
+            )
             for output in self._finished(rows)
         }
         return [failures[row] if row in failures else labels[row] for row in range(len(token_ids))]

@@ -128,7 +128,7 @@ def deadly_teacher(poison: str) -> Callable[..., Any]:
         from labeler.teachers.base import RowLabels
 
         class Deadly:
-            def label(self, token_ids: list[np.ndarray], label_spans: list[np.ndarray]) -> Any:
+            def label(self, token_ids: list[np.ndarray], *_: Any) -> Any:
                 (folder / f"attempt-{time.monotonic_ns()}").touch()
                 for ids in token_ids:
                     if poison in ids.tobytes().hex():
@@ -138,8 +138,11 @@ def deadly_teacher(poison: str) -> Callable[..., Any]:
             def _one(self, count: int) -> RowLabels:
                 logprobs = np.full((count, 4), np.log(1 / 320), np.float32)
                 return RowLabels(
-                    head_ids=np.tile(np.arange(4, dtype=np.int32), (count, 1)),
-                    head_logprobs=logprobs,
+                    entry_ids=np.tile(np.arange(4, dtype=np.int32), (count, 1)),
+                    entry_logprobs=logprobs,
+                    head_len=np.full(count, 4, np.int32),
+                    tail_len=np.zeros(count, np.int32),
+                    entry_counts=None,
                     tail_logmass=np.full(count, np.log(316 / 320), np.float32),
                     target_logprob=logprobs[:, 0],
                     target_rank=np.ones(count, np.int32),

@@ -11,6 +11,7 @@ from teacher_requests import (
     VOCAB_SIZE,
     assert_same,
     config,
+    label,
     labelled,
     make_rows,
 )
@@ -77,15 +78,15 @@ def test_labels_stand_at_their_tokens(markov: tuple[Path, np.ndarray], backend: 
     tokens.append(np.array([(3**i * 2 + (3**i - 1) // 2) % 100 for i in range(30)], dtype=np.int32))
     spans.append(np.array([1, 30], dtype=np.int32))
     teacher = make_teacher(config(folder, backend), RECORD)
-    results = teacher.label(tokens, spans)
+    results = label(teacher, tokens, spans)
     for row, result in enumerate(results):
         labels, targets = labelled(result), span_targets(spans[row])
         expected = logprobs[tokens[row][targets - 1]]
         order = np.argsort(-expected, axis=1)
-        np.testing.assert_array_equal(labels.head_ids, order[:, : RECORD.k])
+        np.testing.assert_array_equal(labels.entry_ids, order[:, : RECORD.k])
         sorted_logprobs = np.take_along_axis(expected, order, axis=1)
         np.testing.assert_allclose(
-            labels.head_logprobs, sorted_logprobs[:, : RECORD.k], rtol=0, atol=1e-4
+            labels.entry_logprobs, sorted_logprobs[:, : RECORD.k], rtol=0, atol=1e-4
         )
         here = np.arange(len(targets)), tokens[row][targets]
         np.testing.assert_allclose(labels.target_logprob, expected[here], rtol=0, atol=1e-4)
@@ -140,12 +141,12 @@ def test_what_a_model_does_to_its_logits_is_honoured(tmp_path: Path) -> None:
     results = []
     for backend in ("vllm", "transformers"):
         teacher = make_teacher(config(tmp_path, backend), RECORD)
-        results.append(teacher.label(tokens, spans))
+        results.append(label(teacher, tokens, spans))
         teacher.close()
     for one, other in zip(*results, strict=True):
         assert_same(labelled(one), labelled(other), 2e-4)
         # Capped at 3, no two log-probabilities are more than 6 apart.
-        assert np.ptp(labelled(one).head_logprobs) < 6.0
+        assert np.ptp(labelled(one).entry_logprobs) < 6.0
 
 
 def test_a_head_in_float32_over_a_body_in_bfloat16(tiny_model_dir: Path) -> None:
@@ -155,12 +156,12 @@ def test_a_head_in_float32_over_a_body_in_bfloat16(tiny_model_dir: Path) -> None
         teacher = make_teacher(
             config(tiny_model_dir, dtype="bfloat16", head_dtype=head_dtype), RECORD
         )
-        labels = labelled(teacher.label(tokens[4:5], spans[4:5])[0])
+        labels = labelled(label(teacher, tokens[4:5], spans[4:5])[0])
         teacher.close()
-        falls = np.diff(labels.head_logprobs, axis=1)
+        falls = np.diff(labels.entry_logprobs, axis=1)
         assert (falls <= 0).all()
         # Equal logits are ordered by id, so that they are the same in every run.
-        assert (np.diff(labels.head_ids, axis=1)[falls == 0] > 0).all()
+        assert (np.diff(labels.entry_ids, axis=1)[falls == 0] > 0).all()
         distinct[head_dtype] = (falls < 0).mean()
     assert distinct["auto"] < 0.99
     assert distinct["float32"] > 0.99
@@ -172,11 +173,11 @@ def test_an_engine_in_its_own_process(
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     tokens, spans = make_rows()
     teacher = make_teacher(config(tiny_model_dir), RECORD)
-    ours = teacher.label(tokens, spans)
+    ours = label(teacher, tokens, spans)
     assert teacher.provenance()["in_process"] is False
     teacher.close()
     reference = make_teacher(config(tiny_model_dir, "transformers"), RECORD)
-    for one, other in zip(ours, reference.label(tokens, spans), strict=True):
+    for one, other in zip(ours, label(reference, tokens, spans), strict=True):
         assert_same(labelled(one), labelled(other), 1e-4)
 
 

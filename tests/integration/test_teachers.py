@@ -12,17 +12,25 @@ from teacher_requests import (
     RECORD,
     VOCAB_SIZE,
     assert_same,
+    assert_same_draws,
     config,
+    label,
     labelled,
     make_rows,
+    serving,
 )
 
+from labeler.assemble import assemble_rows
+from labeler.label_head import label_logits
 from labeler.teachers import transformers_teacher, vllm_label_head
 from labeler.teachers.base import RowFailure, RowLabels, Teacher, make_teacher, span_targets
 from labeler.teachers.transformers_teacher import TransformersTeacher
 from labeler.teachers.vllm_teacher import VllmTeacher
+from schemas.draws import uniforms
 from schemas.errors import TeacherError
-from schemas.spec import GenerationSpec
+from schemas.keys import content_key, row_key, stack_keys
+from schemas.record import validate
+from schemas.spec import GenerationSpec, RecordSpec
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +49,11 @@ def reference(tiny_model_dir: Path) -> Iterator[TransformersTeacher]:
 
 def test_vllm_agrees_with_transformers(vllm: Teacher, reference: Teacher) -> None:
     tokens, spans = make_rows()
-    ours, theirs = vllm.label(tokens, spans), reference.label(tokens, spans)
+    ours, theirs = label(vllm, tokens, spans), label(reference, tokens, spans)
     for row, (one, other) in enumerate(zip(ours, theirs, strict=True)):
         assert labelled(one).num_labels == len(span_targets(spans[row]))
-        assert labelled(one).head_ids.dtype == np.int32
-        assert labelled(one).head_ids.shape == (labelled(one).num_labels, RECORD.k)
+        assert labelled(one).entry_ids.dtype == np.int32
+        assert labelled(one).entry_ids.shape == (labelled(one).num_labels, RECORD.k)
         assert_same(labelled(one), labelled(other), 1e-4)
 
 
@@ -62,7 +70,9 @@ def stock_labels(vllm: VllmTeacher, tokens: list[np.ndarray]) -> list[Any]:
         stock, labels = (
             vllm._add(ids, params),
             vllm._add(
-                tokens[2], vllm_label_head.label_params(spans, RECORD), vllm_label_head.keep_arrays
+                tokens[2],
+                vllm_label_head.label_params(spans, np.zeros(16, np.uint8)),
+                vllm_label_head.keep_arrays,
             ),
         )
         assert isinstance(stock, str)
@@ -74,7 +84,7 @@ def stock_labels(vllm: VllmTeacher, tokens: list[np.ndarray]) -> list[Any]:
 
 def test_vllm_agrees_with_its_own_path(vllm: VllmTeacher) -> None:
     tokens, spans = make_rows()
-    ours = vllm.label(tokens, spans)
+    ours = label(vllm, tokens, spans)
     for row, flat in enumerate(vllm._on_engine_thread(stock_labels, vllm, tokens)):
         for j, target in enumerate(span_targets(spans[row])):
             # Column 0 is the token that stands there, then come the candidates.
@@ -85,7 +95,7 @@ def test_vllm_agrees_with_its_own_path(vllm: VllmTeacher) -> None:
             # Its ranks start at 1 for the most probable and count ties in.
             assert flat.ranks[here][0] == labels.target_rank[j]
             candidates = flat.logprobs[here][1 : RECORD.k + 1]
-            np.testing.assert_allclose(labels.head_logprobs[j], candidates, rtol=0, atol=1e-5)
+            np.testing.assert_allclose(labels.entry_logprobs[j], candidates, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["vllm", "reference"])
@@ -106,7 +116,7 @@ def test_bad_requests_do_not_disturb_the_others(name: str, request: pytest.Fixtu
         (good, np.zeros(0, dtype=np.int32)),
         (good, everything),
     ]
-    results = teacher.label([tokens for tokens, _ in requests], [spans for _, spans in requests])
+    results = label(teacher, [tokens for tokens, _ in requests], [spans for _, spans in requests])
     reasons = [result.reason for result in results if isinstance(result, RowFailure)]
     assert reasons == ["empty", "too_long", "unknown_token", "unknown_token", *["bad_spans"] * 5]
     assert_same(labelled(results[0]), labelled(results[-1]), 1e-5)
@@ -114,15 +124,15 @@ def test_bad_requests_do_not_disturb_the_others(name: str, request: pytest.Fixtu
 
 
 def test_no_requests(vllm: Teacher, reference: Teacher) -> None:
-    assert vllm.label([], []) == reference.label([], []) == []
+    assert label(vllm, [], []) == label(reference, [], []) == []
     assert vllm.generate([], GenerationSpec(), []) == []
 
 
 def test_calls_from_several_threads(vllm: Teacher) -> None:
     tokens, spans = make_rows()
-    alone = vllm.label(tokens, spans)
+    alone = label(vllm, tokens, spans)
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda _: vllm.label(tokens, spans), range(4)))
+        together = list(pool.map(lambda _: label(vllm, tokens, spans), range(4)))
     for results in together:
         for one, other in zip(alone, results, strict=True):
             assert_same(labelled(one), labelled(other), 1e-4)
@@ -132,10 +142,10 @@ def test_reference_does_not_depend_on_its_chunks(
     reference: Teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens, spans = make_rows()
-    whole = reference.label(tokens, spans)
+    whole = label(reference, tokens, spans)
     monkeypatch.setattr(transformers_teacher, "_LOGIT_ELEMENTS", 50 * VOCAB_SIZE)
     monkeypatch.setattr(transformers_teacher, "_BATCH_TOKENS", 300)
-    for one, other in zip(whole, reference.label(tokens, spans), strict=True):
+    for one, other in zip(whole, label(reference, tokens, spans), strict=True):
         assert_same(labelled(one), labelled(other), 1e-4)
 
 
@@ -175,7 +185,7 @@ def test_scored_responses_after_generation_in_one_engine(vllm: Teacher, referenc
     responses = vllm.generate([prompt], GenerationSpec(n=1, max_tokens=8), [[1]])
     row = np.concatenate([prompt, responses[0][0]])
     spans = np.array([150, len(row)])
-    one, other = vllm.label([row], [spans]), reference.label([row], [spans])
+    one, other = label(vllm, [row], [spans]), label(reference, [row], [spans])
     assert_same(labelled(one[0]), labelled(other[0]), 1e-4)
 
 
@@ -195,4 +205,64 @@ def test_a_vllm_that_is_another_one_is_refused(
 def test_one_engine_in_one_process(vllm: Teacher, tiny_model_dir: Path) -> None:
     with pytest.raises(TeacherError, match="already runs a vLLM engine"):
         make_teacher(config(tiny_model_dir), RECORD)
-    assert isinstance(vllm.label([np.arange(5)], [np.array([1, 5])])[0], RowLabels)
+    assert isinstance(label(vllm, [np.arange(5)], [np.array([1, 5])])[0], RowLabels)
+
+
+DRAWN = [
+    RecordSpec(kind="threshold", tau=1 / 16),
+    RecordSpec(kind="threshold", tau=1 / 40, temperatures=(2.0,), draw_seed=5),
+    RecordSpec(kind="sampled", draws=20),
+    RecordSpec(kind="sampled", draws=9, temperatures=(2.0,)),
+]
+
+
+def all_labelled(teacher: Teacher, rows: tuple[list[np.ndarray], ...]) -> list[RowLabels]:
+    return [labelled(result) for result in label(teacher, *rows)]
+
+
+@pytest.mark.parametrize("record", DRAWN, ids=lambda r: f"{r.kind}-{r.drawn_at}")
+def test_draws_do_not_depend_on_the_teacher_or_the_batch(
+    vllm: Teacher, reference: Teacher, record: RecordSpec
+) -> None:
+    rows = make_rows()
+    with serving(vllm, record), serving(reference, record):
+        whole = all_labelled(vllm, rows)
+        assert_same_draws(whole, all_labelled(reference, rows), 1e-4, 0.01)
+        backwards = all_labelled(vllm, tuple(part[::-1] for part in rows))[::-1]
+        assert_same_draws(whole, backwards, 1e-4, 0.01)
+        alone = [all_labelled(vllm, ([row], [spans]))[0] for row, spans in zip(*rows, strict=True)]
+        assert_same_draws(whole, alone, 1e-4, 0.01)
+    stored = assemble_rows(
+        stack_keys([row_key(*pair) for pair in zip(*rows, strict=True)]),
+        stack_keys([content_key(*pair) for pair in zip(*rows, strict=True)]),
+        *rows,
+        whole,
+        record,
+    )
+    validate(stored, record, VOCAB_SIZE)
+    assert stored.tail_len is not None
+    assert stored.tail_len.mean() > 3
+
+
+def test_random_numbers_are_those_of_the_row_key(
+    vllm: Teacher, reference: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, record = make_rows(), DRAWN[3]
+    keys = [row_key(*pair) for pair in zip(*rows, strict=True)]
+    expected = np.concatenate(
+        [uniforms(k, span_targets(s), 9, 0) for k, s in zip(keys, rows[1], strict=True)]
+    )
+    for teacher, module in ((vllm, vllm_label_head), (reference, transformers_teacher)):
+        seen: list[np.ndarray] = []
+
+        def spy(*arguments: Any, seen: list[np.ndarray] = seen) -> Any:
+            seen.append(arguments[3])
+            return label_logits(*arguments)
+
+        monkeypatch.setattr(module, "label_logits", spy)
+        with serving(teacher, record):
+            all_labelled(teacher, rows)
+        found = np.concatenate(seen)
+        assert len(found) == len(expected)
+        # Rows and steps come in any order.
+        assert sorted(found.tolist()) == sorted(expected.tolist())

@@ -29,8 +29,18 @@ columns = {
     "logprob_bits": st.integers(2, 10),
     "teacher_context": st.booleans(),
 }
+draws = {"draw_seed": st.integers(0, 2**64 - 1), **columns}
 specs = st.one_of(
     st.builds(RecordSpec, kind=st.just("topk"), k=st.integers(1, VOCAB + 3), **columns),
+    st.builds(
+        RecordSpec,
+        kind=st.just("topp"),
+        top_p=st.floats(0.01, 1.0),
+        max_head=st.integers(1, VOCAB + 3),
+        **columns,
+    ),
+    st.builds(RecordSpec, kind=st.just("threshold"), tau=st.floats(1e-3, 0.999), **draws),
+    st.builds(RecordSpec, kind=st.just("sampled"), draws=st.integers(1, 255), **draws),
     st.builds(RecordSpec, kind=st.just("tokens"), **columns),
 )
 seeds = st.integers(0, 2**32 - 1)

@@ -50,9 +50,9 @@ def test_values_and_order() -> None:
     assert rows.entry_ids is not None
     assert rows.entry_logprobs is not None
     middle = slice(6 * 8, 11 * 8)
-    np.testing.assert_array_equal(rows.entry_ids[middle], labels[1].head_ids.reshape(-1))
+    np.testing.assert_array_equal(rows.entry_ids[middle], labels[1].entry_ids.reshape(-1))
     np.testing.assert_allclose(
-        rows.entry_logprobs[middle], labels[1].head_logprobs.reshape(-1), rtol=2**-10
+        rows.entry_logprobs[middle], labels[1].entry_logprobs.reshape(-1), rtol=2**-10
     )
     for name in ("tail_logmass", "target_logprob", "target_rank", "entropy", "lse"):
         expected = np.concatenate([getattr(row, name) for row in labels])
@@ -98,7 +98,7 @@ def test_labels_that_mean_nothing_are_found() -> None:
     _, labels = make_rows(record, forbidden=450)
     row = labels[0]
     assert row.first_unusable() is None
-    for name in ("head_logprobs", "tail_logmass", "target_logprob", "entropy", "lse"):
+    for name in ("entry_logprobs", "tail_logmass", "target_logprob", "entropy", "lse"):
         column = getattr(row, name).copy()
         column[3] = np.nan
         assert dataclasses.replace(row, **{name: column}).first_unusable() == 3, name

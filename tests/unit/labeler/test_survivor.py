@@ -34,7 +34,10 @@ class FragileTeacher:
         self._canary_dies = canary_dies
 
     def label(
-        self, token_ids: Sequence[np.ndarray], label_spans: Sequence[np.ndarray]
+        self,
+        token_ids: Sequence[np.ndarray],
+        label_spans: Sequence[np.ndarray],
+        row_keys: np.ndarray,
     ) -> list[RowLabels | RowFailure]:
         if any(POISON in ids for ids in token_ids) or (self._canary_dies and len(token_ids) == 1):
             if self._crash:
@@ -62,8 +65,11 @@ class FragileTeacher:
 def _labels(count: int) -> RowLabels:
     zeros = np.zeros(count, np.float32)
     return RowLabels(
-        head_ids=np.zeros((count, 1), np.int32),
-        head_logprobs=zeros[:, None],
+        entry_ids=np.zeros((count, 1), np.int32),
+        entry_logprobs=zeros[:, None],
+        head_len=np.ones(count, np.int32),
+        tail_len=np.zeros(count, np.int32),
+        entry_counts=None,
         tail_logmass=zeros,
         target_logprob=zeros,
         target_rank=np.ones(count, np.int32),

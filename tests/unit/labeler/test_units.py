@@ -30,7 +30,10 @@ class UniformTeacher:
         self.num_generated: list[int] = []
 
     def label(
-        self, token_ids: Sequence[np.ndarray], label_spans: Sequence[np.ndarray]
+        self,
+        token_ids: Sequence[np.ndarray],
+        label_spans: Sequence[np.ndarray],
+        row_keys: np.ndarray,
     ) -> list[RowLabels | RowFailure]:
         return [self._one(*pair) for pair in zip(token_ids, label_spans, strict=True)]
 
@@ -41,8 +44,11 @@ class UniformTeacher:
         count = int((spans[1::2] - spans[::2]).sum())
         logprob = np.float32(-np.log(VOCAB_SIZE))
         return RowLabels(
-            head_ids=np.tile(np.arange(2, dtype=np.int32), (count, 1)),
-            head_logprobs=np.full((count, 2), logprob, np.float32),
+            entry_ids=np.tile(np.arange(2, dtype=np.int32), (count, 1)),
+            entry_logprobs=np.full((count, 2), logprob, np.float32),
+            head_len=np.full(count, 2, np.int32),
+            tail_len=np.zeros(count, np.int32),
+            entry_counts=None,
             tail_logmass=np.full(count, np.log1p(-2 / VOCAB_SIZE), np.float32),
             target_logprob=np.full(count, logprob, np.float32),
             target_rank=np.ones(count, np.int32),

@@ -1,0 +1,114 @@
+"""The most probable ids in an order that is always the same.
+
+Shapes: T positions, V vocabulary.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+# Blocks of fewer ids than this are not worth a round of their own.
+_MIN_BLOCK_DEPTH = 4
+
+# numpy selects with vector instructions, several times faster than torch but on one thread only.
+_NUMPY_THREADS = 4
+
+
+def ordered_topk(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of each row, by falling value and, among equal values, by rising id.
+
+    ``torch.topk`` promises no order among equal values, neither which of them it keeps at the
+    boundary nor how it sorts them; bfloat16 logits are full of such ties. Here both are decided
+    by the id, always, because what is selected are integers that hold value and id.
+
+    Args:
+        logits: float32 [T, V].
+        k: at most V.
+
+    Returns:
+        The ids, int64 [T, k], and their logits, float32 [T, k].
+    """
+    depth = _block_depth(logits.shape[1], k + 1)
+    if depth < _MIN_BLOCK_DEPTH:
+        ids = _topk_of_all(logits, k)
+        return ids, logits.gather(1, ids)
+    ids = _topk_of_blocks(logits, k + 1, depth)
+    values = logits.gather(1, ids)
+    # Which blocks were searched is not decided by id, so equals at the boundary may be in others.
+    tied = (values[:, k - 1] == values[:, k]).nonzero().squeeze(1)
+    ids, values = ids[:, :k], values[:, :k]
+    if len(tied):
+        ids[tied] = _topk_of_all(logits[tied], k)
+    return ids, values
+
+
+def _block_depth(vocab_size: int, k: int) -> int:
+    """How many ids a block has; a divisor of the vocabulary where there is one close by.
+
+    Balances two rounds of selection: vocab_size / depth maxima, then k * depth candidates.
+    """
+    depth = math.isqrt(vocab_size // k)
+    divisors = (d for d in range(max(1, depth), 2 * depth) if vocab_size % d == 0)
+    return next(divisors, depth)
+
+
+def _topk_of_blocks(logits: torch.Tensor, k: int, depth: int) -> torch.Tensor:
+    """Ids [T, k] of the largest logits: ids are dealt into blocks, the best k are searched.
+
+    A value among the k largest lies in one of the k blocks with the largest maxima, so this is
+    exact, up to ties; it reads a row once, with a vector maximum.
+    """
+    vocab_size = logits.shape[1]
+    num_blocks = vocab_size // depth
+    blocked = num_blocks * depth
+    # Block b holds the ids b, b + num_blocks, b + 2 * num_blocks, ...
+    by_block = logits[:, :blocked].unflatten(1, (depth, num_blocks))
+    blocks = _largest(by_block.amax(dim=1), torch.arange(num_blocks, device=logits.device), k)
+    values = by_block.gather(2, blocks[:, None, :].expand(-1, depth, -1)).flatten(1)
+    starts = torch.arange(0, blocked, num_blocks, device=logits.device)
+    ids = (starts[:, None] + blocks[:, None, :]).flatten(1)
+    if blocked < vocab_size:
+        rest = torch.arange(blocked, vocab_size, device=logits.device)
+        values = torch.cat((values, logits[:, blocked:]), dim=1)
+        ids = torch.cat((ids, rest.expand(len(ids), -1)), dim=1)
+    return _largest(values, ids, k)
+
+
+def _topk_of_all(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Ids [T, k] of the largest logits, exact for ties too."""
+    return _largest(logits, torch.arange(logits.shape[1], device=logits.device), k)
+
+
+def _largest(values: torch.Tensor, ids: torch.Tensor, k: int) -> torch.Tensor:
+    """The ids [T, k] of the largest of float32 values [T, n], falling; ids rise among equals."""
+    return ids_of_keys(_smallest(sort_keys(values, ids), k))
+
+
+def sort_keys(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Integers that rise where float32 values fall and, among equal values, where ids rise.
+
+    Args:
+        values: float32, any shape.
+        ids: int64 in [0, 2^31), of a shape that goes with it.
+
+    Returns:
+        int64; ``ids_of_keys`` gives the ids back.
+    """
+    bits = (values + 0.0).view(torch.int32)  # Makes one value of 0 and -0.
+    # As integers, the bits of negative floats fall where the floats rise: turn those around.
+    rising = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
+    return rising.bitwise_not_().long().bitwise_left_shift_(32).bitwise_or_(ids)
+
+
+def ids_of_keys(keys: torch.Tensor) -> torch.Tensor:
+    """The ids of ``sort_keys``, int64. Overwrites the keys."""
+    return keys.bitwise_and_(0xFFFFFFFF)
+
+
+def _smallest(keys: torch.Tensor, k: int) -> torch.Tensor:
+    """The k smallest of each row of int64 keys [T, n], rising."""
+    if keys.device.type == "cpu" and torch.get_num_threads() <= _NUMPY_THREADS:
+        kept = np.partition(keys.numpy(), min(k, keys.shape[1] - 1), axis=1)[:, :k]
+        return torch.from_numpy(np.sort(kept, axis=1))
+    return torch.topk(keys, k, dim=-1, largest=False).values
