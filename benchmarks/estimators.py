@@ -13,19 +13,21 @@ What is compared with is q - p, the gradient of the KL to the full distribution.
   subtracted, and reported beside it.
 - variance: the mean squared distance of one label's gradient from the mean gradient; once of the
   gradient of the logits, once of that of the hidden state, g W with W [V, H] an output head (the
-  demo teacher's), which is what the body of the student gets. Draws at equal distances along the
-  ids take them evenly from the whole of a tail, and errors of ids that have much the same row of W
-  cancel, so that the second says more than the first.
+  demo teacher's), which is what the body of the student gets. There, errors of ids that have much
+  the same row of W cancel, and draws at equal distances along the ids, which take them evenly from
+  the whole of a tail, have more of that.
 
 Norms are averaged in the square over positions, relative to that of q - p, or of (q - p) W.
 
-No unbiased estimate of p from so many ids a label has less variance of the logits' gradient than
-``threshold``'s, up to the last draw: inclusion probabilities min(1, p / tau) are the ones that make
-sum p^2 (1 / pi - 1) least. Where the teacher is nearly flat, as a small one is at temperature 2,
-that is no less than what independent draws give.
+Of all Horvitz-Thompson estimates that keep so many ids a label, ``threshold`` has the least
+variance of the logits' gradient: inclusion probabilities min(1, p / tau) make the sum over ids and
+positions of p^2 (1 / pi - 1) least. How far that is below independent draws is the teacher's
+doing: much where a few ids have most of the mass, nothing where it is nearly flat, as a small
+teacher is at temperature 2.
 """
 
 import argparse
+import bisect
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -90,7 +92,8 @@ def matched_records(
     def distinct(draws: int) -> float:
         return float((1 - (1 - drawn_from) ** draws).sum(1).mean())
 
-    draws = min(range(1, 256), key=lambda n: abs(distinct(n) - ids_per_label))
+    enough = bisect.bisect_left(range(1, 255), ids_per_label, key=distinct) + 1
+    draws = min((max(1, enough - 1), enough), key=lambda n: abs(distinct(n) - ids_per_label))
     matched = distinct(draws)
     ordered = drawn_from.sort(1, descending=True).values
 
