@@ -295,14 +295,18 @@ class _RaggedChunk:
         self.refuse(high, "entry_logprobs", rule)
 
     def number_of_draws(self) -> None:
-        """As many as points at distances of tau can fall on the tail, within rounding."""
+        """As many as points at distances of tau can fall on the tail, within rounding.
+
+        One more or less in rows that were thinned for a larger tau: the draws that they had stand
+        for the mass of the tail within one tau, and a smaller one.
+        """
         if self.spec.drawn_at != 1.0:
             return  # The mass of the tail is known at temperature 1 only.
         logmass = have(self.rules.rows.tail_logmass)[self.positions].astype(np.float64)
         steps = np.exp(logmass) / self.spec.tau
-        moved = self.rules.moved(logmass) / self.spec.tau + PROB_SLACK * steps
+        moved = 1.0 + self.rules.moved(logmass) / self.spec.tau + PROB_SLACK * steps
         bad = (self.tail_len < np.floor(steps - moved)) | (self.tail_len > np.ceil(steps + moved))
-        rule = "expected tail_logmass over tau draws, {:.2f}, rounded down or up"
+        rule = "expected tail_logmass over tau draws, {:.2f}, within one draw of it rounded"
         self.refuse_labels(bad, "tail_len", _filled(rule, steps, bad))
 
     def targets(self, targets: _Ids) -> None:

@@ -1,0 +1,75 @@
+"""The demo teacher's distributions at positions of the text that the demo labels."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from cluster.demo.corpus import library_files, part_of
+
+TEACHER = Path(__file__).parent.parent / "examples" / "teacher"
+WINDOW = 256
+"""Tokens of one sequence."""
+PER_WINDOW = 8
+"""Positions taken from one sequence; its others are too much alike to say more."""
+FIRST = 32
+"""Positions before it have too little context to look like the others."""
+
+
+class Positions(NamedTuple):
+    """See `teacher_positions`."""
+
+    logits: torch.Tensor
+    target_ids: torch.Tensor
+    head: torch.Tensor
+
+
+def teacher_positions(num_positions: int, seed: int = 0) -> Positions:
+    """Positions of the students' half of the demo's corpus, which the teacher has not read.
+
+    Args:
+        num_positions: T; a few from each of as many files as it takes.
+        seed: of which positions.
+
+    Returns:
+        float32 [T, V], the demo teacher's logits; int64 [T], the token that stands there; and
+        float32 [V, H], the teacher's output head.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+    model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
+    windows = _windows(tokenizer, -(-num_positions // PER_WINDOW))
+    generator = torch.Generator().manual_seed(seed)
+    logits, targets = [], []
+    for window in windows:
+        tokens = torch.tensor([window])
+        with torch.no_grad():
+            whole = model(tokens).logits[0].float()
+        picked = FIRST + torch.randperm(WINDOW - FIRST, generator=generator)[:PER_WINDOW]
+        logits.append(whole[picked - 1])
+        targets.append(tokens[0, picked])
+    return Positions(
+        torch.cat(logits)[:num_positions],
+        torch.cat(targets)[:num_positions],
+        model.get_output_embeddings().weight.detach(),
+    )
+
+
+def _windows(tokenizer: Any, count: int) -> list[list[int]]:
+    """One window from the middle of each of `count` files."""
+    files = [
+        (hashlib.sha256(name.encode()).hexdigest(), path)
+        for name, path in library_files()
+        if part_of(name.split("/")[0].removesuffix(".py")) == "students"
+    ]
+    windows = []
+    for _, path in sorted(files):
+        tokens = tokenizer(path.read_text(encoding="utf-8", errors="replace"))["input_ids"]
+        middle = max(0, len(tokens) // 2 - WINDOW // 2)
+        if len(tokens) >= WINDOW:
+            windows.append(tokens[middle : middle + WINDOW])
+        if len(windows) == count:
+            break
+    return windows
