@@ -47,7 +47,7 @@ def test_rows_satisfy_the_record(kind: str, bits: int, scale: float) -> None:
 
 @pytest.mark.parametrize("kind", ["topp", "threshold", "sampled"])
 def test_entries_are_those_that_are_used(kind: str) -> None:
-    record = RecordSpec(kind=kind)
+    record = RecordSpec(kind=kind, logprob_bits=10)
     rows, labels = make_rows(record, forbidden=30)
     validate(rows, record, VOCAB_SIZE)
     at = 0

@@ -63,10 +63,12 @@ def moved_length(name: str, by: int) -> Callable[[LabelRows], LabelRows]:
     return changed
 
 
-TOPP = RecordSpec(kind="topp", top_p=0.9, max_head=30)
-THRESHOLD = RecordSpec(kind="threshold", tau=0.06, temperatures=(2.0,), draw_temperature=1.0)
-WARM = RecordSpec(kind="threshold", tau=0.06, temperatures=(2.0,))
-SAMPLED = RecordSpec(kind="sampled", draws=12)
+TOPP = RecordSpec(logprob_bits=10, kind="topp", top_p=0.9, max_head=30)
+THRESHOLD = RecordSpec(
+    logprob_bits=10, kind="threshold", tau=0.06, temperatures=(2.0,), draw_temperature=1.0
+)
+WARM = RecordSpec(logprob_bits=10, kind="threshold", tau=0.06, temperatures=(2.0,))
+SAMPLED = RecordSpec(logprob_bits=10, kind="sampled", draws=12)
 
 RAGGED_RULES: list[tuple[RecordSpec, Callable[[LabelRows], LabelRows], str]] = [
     (TOPP, with_value("head_len", 4, 0), r"column head_len: found 0; expected 1 to 30"),

@@ -1,5 +1,6 @@
 """Rows of a smaller record from those of a larger one."""
 
+import functools
 import re
 
 import numpy as np
@@ -14,8 +15,9 @@ from schemas.spec import RecordSpec
 from tests.label_rows import add_labels, make_rows
 
 VOCAB_SIZE = 200
-THRESHOLD = RecordSpec(kind="threshold", tau=0.02, temperatures=(0.5, 2.0), draw_temperature=1.0)
-AT_TWO = RecordSpec(kind="threshold", tau=0.02, temperatures=(2.0,))
+exact = functools.partial(RecordSpec, logprob_bits=10)
+THRESHOLD = exact(kind="threshold", tau=0.02, temperatures=(0.5, 2.0), draw_temperature=1.0)
+AT_TWO = exact(kind="threshold", tau=0.02, temperatures=(2.0,))
 
 
 def thinned(record: RecordSpec, tau: float) -> RecordSpec:
@@ -25,19 +27,37 @@ def thinned(record: RecordSpec, tau: float) -> RecordSpec:
 @pytest.mark.parametrize(
     ("have", "want"),
     [
-        (RecordSpec(k=40), RecordSpec(k=7)),
-        (RecordSpec(k=40, temperatures=(0.5, 2.0)), RecordSpec(k=40, temperatures=(2.0,))),
-        (RecordSpec(k=40, temperatures=(0.5,)), RecordSpec(k=40, entropy=False)),
-        (RecordSpec(k=40), RecordSpec(k=40, logprob_bits=7)),
-        (RecordSpec(k=40), RecordSpec(kind="topp", top_p=0.8, max_head=40)),
-        (RecordSpec(k=40), RecordSpec(kind="topp", top_p=0.999, max_head=9)),
-        (RecordSpec(kind="topp"), RecordSpec(kind="topp", top_p=0.5, max_head=20)),
+        (
+            exact(kind="topk", k=40),
+            exact(kind="topk", k=7),
+        ),
+        (
+            exact(kind="topk", k=40, temperatures=(0.5, 2.0)),
+            exact(kind="topk", k=40, temperatures=(2.0,)),
+        ),
+        (
+            exact(kind="topk", k=40, temperatures=(0.5,)),
+            exact(kind="topk", k=40, entropy=False),
+        ),
+        (
+            exact(kind="topk", k=40),
+            RecordSpec(kind="topk", k=40, logprob_bits=7),
+        ),
+        (
+            exact(kind="topk", k=40),
+            exact(kind="topp", top_p=0.8, max_head=40),
+        ),
+        (
+            exact(kind="topk", k=40),
+            exact(kind="topp", top_p=0.999, max_head=9),
+        ),
+        (exact(kind="topp"), exact(kind="topp", top_p=0.5, max_head=20)),
         (THRESHOLD, thinned(THRESHOLD, 0.06)),
         (THRESHOLD, thinned(THRESHOLD, 0.9)),
         (AT_TWO, thinned(AT_TWO, 0.05)),
         (
-            RecordSpec(kind="sampled", temperatures=(2.0,)),
-            RecordSpec(kind="sampled", temperatures=(2.0,), logprob_bits=8, entropy=False),
+            exact(kind="sampled", temperatures=(2.0,)),
+            RecordSpec(kind="sampled", temperatures=(2.0,), logprob_bits=5, entropy=False),
         ),
     ],
 )
@@ -55,9 +75,15 @@ def test_reduced_rows_are_valid_rows_of_the_smaller_record(have, want):
 @pytest.mark.parametrize(
     ("have", "want"),
     [
-        (RecordSpec(k=40), RecordSpec(k=7)),
-        (RecordSpec(k=40), RecordSpec(kind="topp", top_p=0.8, max_head=40)),
-        (RecordSpec(kind="topp"), RecordSpec(kind="topp", top_p=0.5)),
+        (
+            exact(kind="topk", k=40),
+            exact(kind="topk", k=7),
+        ),
+        (
+            exact(kind="topk", k=40),
+            exact(kind="topp", top_p=0.8, max_head=40),
+        ),
+        (exact(kind="topp"), exact(kind="topp", top_p=0.5)),
         (THRESHOLD, thinned(THRESHOLD, 0.05)),
     ],
 )
@@ -119,18 +145,34 @@ def one_position_each(num_rows: int, rng: np.random.Generator) -> LabelRows:
 @pytest.mark.parametrize(
     ("have", "want", "reason"),
     [
-        (RecordSpec(k=8), RecordSpec(k=9), "record.k: 8 entries"),
-        (RecordSpec(k=8), RecordSpec(kind="topp", max_head=9), "record.max_head: 8 entries"),
-        (RecordSpec(kind="topp"), RecordSpec(k=2), 'do not follow from "topp"'),
-        (RecordSpec(kind="topp"), RecordSpec(kind="topp", top_p=0.99), "record.top_p: 0.98"),
+        (
+            exact(kind="topk", k=8),
+            exact(kind="topk", k=9),
+            "record.k: 8 entries",
+        ),
+        (
+            exact(kind="topk", k=8),
+            exact(kind="topp", max_head=9),
+            "record.max_head: 8 entries",
+        ),
+        (
+            exact(kind="topp"),
+            exact(kind="topk", k=2),
+            'do not follow from "topp"',
+        ),
+        (exact(kind="topp"), exact(kind="topp", top_p=0.99), "record.top_p: 0.98"),
         (RecordSpec(entropy=False), RecordSpec(), "record.entropy"),
-        (RecordSpec(logprob_bits=8), RecordSpec(), "record.logprob_bits: 8"),
+        (RecordSpec(logprob_bits=8), RecordSpec(logprob_bits=9), "record.logprob_bits: 8"),
         (RecordSpec(), RecordSpec(temperatures=(2.0,)), r"\[2.0\] are not stored"),
         (THRESHOLD, thinned(THRESHOLD, 0.01), "record.tau: 0.02"),
         (AT_TWO, THRESHOLD, "record.draw_temperature"),
         (AT_TWO, AT_TWO.model_copy(update={"draw_seed": 1}), "record.draw_seed"),
-        (RecordSpec(kind="sampled", draws=32), RecordSpec(kind="sampled", draws=8), "record.draws"),
-        (RecordSpec(k=64), RecordSpec(kind="threshold"), 'do not follow from "topk"'),
+        (exact(kind="sampled", draws=32), exact(kind="sampled", draws=8), "record.draws"),
+        (
+            exact(kind="topk", k=64),
+            exact(kind="threshold"),
+            'do not follow from "topk"',
+        ),
         (RecordSpec(teacher_context=True), RecordSpec(), "record.teacher_context"),
         (RecordSpec(kind="tokens"), RecordSpec(), 'do not follow from "tokens"'),
     ],
