@@ -173,7 +173,7 @@ class VllmTeacher:
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
-            prompt_logprobs=min(_STOCK_CANDIDATES, self._vocab_size),
+            prompt_logprobs=self._options.get("max_logprobs", _STOCK_CANDIDATES),
             flat_logprobs=True,
             detokenize=False,
         )

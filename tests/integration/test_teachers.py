@@ -275,7 +275,8 @@ def test_random_numbers_are_those_of_the_row_key(
 def test_audits_of_both_teachers_agree(vllm: VllmTeacher, reference: TransformersTeacher) -> None:
     tokens, spans = make_rows()
     keys = stack_keys([row_key(*pair) for pair in zip(tokens, spans, strict=True)])
-    for record in (RECORD, RecordSpec(kind="sampled", draws=9), RecordSpec(tau=1 / 16)):
+    records = [{"kind": "topk", "k": 5}, {"kind": "sampled", "draws": 9}, {"tau": 1 / 16}]
+    for record in map(RecordSpec.model_validate, records):
         with serving(vllm, record), serving(reference, record):
             pairs = zip(
                 *(t.label(tokens, spans, keys, 0.1) for t in (vllm, reference)), strict=True
