@@ -39,12 +39,16 @@ class Target:
     loss: str
 
 
+# About 14 ids a label, each.
+_THRESHOLD = '{kind = "threshold", tau = 0.047}'
+_SAMPLED = '{kind = "sampled", draws = 24}'
+
 TARGETS = {
-    "hard": Target('{kind = "threshold"}', '{kind = "hard"}'),
+    "hard": Target(_THRESHOLD, '{kind = "hard"}'),
     "topk_12": Target('{kind = "topk", k = 12}', '{kind = "ghost"}'),
     "topk_64": Target('{kind = "topk", k = 64}', '{kind = "ghost"}'),
-    "sampled": Target('{kind = "sampled", draws = 32}', '{kind = "forward_kl"}'),
-    "threshold": Target('{kind = "threshold"}', '{kind = "forward_kl"}'),
+    "sampled": Target(_SAMPLED, '{kind = "forward_kl"}'),
+    "threshold": Target(_THRESHOLD, '{kind = "forward_kl"}'),
     "full": Target('{kind = "topk", k = 4096, entropy = false}', '{kind = "ghost"}'),
 }
 
@@ -67,10 +71,12 @@ def measure(out: Path, seeds: Sequence[int], targets: Sequence[str]) -> dict[str
     write_corpus(out / "corpus", {"students": STUDENT_BYTES, "heldout": HELDOUT_BYTES})
     with local_ray():
         _label(out, "heldout", "threshold", f"corpus.path={out}/corpus/heldout")
-        ids = {name: _label(out, "label", name).ids_per_label for name in targets}
+        # Hard labels need none of their own: they are the tokens of any label set.
+        labelled = {"hard": "threshold"} | {name: name for name in targets if name != "hard"}
+        ids = {name: _label(out, "label", labelled[name]).ids_per_label for name in targets}
         for seed in seeds:
             for name in targets:
-                _train(out, name, seed)
+                _train(out, name, labelled[name], seed)
     by_seed = [_evaluate(out, targets, seed) for seed in seeds]
     figures = _averages(by_seed, targets)
     figures["ids_per_label"] = {**ids, "hard": 1.0}
@@ -90,10 +96,10 @@ def _label(out: Path, config: str, target: str, *more: str) -> LabelSummary:
     return run_label_job(load_toml(str(EXAMPLES / f"{config}.toml"), LabelConfig, overrides))
 
 
-def _train(out: Path, target: str, seed: int) -> None:
+def _train(out: Path, target: str, labels: str, seed: int) -> None:
     overrides = [
         f"run={out}/students/{target}_{seed}",
-        f"view={out}/views/label_{target}",
+        f"view={out}/views/label_{labels}",
         f"loss={TARGETS[target].loss}",
         f"student.seed={seed}",
         f"data.seed={seed}",
