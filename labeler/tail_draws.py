@@ -25,7 +25,7 @@ ONE = 2**50
 _BLOCKS_LOOKED_INTO = 16
 _MIN_DEPTH = 8
 
-# Probabilities that are converted together on a CPU.
+# Probabilities that a thread of a CPU converts together.
 _CONVERTED_AT_ONCE_CPU = 2**16
 
 _NO_KEY = torch.iinfo(torch.int64).max
@@ -68,7 +68,8 @@ class FixedPointBuffer(NamedTuple):
     def of(rows: int, vocab_size: int, device: torch.device) -> "FixedPointBuffer":
         """For up to ``rows`` rows at a time; fewer are as good."""
         if device.type == "cpu":
-            rows = min(rows, max(1, _CONVERTED_AT_ONCE_CPU // vocab_size))
+            at_once = _CONVERTED_AT_ONCE_CPU * torch.get_num_threads()
+            rows = min(rows, max(1, at_once // vocab_size))
         depth = block_depth(vocab_size)
         blocks = -(-vocab_size // depth)
         return FixedPointBuffer(

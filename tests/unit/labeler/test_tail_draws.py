@@ -251,3 +251,19 @@ def test_no_positions() -> None:
         labels = label_logits(torch.zeros(0, 50), torch.zeros(0), record, uniforms)
         assert labels.entry_ids.shape == (0, record.most_entries(50))
         assert (labels.entry_counts is None) == (record.kind != "sampled")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@names
+def test_a_gpu_draws_the_same(record: RecordSpec) -> None:
+    logits, targets = make_logits(200, 5003, 2.0), torch.arange(200)
+    uniforms = numbers(record, 200)
+    here = label_logits(logits, targets, record, uniforms)
+    there = label_logits(logits.cuda(), targets.cuda(), record, uniforms)
+    same = (here.entry_ids == there.entry_ids.cpu()).all(dim=1)
+    # Its softmax may differ in the last bit, which a draw at the edge of two ids can show.
+    assert same.double().mean() > (0.8 if record.tau < 0.01 or record.draws > 100 else 0.97)
+    for name in ("entry_logprobs", "tail_logmass", "target_logprob"):
+        mine, theirs = getattr(here, name), getattr(there, name).cpu()
+        torch.testing.assert_close(mine[same], theirs[same], rtol=0, atol=1e-4)
+    assert torch.equal(here.target_rank, there.target_rank.cpu())
