@@ -26,6 +26,8 @@ class LabelSummary(StrictModel):
         labels_url, fingerprint: The label set.
         view: URL of the view, or empty.
         reasons: Rows in quarantine by reason.
+        reduced: What the label set holds more of than was asked for, ``field: there / wanted``;
+            the view promises what was asked for, which readers make of what is stored.
     """
 
     teacher_backend: str
@@ -45,6 +47,7 @@ class LabelSummary(StrictModel):
     view: str
     fingerprint: str
     reasons: dict[str, int]
+    reduced: str = ""
 
 
 def summarise(

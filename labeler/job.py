@@ -48,6 +48,11 @@ def run_label_job(config: LabelConfig, progress: bool = True) -> LabelSummary:
         f"corpus {config.corpus.path}: {sum(piece.size_bytes for piece in pieces):,} bytes in "
         f"{len(pieces)} pieces; {config.labels} has {len(frozen.committed):,} labelled rows"
     )
+    reduced = _reduced(label_set, config)
+    if reduced:
+        shown.say(
+            f"{config.labels} holds more than is asked for, which is served from it: {reduced}"
+        )
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
     with ray_session(config.run):
         resources = plan_resources(config, *cluster_size())
@@ -55,12 +60,13 @@ def run_label_job(config: LabelConfig, progress: bool = True) -> LabelSummary:
     accounts = close_roster(label_set, run, frozen.committed)
     accounts.check()
     if config.view:
-        build_view(config.view, [(label_set, run)])
+        build_view(config.view, [(label_set, run)], config.record)
     seconds = time.monotonic() - started
     shown.say(
         f"{accounts.rows_read:,} rows read = {accounts.rows_labelled:,} labelled + "
         f"{accounts.rows_reused:,} reused + {accounts.rows_duplicate:,} duplicate + "
         f"{accounts.rows_quarantined:,} quarantined, in {duration(seconds)}"
+        + (f"; served from richer labels ({reduced})" if reduced else "")
     )
     summary = summarise(label_set, run, accounts, config.teacher.backend, config.view, seconds)
     if summary.ids_per_label:
@@ -68,7 +74,13 @@ def run_label_job(config: LabelConfig, progress: bool = True) -> LabelSummary:
             f"{summary.labels:,} new labels; {summary.ids_per_label:.1f} ids and "
             f"{summary.bytes_per_label:.1f} bytes a label on disk"
         )
-    return summary
+    return summary.model_copy(update={"reduced": reduced})
+
+
+def _reduced(label_set: LabelSet, config: LabelConfig) -> str:
+    """What the label set has more of than was asked for, as ``field: there / wanted``."""
+    asked = label_set.spec.model_copy(update={"record": config.record})
+    return "; ".join(label_set.spec.differences(asked))
 
 
 def open_label_set(config: LabelConfig) -> LabelSet:

@@ -241,7 +241,9 @@ class _TeacherActor:
         label_set = LabelSet.open(config.labels)
         teacher, gates = None, None
         if config.teacher.backend != "none":
-            make = functools.partial(setup.make_teacher, config.teacher, label_set.spec.record)
+            # The set's record, which may be richer than the one that was asked for.
+            record = label_set.spec.record
+            make = functools.partial(setup.make_teacher, config.teacher, record)
             attempts = Attempts(label_set.store, setup.run, this_node(), is_lost_node)
             teacher = Survivor(make, attempts, config.generate, config.gates.audit_rate)
             reference = functools.partial(reference_of, config.teacher, teacher.running)

@@ -39,6 +39,7 @@ from schemas.manifest import (
     read_manifest,
     write_manifest,
 )
+from schemas.reduce import cannot_serve
 from schemas.rows import LabelRows
 from schemas.shards import NO_SHARD, ShardInfo, read_row_group, write_shard
 from schemas.spec import SCHEMA_VERSION, LabelSetSpec
@@ -100,6 +101,9 @@ class LabelSet:
     ) -> "LabelSet":
         """The label set of this spec at `url`, made if nothing is there.
 
+        One that holds more is used as well; its `spec` is its own, which added rows have too, and
+        readers make what was asked for with `schemas.reduce`.
+
         Args:
             url: any fsspec URL that can be written to.
             spec: what the labels mean.
@@ -107,8 +111,8 @@ class LabelSet:
                 kept on creation only.
 
         Raises:
-            StoreError: a label set of another spec is there; says what differs. Or the store cannot
-                be written to safely.
+            StoreError: a label set is there that cannot serve this one; says what differs. Or the
+                store cannot be written to safely.
         """
         store = Store(url)
         if not store.exists(LABEL_SET_FILE):
@@ -117,12 +121,11 @@ class LabelSet:
             file = LabelSetFile(fingerprint=spec.fingerprint(), spec=spec, vocabulary=name)
             store.create_exclusive(LABEL_SET_FILE, (file.model_dump_json(indent=1)).encode())
         label_set = LabelSet.open(url)
-        if label_set.fingerprint != spec.fingerprint():
-            differences = "; ".join(label_set.spec.differences(spec))
-            raise StoreError(
-                f"{url}: holds labels of another spec (there / wanted): {differences}. "
-                "Use another folder, or the configuration that made this one"
-            )
+        reasons = cannot_serve(label_set.spec, spec)
+        if reasons:
+            found = f"holds labels of another spec (there / wanted): {'; '.join(reasons)}"
+            what_to_do = "Use another folder, or the configuration that made this one"
+            raise StoreError(f"{url}: {found}. {what_to_do}")
         return label_set
 
     @staticmethod

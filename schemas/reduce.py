@@ -21,7 +21,7 @@ from schemas.draws import REDUCING, uniforms
 from schemas.errors import RecordError
 from schemas.rounding import round_logprobs
 from schemas.rows import LabelRows, offsets_of, target_positions
-from schemas.spec import RecordSpec
+from schemas.spec import LabelSetSpec, RecordSpec
 
 ONE = 2**40
 """The size 1 in fixed point. Sums run over all positions of a batch, up to eight million."""
@@ -29,6 +29,21 @@ ONE = 2**40
 _Bools = npt.NDArray[np.bool_]
 _Int64s = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
+
+
+def cannot_serve(have: LabelSetSpec, want: LabelSetSpec) -> list[str]:
+    """What keeps labels of `want` from being served by a label set of `have`; empty if nothing.
+
+    First each difference as ``field: there / wanted``, then, where the record is all of it, why
+    its rows cannot be reduced.
+    """
+    if have.fingerprint() == want.fingerprint():
+        return []
+    differences = have.differences(want)
+    if want.model_copy(update={"record": have.record}).fingerprint() != have.fingerprint():
+        return differences
+    reasons = subsumes(have.record, want.record)
+    return differences + reasons if reasons else []
 
 
 def subsumes(have: RecordSpec, want: RecordSpec) -> list[str]:

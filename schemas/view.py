@@ -21,8 +21,9 @@ from schemas.errors import DamagedError, StoreError
 from schemas.keys import KEY_BYTES, find_keys
 from schemas.label_set import LabelSet
 from schemas.manifest import repair
+from schemas.reduce import subsumes
 from schemas.roster import LABELLED, REUSED, Accounts, read_accounts, read_roster
-from schemas.spec import LabelSetSpec
+from schemas.spec import LabelSetSpec, RecordSpec
 from schemas.storage import Store
 from schemas.tables import NAMES, first_of_each_key, key_array, parse_table, table_bytes
 
@@ -61,6 +62,7 @@ class ViewSource(StrictModel):
     Attributes:
         url: of the label set; a local one is relative to the view, so that a folder that holds both
             can be moved and opened from anywhere.
+        record: what readers of the view get, where that is less than the label set holds.
     """
 
     url: str
@@ -69,6 +71,7 @@ class ViewSource(StrictModel):
     run: str
     accounts: Accounts
     shards: list[PinnedShard]
+    record: RecordSpec | None = None
 
 
 class ViewFile(StrictModel):
@@ -95,6 +98,7 @@ class View:
         table: one row for each row of the view, in the schema VIEW.
         label_sets: the label sets that the column `label_set` counts through.
         sources: what view.json says of each of them.
+        records: what readers get of each of them; `schemas.reduce` makes it of what is stored.
     """
 
     def __init__(self, url: str, file: ViewFile, table: pa.Table) -> None:
@@ -102,6 +106,7 @@ class View:
         self.view_hash = file.view_hash
         self.table = table
         self.sources = file.sources
+        self.records = [source.record or source.spec.record for source in file.sources]
         self.num_rows = file.num_rows
         self.num_tokens = file.num_tokens
         self.num_labels = file.num_labels
@@ -147,7 +152,9 @@ class View:
                 _check_shard(self.url, label_set, pinned)
 
 
-def build_view(url: str, label_sets: Sequence[tuple[LabelSet, str]]) -> View:
+def build_view(
+    url: str, label_sets: Sequence[tuple[LabelSet, str]], record: RecordSpec | None = None
+) -> View:
     """Makes a view of all rows that runs labelled or found labelled.
 
     A row that several of the runs have is taken from the first.
@@ -155,10 +162,13 @@ def build_view(url: str, label_sets: Sequence[tuple[LabelSet, str]]) -> View:
     Args:
         url: where to write it; a view that is there is replaced.
         label_sets: label sets, each with the closed run whose rows to take.
+        record: what readers are to get, where that is less than the label sets hold.
 
     Raises:
-        StoreError: a run has no closed roster, or a row of it is no longer in the label set.
+        StoreError: a run has no closed roster, or a row of it is no longer in the label set; or a
+            label set does not hold what `record` promises.
     """
+    promised = [_promise(label_set, record) for label_set, _ in label_sets]
     indices = [label_set.index() for label_set, _ in label_sets]
     parts = [
         _rows_of_run(number, label_set, run, index)
@@ -193,6 +203,7 @@ def write_view(
             run=run,
             accounts=read_accounts(label_set, run),
             shards=_pinned(label_set, table.filter(pc.field("label_set") == number)),
+            record=promised[number],
         )
         for number, (label_set, run) in enumerate(label_sets)
     ]
@@ -209,6 +220,19 @@ def write_view(
     store.write_bytes(VIEW_ROWS, table_bytes(table))
     store.write_bytes(VIEW_FILE, file.model_dump_json(indent=1).encode())
     return View.open(url)
+
+
+def _promise(label_set: LabelSet, record: RecordSpec | None) -> RecordSpec | None:
+    """The record, or None where it is that of the label set."""
+    if record is None or record.identity() == label_set.spec.record.identity():
+        return None
+    reasons = subsumes(label_set.spec.record, record)
+    if reasons:
+        raise StoreError(
+            f"{label_set.url}: cannot serve the record that the view is to have "
+            f"({'; '.join(reasons)}); ask for less, or label again"
+        )
+    return record
 
 
 def _rows_of_run(number: int, label_set: LabelSet, run: str, index: pa.Table) -> pa.Table:
@@ -248,7 +272,9 @@ def _pinned(label_set: LabelSet, table: pa.Table) -> list[PinnedShard]:
 def _view_hash(sources: Sequence[ViewSource], table: pa.Table) -> str:
     """32 hexadecimal digits. Places are part of it, names of shards, which are random, are not."""
     hasher = hashlib.sha256()
-    hasher.update(json.dumps([source.fingerprint for source in sources]).encode())
+    made_from: list[Any] = [source.fingerprint for source in sources]
+    made_from += [source.record.identity() for source in sources if source.record is not None]
+    hasher.update(json.dumps(made_from).encode())
     hasher.update(key_array(table, "row_key").tobytes())
     for name, kind in _HASHED.items():
         hasher.update(np.ascontiguousarray(table.column(name).to_numpy(), kind).tobytes())

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from schemas.errors import ConfigError, StudentError
 from schemas.record import COLUMNS, LabelRows, Length
+from schemas.reduce import reduce_rows
 from schemas.shards import read_row_group
 from schemas.spec import RecordSpec
 from schemas.view import View
@@ -222,17 +223,17 @@ class RowReader:
     """Rows by their id, from decoded row groups that are kept up to a number of bytes.
 
     Attributes:
-        record: the spec that all label sets of the view share.
+        record: what the view promises of all its label sets; they may hold more.
     """
 
     def __init__(self, view: View, rows: RowTable, loss: LossConfig, cache_bytes: int) -> None:
         """
         Raises:
-            ConfigError: the label sets of the view have different records.
+            ConfigError: the view promises different records of its label sets.
         """
         self.record = common_record(view)
         self._label_sets, self._rows = view.label_sets, rows
-        self._columns = loss_columns(loss, self.record)
+        self._loss, self._columns = loss, loss_columns(loss, self.record)
         self._cache_bytes, self._held_bytes = cache_bytes, 0
         self._cache: OrderedDict[int, _RowGroup] = OrderedDict()
         # Decoding releases the GIL, so a second thread reads on while this one gathers.
@@ -272,8 +273,9 @@ class RowReader:
     def _read(self, group: int) -> "_RowGroup":
         label_set, shard, number = self._rows.groups[group]
         store = self._label_sets[label_set].store
-        rows = read_row_group(store, shard, number, self.record, columns=self._columns)
-        return _RowGroup(rows, self._columns)
+        have = self._label_sets[label_set].spec.record
+        rows = read_row_group(store, shard, number, have, columns=loss_columns(self._loss, have))
+        return _RowGroup(reduce_rows(rows, have, self.record), self._columns)
 
 
 class _RowGroup:
@@ -296,19 +298,20 @@ def loss_columns(loss: LossConfig, record: RecordSpec) -> list[str]:
 
 
 def common_record(view: View) -> RecordSpec:
-    """The record spec that all label sets of a view share.
+    """The record spec that a view promises of all its label sets.
 
     Raises:
         ConfigError: they differ.
     """
-    records = [label_set.spec.record for label_set in view.label_sets]
-    for record in records[1:]:
-        if record != records[0]:
+    first = view.records[0]
+    for record in view.records[1:]:
+        if record.identity() != first.identity():
             raise ConfigError(
-                f"view {view.url} mixes label sets of different records ({records[0]} and "
-                f"{record}), which cannot be trained on together; make a view of one of them"
+                f"view {view.url} mixes label sets of different records ({first} and "
+                f"{record}), which cannot be trained on together; make a view of one of them, or "
+                "one that promises less of both"
             )
-    return records[0]
+    return first
 
 
 _OFFSETS = {"token_ids": "token_offsets", "label_spans": "span_offsets"}

@@ -10,8 +10,10 @@ from transformers import AutoTokenizer
 
 from labeler.config import LabelConfig
 from labeler.job import run_label_job
-from schemas.errors import ConfigError, CorpusError, TeacherError
+from schemas.errors import ConfigError, CorpusError, StoreError, TeacherError
+from schemas.invariants import validate
 from schemas.label_set import LabelSet
+from schemas.reduce import reduce_rows
 from schemas.roster import read_roster
 from schemas.view import View
 
@@ -142,6 +144,38 @@ def test_responses_are_generated_once(tmp_path: Path, tiny_model_dir: Path) -> N
     second = run_label_job(job, progress=False)
     assert (second.rows_read, second.rows_generated, second.rows_reused) == (12, 2, 10)
     assert len(keys_of(first.labels_url)) == 12
+
+
+def test_a_smaller_record_is_served_from_a_richer_set(
+    tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cached rows are reused, new ones get the set's own record, the view promises the smaller."""
+    write_corpus(tmp_path, texts(6))
+    teacher = {"backend": "transformers", "model": str(tiny_model_dir), "tokenizer": ""}
+    rich = {"kind": "threshold", "tau": 0.03, "temperatures": [2.0]}
+    job = config(tmp_path, tiny_model_dir, teacher=teacher, record=rich)
+    first = run_label_job(job, progress=False)
+    assert first.reduced == ""
+    write_corpus(tmp_path, texts(8))
+    less = {"kind": "threshold", "tau": 0.2, "temperatures": [2.0], "entropy": False}
+    job = config(tmp_path, tiny_model_dir, teacher=teacher, record=less)
+    second = run_label_job(job)
+    assert second.rows_reused == first.rows_labelled
+    assert second.rows_labelled > 0
+    assert second.fingerprint == first.fingerprint
+    assert "record.tau: 0.03 / 0.2" in second.reduced
+    assert "served from richer labels (record.entropy: True / False" in capsys.readouterr().err
+    view = View.open(second.view)
+    assert view.records == [job.record]
+    label_set = view.label_sets[0]
+    assert label_set.spec.record.tau == 0.03
+    rows = label_set.read_rows(view.table)
+    reduced = reduce_rows(rows, label_set.spec.record, job.record)
+    validate(reduced, job.record, label_set.spec.teacher.vocab_size)
+    assert len(reduced.entry_ids) < len(rows.entry_ids)
+    more = config(tmp_path, tiny_model_dir, teacher=teacher, record={**rich, "tau": 0.01})
+    with pytest.raises(StoreError, match=r"record\.tau: 0\.03 is stored"):
+        run_label_job(more, progress=False)
 
 
 def test_what_a_task_meets_reaches_the_user_as_one_line(

@@ -95,6 +95,28 @@ def test_the_exported_student_is_an_ordinary_model(
     assert view.label_sets[0].fingerprint in card
 
 
+def test_labels_with_draws_train_and_what_is_approximate_is_said(
+    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    record = RecordSpec(kind="threshold", tau=0.1, temperatures=(2.0,), draw_temperature=1.0)
+    drawn = make_view(tmp_path, record, AutoTokenizer.from_pretrained(tokenizer).get_vocab())
+    short = {"data": {"sequences_per_step": 3, "steps": 6}, "ray": {"num_workers": 1}}
+    exact = {"kind": "forward_kl", "alpha": 0.7}
+    summary = run_train_job(config(tmp_path / "exact", drawn, tokenizer, loss=exact, **short))
+    card = Path(summary.exported, "README.md").read_text()
+    assert "approximated" not in capsys.readouterr().err + card
+    warm = {**exact, "temperature": 2.0}
+    with pytest.raises(ConfigError, match=r"exact at 1\.0"):
+        run_train_job(config(tmp_path / "warm", drawn, tokenizer, loss=warm, **short))
+    allowed = {**warm, "approximate_temperature": True}
+    summary = run_train_job(config(tmp_path / "warm", drawn, tokenizer, loss=allowed, **short))
+    for text in (capsys.readouterr().err, Path(summary.exported, "README.md").read_text()):
+        assert "approximated by the ghost target" in text
+    assert losses(tmp_path / "exact") != losses(tmp_path / "warm")
+
+
 def test_a_finished_run_is_not_run_again(
     reference: tuple[Path, TrainSummary], view: View, tokenizer: Path, capsys: Any
 ) -> None:

@@ -63,9 +63,16 @@ class TestCreation:
         assert "teacher.weights_digest: 'weights' / 'other'" in str(caught.value)
         assert sorted(Path(label_set.store.root).rglob("*")) == before
 
+    def test_less_than_what_is_there_is_served_and_more_is_not(self, label_set: LabelSet) -> None:
+        less = make_spec(RecordSpec(kind="topk", k=4, entropy=False), VOCAB)
+        assert LabelSet.create_or_open(label_set.url, less).spec == SPEC
+        more = make_spec(RecordSpec(kind="topk", k=9), VOCAB)
+        with pytest.raises(StoreError, match=r"record\.k: 8 / 9.*record\.k: 8 entries are stored"):
+            LabelSet.create_or_open(label_set.url, more)
+
     def test_many_creators_agree(self, tmp_path: Path) -> None:
         url = str(tmp_path / "labels")
-        specs = [make_spec(RecordSpec(kind="topk", k=k), VOCAB) for k in (2, 3)]
+        specs = [make_spec(RECORD, VOCAB, weights_digest=digest) for digest in ("a", "b")]
         results: list[Any] = []
 
         def create(number: int) -> None:

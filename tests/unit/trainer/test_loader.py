@@ -7,10 +7,11 @@ import pytest
 import torch
 from training_runs import make_config, make_view
 
-from schemas.errors import DamagedError
+from schemas.errors import DamagedError, StoreError
+from schemas.reduce import reduce_rows
 from schemas.rows import LabelRows
 from schemas.spec import RecordSpec
-from schemas.view import View
+from schemas.view import View, build_view
 from trainer.config import LossConfig, TrainConfig
 from trainer.loader import Loader, RowReader, StepBatch, lay_out, padded_length
 from trainer.plan import LoaderState, count_steps, read_row_table
@@ -126,6 +127,33 @@ def test_hard_labels_read_no_teacher(view: View) -> None:
     reader = RowReader(view, read_row_table(view, config(view).data), LossConfig(kind="hard"), 0)
     assert reader.gather(np.arange(5)).entry_ids is None
     reader.close()
+
+
+def test_a_view_may_promise_less_than_its_label_set_holds(tmp_path: Path) -> None:
+    have = RecordSpec(kind="threshold", tau=0.05, temperatures=(0.5, 2.0), draw_temperature=2.0)
+    want = RecordSpec(kind="threshold", tau=0.2, temperatures=(2.0,), entropy=False)
+    whole = make_view(tmp_path, have, VOCABULARY)
+    view = build_view(str(tmp_path / "less"), [(whole.label_sets[0], "run")], want)
+    assert view.view_hash != whole.view_hash
+    assert View.open(view.url).records == [want]
+    ids = np.arange(20)[::-1].copy()
+    table = read_row_table(view, config(view).data)
+    reader = RowReader(view, table, LossConfig(kind="forward_kl"), cache_bytes=0)
+    found = reader.gather(ids)
+    reader.close()
+    stored = whole.label_sets[0].read_rows(view.table.take(ids))
+    assert_same_rows(found, reduce_rows(stored, have, want))
+    assert len(found.entry_ids) < len(stored.entry_ids)
+    batches = load(view, config(view, loss={"kind": "forward_kl", "temperature": 2.0}))
+    assert batches[0].micro_batches[0].targets.record == want
+    hard = RowReader(view, table, LossConfig(kind="hard"), cache_bytes=0)
+    assert hard.gather(ids).entry_ids is None
+    hard.close()
+
+
+def test_a_view_cannot_promise_what_its_label_set_lacks(view: View) -> None:
+    with pytest.raises(StoreError, match=r"record\.k: 3 entries are stored"):
+        build_view(f"{view.url}-more", [(view.label_sets[0], "run")], RecordSpec(k=4))
 
 
 def test_damage_reaches_the_training(tmp_path: Path) -> None:
