@@ -141,6 +141,14 @@ def _export(args: argparse.Namespace) -> Outcome:
     return Outcome(done.model_dump_json(indent=2))
 
 
+def _report(args: argparse.Namespace) -> Outcome:
+    from cluster.labels.report import write_report
+
+    facts = write_report(args.url, args.out, args.groups, args.seed)
+    print(f"report: {args.out}")
+    return Outcome(json.dumps(facts, indent=2))
+
+
 def _gc(args: argparse.Namespace) -> Outcome:
     from cluster.labels.text import size_text, table
     from schemas.garbage import collect_garbage
@@ -196,6 +204,7 @@ _ACTIONS: dict[str, Callable[[argparse.Namespace], Outcome]] = {
     "verify": _verify,
     "view": _view,
     "export": _export,
+    "report": _report,
     "drop": _drop,
     "gc": _gc,
 }
