@@ -14,8 +14,6 @@ each other's files, and a manifest names the files of its own attempt. What no m
 garbage of an attempt that lost or died.
 """
 
-import hashlib
-import json
 import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -25,12 +23,17 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pydantic
 
 from schemas.columns import arrow_schema
-from schemas.config import StrictModel
-from schemas.errors import DamagedError, RecordError, StoreError
+from schemas.errors import RecordError, StoreError
 from schemas.keys import SortedKeys, contains, keys_to_sorted
+from schemas.label_set_file import (
+    LABEL_SET_FILE,
+    LabelSetFile,
+    read_label_set_file,
+    read_vocabulary,
+    write_vocabulary,
+)
 from schemas.manifest import (
     MANIFESTS,
     Fidelity,
@@ -42,7 +45,7 @@ from schemas.manifest import (
 from schemas.reduce import cannot_serve
 from schemas.rows import LabelRows
 from schemas.shards import NO_SHARD, ShardInfo, read_row_group, write_shard
-from schemas.spec import SCHEMA_VERSION, LabelSetSpec
+from schemas.spec import LabelSetSpec
 from schemas.storage import Store
 from schemas.tables import (
     INDEX,
@@ -62,19 +65,10 @@ __all__ = ["LabelSet", "QuarantineRow"]
 S = TypeVar("S")
 T = TypeVar("T")
 
-LABEL_SET_FILE = "label_set.json"
 READERS = 16
 """Small files that are read at the same time; object stores answer slowly but many at once."""
 
 _UNIT_KEY = re.compile(r"[0-9A-Za-z_-]+")
-
-
-class LabelSetFile(StrictModel):
-    """The content of label_set.json."""
-
-    fingerprint: str
-    spec: LabelSetSpec
-    vocabulary: str = ""
 
 
 class LabelSet:
@@ -117,7 +111,7 @@ class LabelSet:
         store = Store(url)
         if not store.exists(LABEL_SET_FILE):
             store.probe_exclusive()
-            name = _write_vocabulary(store, vocabulary) if vocabulary is not None else ""
+            name = write_vocabulary(store, vocabulary) if vocabulary is not None else ""
             file = LabelSetFile(fingerprint=spec.fingerprint(), spec=spec, vocabulary=name)
             store.create_exclusive(LABEL_SET_FILE, (file.model_dump_json(indent=1)).encode())
         label_set = LabelSet.open(url)
@@ -137,27 +131,7 @@ class LabelSet:
             DamagedError: its description is torn, or does not have its own fingerprint.
         """
         store = Store(url)
-        if not store.exists(LABEL_SET_FILE):
-            raise StoreError(f"{url}: no label set there (no {LABEL_SET_FILE}); check the path")
-        path = store.path(LABEL_SET_FILE)
-        try:
-            content = json.loads(store.read_bytes(LABEL_SET_FILE))
-            version = content["spec"]["schema_version"]
-            if isinstance(version, int) and version > SCHEMA_VERSION:
-                raise StoreError(
-                    f"{path}: has schema version {version}, this program knows up to "
-                    f"{SCHEMA_VERSION}; use a newer version of it"
-                )
-            file = LabelSetFile.model_validate(content)
-        except (ValueError, LookupError, TypeError, pydantic.ValidationError) as error:
-            what = str(error).replace("\n", " ")
-            raise DamagedError(f"{path}: not a description of a label set ({what})") from error
-        if file.spec.fingerprint() != file.fingerprint:
-            raise DamagedError(
-                f"{path}: says its fingerprint is {file.fingerprint}, but its spec has "
-                f"{file.spec.fingerprint()}; restore the file from a copy"
-            )
-        return LabelSet(store, file)
+        return LabelSet(store, read_label_set_file(store))
 
     def vocabulary(self) -> dict[str, int]:
         """Token -> id of the teacher's tokenizer.
@@ -168,14 +142,7 @@ class LabelSet:
         """
         if not self.vocabulary_file:
             raise StoreError(f"{self.url}: this label set was made without a vocabulary")
-        data = self.store.read_bytes(self.vocabulary_file)
-        if _vocabulary_name(data) != self.vocabulary_file:
-            raise DamagedError(
-                f"{self.store.path(self.vocabulary_file)}: its content does not have the digest in "
-                "its name; restore the file from a copy"
-            )
-        vocabulary: dict[str, int] = json.loads(data)
-        return vocabulary
+        return read_vocabulary(self.store, self.vocabulary_file)
 
     # Committing
 
@@ -385,18 +352,6 @@ def _each(read: Callable[[S], T], items: Sequence[S]) -> list[T]:
         return [read(item) for item in items]
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(read, items))
-
-
-def _write_vocabulary(store: Store, vocabulary: Mapping[str, int]) -> str:
-    """Its digest is in its name, so that two creators of different sets at one URL cannot mix."""
-    data = json.dumps(vocabulary, sort_keys=True, ensure_ascii=False).encode()
-    name = _vocabulary_name(data)
-    store.write_bytes(name, data)
-    return name
-
-
-def _vocabulary_name(data: bytes) -> str:
-    return f"vocabulary-{hashlib.sha256(data).hexdigest()[:32]}.json"
 
 
 def _refuse_twice(

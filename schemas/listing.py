@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 from schemas.config import StrictModel
 from schemas.errors import StoreError
-from schemas.label_set import LABEL_SET_FILE, LabelSet
+from schemas.label_set import LabelSet
+from schemas.label_set_file import LABEL_SET_FILE
 from schemas.manifest import Manifest
 from schemas.spec import RecordSpec
 from schemas.storage import Store

@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from schemas.config import StrictModel
 from schemas.errors import AccountsError, DamagedError, StoreError
-from schemas.label_set import LABEL_SET_FILE, LabelSet
+from schemas.label_set import LabelSet
+from schemas.label_set_file import LABEL_SET_FILE
 from schemas.manifest import MANIFESTS, Manifest, read_manifest, repair
 from schemas.roster import read_accounts
 from schemas.storage import Store

@@ -168,7 +168,6 @@ def build_view(
         StoreError: a run has no closed roster, or a row of it is no longer in the label set; or a
             label set does not hold what `record` promises.
     """
-    promised = [_promise(label_set, record) for label_set, _ in label_sets]
     indices = [label_set.index() for label_set, _ in label_sets]
     parts = [
         _rows_of_run(number, label_set, run, index)
@@ -177,13 +176,14 @@ def build_view(
     table = first_of_each_key(
         pa.concat_tables([VIEW.empty_table(), *parts]).unify_dictionaries().combine_chunks()
     )
-    return write_view(url, label_sets, table)
+    return write_view(url, label_sets, table, record)
 
 
 def write_view(
     url: str,
     label_sets: Sequence[tuple[LabelSet, str]],
     table: pa.Table,
+    record: RecordSpec | None = None,
     selection: Mapping[str, Any] | None = None,
 ) -> View:
     """Writes a view of chosen rows; one that is there is replaced.
@@ -192,7 +192,11 @@ def write_view(
         url: where to write it.
         label_sets: label sets, each with the closed run that its rows are from.
         table: the rows, in the schema and the order of VIEW.
+        record: what readers are to get, where that is less than the label sets hold.
         selection: plain JSON values that say how they were chosen.
+
+    Raises:
+        StoreError: a label set does not hold what `record` promises.
     """
     store = Store(url)
     sources = [
@@ -203,7 +207,7 @@ def write_view(
             run=run,
             accounts=read_accounts(label_set, run),
             shards=_pinned(label_set, table.filter(pc.field("label_set") == number)),
-            record=promised[number],
+            record=_promise(label_set, record),
         )
         for number, (label_set, run) in enumerate(label_sets)
     ]

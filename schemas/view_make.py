@@ -157,4 +157,4 @@ def _write(url: str, rows: pa.Table, sources: Sequence[RunOfSet], selection: Sel
     table = table.select(VIEW.names).combine_chunks()
     runs: list[tuple[LabelSet, str]] = [(sources[n].label_set, sources[n].run) for n in used]
     made: dict[str, Any] = selection.model_dump(mode="json", exclude_defaults=True)
-    return write_view(url, runs, table, made)
+    return write_view(url, runs, table, selection=made)
