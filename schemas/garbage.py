@@ -1,7 +1,9 @@
 """What no manifest names: left by attempts that lost or died, and by units that were dropped.
 
 Only files of the kinds that a label set makes are ever looked at, and only those older than any
-unit lives: a unit that is being written has no manifest yet either.
+unit lives: a unit that is being written has no manifest yet either. A run may last for days and
+needs the first part of its roster at its end, so what belongs to runs counts as old only when for
+that long nothing was committed to the set at all.
 """
 
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from schemas.errors import ConfigError
 from schemas.label_set import LabelSet
 from schemas.storage import TEMPORARY_PREFIX, Store, StoredFile
 
+_OF_A_RUN = "of a run that ended"
 _FOLDERS = ("shards", "keys", "quarantine", "attempts", "rosters", "manifests")
 
 
@@ -75,7 +78,13 @@ def collect_garbage(
     named = _named(label_set)
     unnamed = [(file, _why(file.rel)) for file in stored if file.rel not in named]
     garbage = [(file, why) for file, why in unnamed if why]
-    old = [(f, why) for f, why in garbage if now - f.modified >= timedelta(hours=older_than_hours)]
+    last_sign = _last_signs_of_runs(stored)
+    least = timedelta(hours=older_than_hours)
+    old = [
+        (file, why)
+        for file, why in garbage
+        if now - max(file.modified, last_sign if why == _OF_A_RUN else file.modified) >= least
+    ]
     if delete:
         for file, _ in old:
             label_set.store.delete(file.rel)
@@ -105,6 +114,16 @@ def _files(store: Store) -> Iterator[StoredFile]:
             yield from store.walk(name)
 
 
+def _last_signs_of_runs(stored: list[StoredFile]) -> datetime:
+    """When a run last did something: committed a unit, wrote a part of its roster, tried a row."""
+    signs = [
+        file.modified
+        for file in stored
+        if file.rel.startswith(("manifests/", "attempts/")) or ".parts/" in file.rel
+    ]
+    return max(signs, default=datetime.fromtimestamp(0, UTC))
+
+
 def _named(label_set: LabelSet) -> set[str]:
     names = {label_set.vocabulary_file}
     for manifest in label_set.manifests():
@@ -119,10 +138,8 @@ def _why(rel: str) -> str:
         return "never finished"
     if folder in ("shards", "keys", "quarantine"):
         return "no manifest names it"
-    if folder == "attempts":
-        return "of a run that ended"
-    if folder == "rosters" and ".parts/" in rest:
-        return "of a run that ended"
+    if folder == "attempts" or (folder == "rosters" and ".parts/" in rest):
+        return _OF_A_RUN
     if not rest and rel.startswith("vocabulary-"):
         return "another vocabulary"
     return ""  # manifests and rosters

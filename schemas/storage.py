@@ -26,6 +26,10 @@ EXCLUSIVE_PROTOCOLS = frozenset(
     {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "azure", "memory"}
 )
 TEMPORARY_PREFIX = ".writing-"
+# What brings the driver of a protocol.
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"} | dict.fromkeys(
+    ("abfs", "abfss", "az", "adl", "azure"), "azure"
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,11 @@ class Store:
         self.url = url.rstrip("/") if "://" not in url else url
         try:
             self.fs, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
-        except (ImportError, ValueError) as error:
+        except ImportError as error:
+            extra = _EXTRAS.get(url.partition("://")[0])
+            advice = f"; pip install 'tutelage[{extra}]'" if extra else ""
+            raise StoreError(f"{url}: no file system for this URL ({error}){advice}") from error
+        except ValueError as error:
             raise StoreError(f"{url}: no file system for this URL ({error})") from error
         self.root: str = str(root).rstrip("/") or "/"
         protocol = self.fs.protocol

@@ -50,7 +50,7 @@ class Problem(StrictModel):
 
     def line(self) -> str:
         """For people: where, and what was found."""
-        place = [self.file]
+        place = [f"unit {self.unit_key}", self.file] if self.unit_key else [self.file]
         if self.row_group is not None:
             place.append(f"row group {self.row_group}")
         if self.row is not None:

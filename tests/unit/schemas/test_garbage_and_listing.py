@@ -89,6 +89,20 @@ def test_nothing_is_collected_while_a_manifest_cannot_be_read(tmp_path: Path) ->
         collect_garbage(str(tmp_path), -1.0)
 
 
+def test_a_run_that_lasts_for_days_keeps_its_parts(tmp_path: Path) -> None:
+    label_set, first, _ = make_set(str(tmp_path))
+    part = "rosters/run.parts/first.parquet"
+    label_set.store.write_bytes(part, b"x")
+    days_ago = time.time() - 3600 * 100
+    for path in [tmp_path / part, *(tmp_path / "manifests").iterdir()]:
+        os.utime(path, (days_ago, days_ago))
+    assert [file.file for file in collect_garbage(str(tmp_path), 48.0).files] == [part]
+    manifest = tmp_path / "manifests" / f"{first.unit_key}.json"
+    os.utime(manifest)  # a unit was committed just now, so a run may still be going
+    found = collect_garbage(str(tmp_path), 48.0)
+    assert (found.files, found.too_young) == ([], 1)
+
+
 def test_gc_only_lists_unless_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     label_set, dropped, _ = make_set(str(tmp_path))
     label_set.drop_unit(dropped.unit_key)

@@ -178,17 +178,23 @@ def forge(label_set: LabelSet, rows: LabelRows, changed: LabelRows) -> Manifest:
     return forged
 
 
-def unordered(rows: LabelRows, at: int) -> None:
-    """Turns the head of a position around."""
+def unordered(rows: LabelRows, row: int) -> int:
+    """Turns a head around; returns its position in the row."""
     assert rows.entry_logprobs is not None
-    logprobs = rows.entry_logprobs.reshape(-1, 8)
-    logprobs[at] = logprobs[at][::-1]
+    assert rows.entry_offsets is not None
+    assert rows.head_len is not None
+    first, last = rows.label_offsets[row : row + 2]
+    at = int(first + np.argmax(rows.head_len[first:last]))
+    head = slice(rows.entry_offsets[at], rows.entry_offsets[at] + rows.head_len[at])
+    rows.entry_logprobs[head] = rows.entry_logprobs[head][::-1]
+    return at - int(first)
 
 
-def too_probable(rows: LabelRows, at: int) -> None:
-    """A tail that is as probable as everything."""
+def too_probable(rows: LabelRows, row: int) -> int:
+    """A tail as probable as everything, at the row's first label; returns its position."""
     assert rows.tail_logmass is not None
-    rows.tail_logmass[at] = np.float16(-0.01)
+    rows.tail_logmass[rows.label_offsets[row]] = np.float16(-0.01)
+    return 0
 
 
 BREAKS = {
@@ -203,8 +209,7 @@ def test_rows_that_break_an_invariant_are_named(label_set: LabelSet, found: str)
     rows = rows_of(2)
     changed = rows.take(np.arange(len(rows)))
     broken = [3, 11]
-    for row in broken:
-        change(changed, int(changed.label_offsets[row]))
+    positions = [change(changed, row) for row in broken]
     manifest = forge(label_set, rows, changed)
     result = verify(label_set.url)
     groups = np.repeat(np.arange(len(manifest.row_groups)), manifest.row_groups)
@@ -214,9 +219,9 @@ def test_rows_that_break_an_invariant_are_named(label_set: LabelSet, found: str)
         for row in broken
     ]
     assert [(p.row_group, p.row, p.row_key) for p in result.problems] == expected
-    for problem in result.problems:
+    for problem, position in zip(result.problems, positions, strict=True):
         assert found in problem.found
-        assert f"position 0, column {column}" in problem.found
+        assert f"position {position}, column {column}" in problem.found
         assert problem.file == manifest.shard
     mend(label_set, manifest.unit_key, rows)
 
