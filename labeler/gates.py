@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 from labeler.config import GatesConfig
 from labeler.fidelity import measure
-from labeler.parity import PARITY_FILE, Reference, check_parity
+from labeler.parity import Reference, check_parity
 from labeler.unit_labels import UnitLabels
 from schemas.label_set import LabelSet
 from schemas.manifest import Fidelity
+from schemas.parity import PARITY_FILE
 from schemas.record import LabelRows
 
 MakeReference = Callable[[], Reference | None]

@@ -16,38 +16,16 @@ from labeler.fidelity import kl_of_partition
 from labeler.requests import Request
 from labeler.teachers.base import RowLabels, span_targets
 from labeler.windows import clip_spans
-from schemas.config import StrictModel
 from schemas.errors import TeacherError
+from schemas.parity import PARITY_FILE, Parity
 from schemas.spec import LabelSetSpec
 from schemas.storage import Store
-
-PARITY_FILE = "parity.json"
 
 _MAX_KL = {"float32": 1e-4}
 _MAX_KL_HALF = 1e-2
 
 # Of less probable entries the log-probabilities may differ by much that nobody will notice.
 _PROBABLE = 1e-3
-
-
-class Parity(StrictModel):
-    """What the comparison found.
-
-    Attributes:
-        reference: what scored the rows again.
-        rows, labels: how many were compared.
-        mean_kl, max_kl: nats a label, KL(reference, teacher) on the stored entries and one bucket.
-        max_logprob_difference: of entries with a probability over 0.001, nats.
-        bound: what mean_kl may be.
-    """
-
-    reference: str
-    rows: int
-    labels: int
-    mean_kl: float
-    max_kl: float
-    max_logprob_difference: float
-    bound: float
 
 
 class Reference(Protocol):

@@ -1,6 +1,7 @@
 """`tutelage labels show`: what a label set is, what its runs did, and what its labels look like."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ from cluster.labels.text import distribution_lines, size_text, table
 from schemas.errors import StoreError
 from schemas.label_set import LabelSet
 from schemas.listing import record_text, teacher_text
+from schemas.manifest import Manifest
+from schemas.parity import read_parity
 from schemas.roster import Accounts, read_accounts
 from schemas.sample import (
     LabelledPosition,
@@ -103,9 +106,37 @@ def _head(label_set: LabelSet) -> str:
         ("quarantined", f"{len(label_set.quarantine()):,}"),
         ("size", f"{size_text(size)}, {size / labels if labels else 0:.1f} bytes a label"),
     ]
+    lines += _gates(label_set, manifests)
     if spec.generation is not None:
         lines.append(("generated", ", ".join(f"{n}={v}" for n, v in spec.generation)))
     return "\n".join(f"{name:<12} {value}" for name, value in lines)
+
+
+def _gates(label_set: LabelSet, manifests: Sequence[Manifest]) -> list[tuple[str, str]]:
+    """What audits and the parity gate found, as far as they were made."""
+    lines = []
+    audits = [manifest.fidelity for manifest in manifests if manifest.fidelity is not None]
+    if audits:
+        count = sum(audit.labels for audit in audits)
+        mean = sum(audit.mean_kl * audit.labels for audit in audits) / count
+        covered = sum(audit.covered_mass * audit.labels for audit in audits) / count
+        lines.append(
+            (
+                "audited",
+                f"{count:,} labels: storing them cost {mean:.1e} nats a label, "
+                f"{max(audit.max_kl for audit in audits):.1e} at most; heads cover {covered:.3f}",
+            )
+        )
+    parity = read_parity(label_set.store)
+    if parity is not None:
+        lines.append(
+            (
+                "parity",
+                f"KL {parity.mean_kl:.1e} nats on {parity.labels:,} labels, log-probabilities "
+                f"within {parity.max_logprob_difference:.1e} of {parity.reference}",
+            )
+        )
+    return lines
 
 
 def _runs(runs: dict[str, Accounts]) -> str:

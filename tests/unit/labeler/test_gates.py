@@ -10,7 +10,7 @@ import pytest
 from labeler.attempts import Attempts
 from labeler.config import GatesConfig, TeacherConfig
 from labeler.gates import Gates
-from labeler.parity import PARITY_FILE, Reference
+from labeler.parity import Reference
 from labeler.requests import Request, label_request
 from labeler.survivor import Survivor
 from labeler.teachers.references import TransformersOnCpu, reference_of
@@ -19,6 +19,7 @@ from labeler.units import UnitLabeller
 from labeler.windows import all_but_first
 from schemas.errors import TeacherError
 from schemas.label_set import LabelSet
+from schemas.parity import PARITY_FILE
 from schemas.spec import LabelSetSpec, RecordSpec, TeacherIdentity, TextSpec
 
 RECORD = RecordSpec(kind="threshold", tau=0.05)
