@@ -15,6 +15,10 @@ from schemas.manifest import Fidelity
 from schemas.record import LabelRows
 from schemas.spec import RecordSpec
 
+# A bucket is never emptier than this: of a head that is the whole vocabulary, the teacher's own
+# bucket is what rounding leaves, and the other side's may be nothing.
+_NO_MASS = 1e-12
+
 Float64s = npt.NDArray[np.float64]
 
 
@@ -125,8 +129,10 @@ def kl_of_partition(
     kept = kept + np.log((1.0 - kept_tail) / kept_weights.sum(1))[:, None]
     ratio = np.zeros(true.shape)
     np.subtract(true, kept, out=ratio, where=weights > 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        bucket = np.where(true_tail > 0, true_tail * np.log(true_tail / kept_tail), 0.0)
+    bucket = np.zeros(len(true))
+    some = true_tail > 0
+    floor = np.maximum(kept_tail, _NO_MASS)
+    bucket[some] = true_tail[some] * np.log(true_tail[some] / floor[some])
     result: Float64s = (weights * ratio).sum(1) + bucket
     return result
 

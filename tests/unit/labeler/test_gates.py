@@ -106,6 +106,16 @@ def test_parity_with_the_reference_is_noted_once(tmp_path: Path, tiny_model_dir:
     assert label_set.store.read_bytes(PARITY_FILE) == before
 
 
+def test_a_head_of_the_whole_vocabulary_is_no_drift(tmp_path: Path, tiny_model_dir: Path) -> None:
+    everything = RecordSpec(kind="topk", k=320)
+    reference = TransformersOnCpu(config_of(tiny_model_dir))
+    gates = GatesConfig(audit_rate=0.5)
+    units, label_set = labeller(tmp_path, tiny_model_dir, gates, everything, reference)
+    units.label(make_requests(4))
+    (manifest,) = label_set.manifests()
+    assert manifest.num_rows == 4
+
+
 def test_drift_publishes_nothing_and_says_by_how_much(tmp_path: Path, tiny_model_dir: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(tiny_model_dir, other)
