@@ -27,6 +27,7 @@ class UniformTeacher:
 
     def __init__(self) -> None:
         self.num_labelled = 0
+        self.row_keys: list[bytes] = []
         self.num_generated: list[int] = []
 
     def label(
@@ -36,6 +37,7 @@ class UniformTeacher:
         row_keys: np.ndarray,
         audit_rate: float = 0.0,
     ) -> list[RowLabels | RowFailure]:
+        self.row_keys += [key.tobytes() for key in row_keys]
         return [self._one(*pair) for pair in zip(token_ids, label_spans, strict=True)]
 
     def _one(self, ids: np.ndarray, spans: np.ndarray) -> RowLabels | RowFailure:
@@ -127,6 +129,7 @@ def test_each_request_is_labelled_or_quarantined(tmp_path: Path, teacher: Unifor
     assert (bad["row_key"], bad["reason"], bad["place"]) == (batch[1].row_key, "cursed", 1)
     (manifest,) = labels.manifests()
     assert manifest.provenance["teacher_backend"] == "uniform"
+    assert teacher.row_keys == [request.row_key for request in batch]
 
 
 def test_a_unit_is_labelled_once(tmp_path: Path, teacher: UniformTeacher) -> None:
@@ -185,6 +188,8 @@ def test_responses_are_generated_and_labelled(tmp_path: Path, teacher: UniformTe
     done = units.label([*first, *second, *bad, *silent])
     assert (done.num_rows, done.num_quarantined) == (5, 6)
     assert sorted(teacher.num_generated) == [2, 3, 3, 3]
+    # The key of how it was generated, not of what came of it, decides the draws of a response.
+    assert set(teacher.row_keys) == {request.row_key for request in [*first, *second]}
     index = labels.index()
     rows = labels.read_rows(index)
     where = {key: number for number, key in enumerate(index.column("row_key").to_pylist())}
