@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from labeler.tail_draws import ONE, Entries, FixedPoint, fixed_point_buffer
+from labeler.tail_draws import ONE, Entries, FixedPoint, FixedPointBuffer
 from labeler.topk import ordered_topk
 from schemas.spec import RecordSpec
 
@@ -65,11 +65,11 @@ class _Scratch(NamedTuple):
 
     Attributes:
         probs: float32 [rows of a slice, V].
-        parts: int64, of ``fixed_point_buffer``; None for kinds without draws.
+        fixed: for the sums; None for kinds without draws.
     """
 
     probs: torch.Tensor
-    parts: torch.Tensor | None
+    fixed: FixedPointBuffer | None
 
 
 class _Head(NamedTuple):
@@ -152,7 +152,7 @@ def _scratch(rows: int, logits: torch.Tensor, record: RecordSpec) -> _Scratch:
     vocab_size, device = logits.shape[1], logits.device
     return _Scratch(
         torch.empty(rows, vocab_size, device=device),
-        fixed_point_buffer(rows, vocab_size, device) if record.has_draws else None,
+        FixedPointBuffer.of(rows, vocab_size, device) if record.has_draws else None,
     )
 
 
@@ -190,7 +190,7 @@ def _label_slice(
 ) -> PositionLabels:
     """One slice of float32 logits [T, V]; see ``label_logits``. ``scratch`` is overwritten."""
     probs = scratch.probs[: len(logits)]
-    entries, tops = _select(logits, record, uniforms, probs, scratch.parts)
+    entries, tops = _select(logits, record, uniforms, probs, scratch.fixed)
     top_ids = tops.ids
     # log Z = top logit - log p(top): the softmax has already paid for the sum.
     normaliser = logits.gather(1, top_ids) - probs.gather(1, top_ids).log()
@@ -201,6 +201,9 @@ def _label_slice(
         tail_logmass = torch.zeros(len(logits), device=logits.device)
     else:
         tail_logmass = _tail_logmass(logits, probs, head.ids, normaliser)
+    # From here on, what is in the buffer is overwritten.
+    entropy = _entropy(logits, probs, head, head_probs, normaliser) if record.entropy else None
+    lse = _lse_at(logits, tops, normaliser, record.temperatures, probs)
     return PositionLabels(
         entry_ids=entries.ids.int(),
         entry_logprobs=_entry_logprobs(logits, entries, normaliser, record),
@@ -209,9 +212,9 @@ def _label_slice(
         entry_counts=entries.counts,
         tail_logmass=tail_logmass,
         target_logprob=(target_logits - normaliser).clamp_(max=0.0).squeeze(1),
-        target_rank=_ranks(logits, target_logits, head),
-        entropy=_entropy(logits, probs, head, head_probs, normaliser) if record.entropy else None,
-        lse=_lse_at(logits, tops, normaliser, record.temperatures, probs),
+        target_rank=_ranks(logits, target_logits, head, probs),
+        entropy=entropy,
+        lse=lse,
     )
 
 
@@ -220,7 +223,7 @@ def _select(
     record: RecordSpec,
     uniforms: torch.Tensor | None,
     probs: torch.Tensor,
-    parts: torch.Tensor | None,
+    buffer: FixedPointBuffer | None,
 ) -> tuple[Entries, _Tops]:
     """Which ids are kept. Leaves the probabilities at temperature 1 in ``probs``."""
     width = record.most_entries(logits.shape[1])
@@ -234,10 +237,10 @@ def _select(
             ids.masked_fill_(slots >= head_len[:, None], 0)
         return Entries(ids, head_len, torch.zeros_like(head_len)), _Tops(ids[:, :1], {})
     assert uniforms is not None, "a record with draws needs uniform numbers"
-    assert parts is not None
+    assert buffer is not None
     drawn_at = record.drawn_at
     torch.softmax(logits if drawn_at == 1.0 else logits / drawn_at, dim=-1, out=probs)
-    fixed = FixedPoint(probs, parts)
+    fixed = FixedPoint(probs, buffer)
     if record.kind == "threshold":
         entries = fixed.threshold(logits, record.tau, uniforms, width)
         top_ids = entries.ids[:, :1]
@@ -328,10 +331,12 @@ def _entropy(
     return (normaliser.squeeze(1) - mean_logit).clamp_(min=0.0)
 
 
-def _ranks(logits: torch.Tensor, target_logits: torch.Tensor, head: _Head | None) -> torch.Tensor:
-    """1 + the number of strictly larger logits, int32 [T]."""
+def _ranks(
+    logits: torch.Tensor, target_logits: torch.Tensor, head: _Head | None, buffer: torch.Tensor
+) -> torch.Tensor:
+    """1 + the number of strictly larger logits, int32 [T]. Overwrites ``buffer``, [T, V]."""
     if head is None:
-        return (logits > target_logits).sum(dim=-1).int() + 1
+        return torch.gt(logits, target_logits, out=buffer).sum(dim=-1).int() + 1
     larger = head.logits > target_logits
     if head.kept is not None:
         larger &= head.kept
@@ -339,9 +344,8 @@ def _ranks(logits: torch.Tensor, target_logits: torch.Tensor, head: _Head | None
     # Where the target is below the head, what is above it is not all in the head: count the row.
     below = (target_logits < head.last).squeeze(1).nonzero().squeeze(1)
     if len(below):
-        above = torch.empty(len(below), logits.shape[1], device=logits.device)
-        torch.gt(logits[below], target_logits[below], out=above)
-        ranks[below] = above.sum(dim=-1).int()
+        rows = torch.index_select(logits, 0, below, out=buffer[: len(below)])
+        ranks[below] = rows.gt_(target_logits[below]).sum(dim=-1).int()
     return ranks + 1
 
 

@@ -25,6 +25,9 @@ ONE = 2**50
 _BLOCKS_LOOKED_INTO = 16
 _MIN_DEPTH = 8
 
+# Probabilities that a thread of a CPU converts together.
+_CONVERTED_AT_ONCE_CPU = 2**16
+
 _NO_KEY = torch.iinfo(torch.int64).max
 
 
@@ -50,29 +53,53 @@ def block_depth(vocab_size: int) -> int:
     return int(2 ** round(math.log2(max(_MIN_DEPTH, best))))
 
 
-def fixed_point_buffer(rows: int, vocab_size: int, device: torch.device) -> torch.Tensor:
-    """int64 [rows, B, D] for ``FixedPoint``, so large that a row holds the vocabulary."""
-    depth = block_depth(vocab_size)
-    blocks = -(-vocab_size // depth)
-    return torch.zeros(rows, blocks, depth, dtype=torch.int64, device=device)
+class FixedPointBuffer(NamedTuple):
+    """Memory to convert some rows at a time: few on a CPU, so that they stay in its cache.
+
+    Attributes:
+        scaled: float32 [rows, V].
+        parts: int64 [rows, B, D], zero behind the vocabulary.
+    """
+
+    scaled: torch.Tensor
+    parts: torch.Tensor
+
+    @staticmethod
+    def of(rows: int, vocab_size: int, device: torch.device) -> "FixedPointBuffer":
+        """For up to ``rows`` rows at a time; fewer are as good."""
+        if device.type == "cpu":
+            at_once = _CONVERTED_AT_ONCE_CPU * torch.get_num_threads()
+            rows = min(rows, max(1, at_once // vocab_size))
+        depth = block_depth(vocab_size)
+        blocks = -(-vocab_size // depth)
+        return FixedPointBuffer(
+            torch.empty(rows, vocab_size, device=device),
+            torch.zeros(rows, blocks, depth, dtype=torch.int64, device=device),
+        )
 
 
 class FixedPoint:
-    """Probabilities of T positions in fixed point, rounded down, and their sums by block."""
+    """Sums of probabilities of T positions by block, in fixed point, rounded down id by id.
 
-    def __init__(self, probs: torch.Tensor, buffer: torch.Tensor) -> None:
-        """Takes probabilities, float32 [T, V], which it leaves as they are, and fills a buffer.
+    The probabilities themselves stay where they are, as they are.
+    """
+
+    def __init__(self, probs: torch.Tensor, buffer: FixedPointBuffer) -> None:
+        """Sums up probabilities, float32 [T, V].
 
         Args:
             probs: not negative. What a row that holds NaN becomes means nothing.
-            buffer: of ``fixed_point_buffer``, with at least T rows.
+            buffer: overwritten.
         """
-        self._vocab_size = probs.shape[1]
-        self._parts = buffer[: len(probs)]
-        # Both products are exact, being with powers of two; the other way needs another buffer.
-        self._parts.flatten(1)[:, : self._vocab_size].copy_(probs.mul_(float(ONE)))
-        probs.mul_(1.0 / ONE)
-        self._sums = self._parts.sum(dim=2)
+        self._probs = probs
+        at_once, self._num_blocks, self._depth = buffer.parts.shape
+        sums = []
+        for rows in probs.split(at_once):
+            scaled, parts = buffer.scaled[: len(rows)], buffer.parts[: len(rows)]
+            torch.mul(rows, float(ONE), out=scaled)  # Exact, being with a power of two.
+            parts.flatten(1)[:, : probs.shape[1]].copy_(scaled)
+            sums.append(parts.sum(dim=2))
+        self._sums = torch.cat(sums)
 
     def threshold(
         self, logits: torch.Tensor, tau: float, uniforms: torch.Tensor, width: int
@@ -89,15 +116,32 @@ class FixedPoint:
             width: K, more than any row needs.
         """
         unit = round(tau * ONE)
-        head, head_len = self._take_head(logits, unit)
+        row, ids = self._find_head(logits, unit)
+        head, head_len = _ordered(logits, row, ids)
+        taken = self._probs[row, ids]
+        self._sums.index_put_((row, ids // self._depth), -_fixed(taken), accumulate=True)
+        self._probs[row, ids] = 0.0
+        entries = self._systematic(head, head_len, unit, uniforms, width)
+        self._probs[row, ids] = taken
+        return entries
+
+    def _systematic(
+        self,
+        head: torch.Tensor,
+        head_len: torch.Tensor,
+        unit: int,
+        uniforms: torch.Tensor,
+        width: int,
+    ) -> Entries:
+        """A head, int64 [T, most], and the draws from what is left."""
         ends = self._sums.cumsum(dim=1)
         first = (uniforms * unit).long()
         num_points = (ends[:, -1:] - first + unit - 1) // unit
         tail_len = num_points.squeeze(1).clamp_(min=0).minimum(width - head_len)
-        steps = torch.arange(int(tail_len.max()), device=logits.device)
+        steps = torch.arange(int(tail_len.max()), device=head.device)
         points = first + steps * unit
         row, place = (steps < tail_len[:, None]).nonzero(as_tuple=True)
-        ids = torch.zeros(len(head), width, dtype=torch.int64, device=logits.device)
+        ids = torch.zeros(len(head), width, dtype=torch.int64, device=head.device)
         ids[:, : head.shape[1]] = head
         ids[row, head_len[row] + place] = self._ids_at(points, ends, row, place)
         return Entries(ids, head_len, tail_len)
@@ -125,34 +169,30 @@ class FixedPoint:
         ids.scatter_(1, place, drawn)
         return Entries(ids, torch.zeros_like(tail_len), tail_len, counts.to(torch.uint8))
 
-    def _take_head(self, logits: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids of at least ``unit``, int64 [T, most], ordered; takes them out of the sums."""
+    def _find_head(self, logits: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows, rising, and ids, int64 [n] each, of what is at least ``unit``, or of the top id."""
         # A block that sums to less holds none.
         row, block = (self._sums >= unit).nonzero(as_tuple=True)
-        found, place = (self._parts[row, block] >= unit).nonzero(as_tuple=True)
-        row, ids = row[found], block[found] * self._parts.shape[2] + place
-        counts = torch.bincount(row, minlength=len(logits))
-        without = (counts == 0).nonzero().squeeze(1)
-        if len(without):
-            first, _ = ordered_topk(logits[without], 1)
-            row, order = torch.cat((row, without)).sort(stable=True)
-            ids = torch.cat((ids, first.squeeze(1)))[order]
-            counts[without] = 1
-        self._take_out(row, ids)
-        starts = counts.cumsum(dim=0) - counts
-        place = torch.arange(len(row), device=row.device) - starts[row]
-        width = int(counts.max())
-        keys = torch.full((len(logits), width), _NO_KEY, device=row.device)
-        keys[row, place] = sort_keys(logits[row, ids], ids)
-        kept = torch.arange(width, device=row.device) < counts[:, None]
-        return ids_of_keys(keys.sort(dim=1).values).masked_fill_(~kept, 0), counts
+        found, place = (self._blocks(row, block) >= unit).nonzero(as_tuple=True)
+        row, ids = row[found], block[found] * self._depth + place
+        is_without = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        is_without[row] = False
+        without = is_without.nonzero().squeeze(1)
+        if not len(without):
+            return row, ids
+        first, _ = ordered_topk(logits[without], 1)
+        row, order = torch.cat((row, without)).sort(stable=True)
+        return row, torch.cat((ids, first.squeeze(1)))[order]
 
-    def _take_out(self, row: torch.Tensor, ids: torch.Tensor) -> None:
-        depth = self._parts.shape[2]
-        block = ids // depth
-        taken = self._parts[row, block, ids % depth]
-        self._parts[row, block, ids % depth] = 0
-        self._sums.index_put_((row, block), -taken, accumulate=True)
+    def _blocks(self, row: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+        """Probabilities of blocks, int64 [n, D], in fixed point; 0 behind the vocabulary."""
+        vocab_size = self._probs.shape[1]
+        if vocab_size % self._depth == 0:
+            blocks = self._probs.view(-1, self._depth)
+            return _fixed(blocks.index_select(0, row * self._num_blocks + block))
+        ids = block[:, None] * self._depth + torch.arange(self._depth, device=block.device)
+        probs = self._probs[row[:, None], ids.clamp(max=vocab_size - 1)]
+        return _fixed(probs.masked_fill_(ids >= vocab_size, 0.0))
 
     def _ids_at(
         self,
@@ -165,9 +205,31 @@ class FixedPoint:
 
         Points beyond the end, and those of rows that hold NaN, give ids that mean nothing.
         """
-        num_blocks, depth = self._parts.shape[1:]
-        block = torch.searchsorted(ends, points, right=True).clamp_(max=num_blocks - 1)[row, place]
+        block = torch.searchsorted(ends, points, right=True)
+        block = block.clamp_(max=self._num_blocks - 1)[row, place]
         into = points[row, place] - ends[row, block] + self._sums[row, block]
-        running = self._parts[row, block].cumsum(dim=1)
-        index = (running <= into[:, None]).sum(dim=1).clamp_(max=depth - 1)
-        return (block * depth + index).clamp_(max=self._vocab_size - 1)
+        running = self._blocks(row, block).cumsum(dim=1)
+        index = (running <= into[:, None]).sum(dim=1).clamp_(max=self._depth - 1)
+        return (block * self._depth + index).clamp_(max=self._probs.shape[1] - 1)
+
+
+def _fixed(probs: torch.Tensor) -> torch.Tensor:
+    """int64, rounded down, as the sums have them."""
+    return (probs * float(ONE)).long()
+
+
+def _ordered(
+    logits: torch.Tensor, row: torch.Tensor, ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of rows, rising, as a matrix in the order of a head; and how many each row has.
+
+    Returns:
+        int64 [T, most], 0 behind the end; int64 [T].
+    """
+    counts = torch.bincount(row, minlength=len(logits))
+    place = torch.arange(len(row), device=row.device) - (counts.cumsum(dim=0) - counts)[row]
+    slots = torch.arange(int(counts.max()), device=row.device)
+    keys = torch.full((len(logits), len(slots)), _NO_KEY, device=row.device)
+    keys[row, place] = sort_keys(logits[row, ids], ids)
+    kept = slots < counts[:, None]
+    return ids_of_keys(keys.sort(dim=1).values).masked_fill_(~kept, 0), counts

@@ -28,18 +28,42 @@ def make_rows(
         targets = torch.from_numpy(row[span_targets(flat)])
         logits = torch.from_numpy(rng.normal(size=(len(targets), VOCAB_SIZE))).float() * scale
         logits[:, VOCAB_SIZE - forbidden :] = -torch.inf
-        columns = label_logits(logits, targets, record)
+        per_position = record.draws if record.kind == "sampled" else 1
+        uniforms = rng.random((len(targets), per_position)) if record.has_draws else None
+        columns = label_logits(logits, targets, record, uniforms)
         labels.append(RowLabels(*(None if c is None else c.numpy() for c in columns)))
     keys = rng.integers(0, 256, (2, len(tokens), 16), dtype=np.uint8)
     return assemble_rows(keys[0], keys[1], tokens, spans, labels, record), labels
 
 
+@pytest.mark.parametrize("kind", ["topk", "topp", "threshold", "sampled"])
 @pytest.mark.parametrize("bits", [10, 6, 3])
 @pytest.mark.parametrize("scale", [0.01, 3.0, 40.0])
-def test_rows_satisfy_the_record(bits: int, scale: float) -> None:
-    record = RecordSpec(kind="topk", k=32, temperatures=(0.5, 2.0), logprob_bits=bits)
+def test_rows_satisfy_the_record(kind: str, bits: int, scale: float) -> None:
+    record = RecordSpec(kind=kind, temperatures=(0.5, 2.0), logprob_bits=bits)
     rows, _ = make_rows(record, scale)
     validate(rows, record, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("kind", ["topp", "threshold", "sampled"])
+def test_entries_are_those_that_are_used(kind: str) -> None:
+    record = RecordSpec(kind=kind)
+    rows, labels = make_rows(record, forbidden=30)
+    validate(rows, record, VOCAB_SIZE)
+    at = 0
+    for row in labels:
+        for j in range(row.num_labels):
+            count = int(row.head_len[j] + row.tail_len[j])
+            assert rows.entry_offsets is not None
+            part = slice(rows.entry_offsets[at], rows.entry_offsets[at + 1])
+            np.testing.assert_array_equal(rows.entry_ids[part], row.entry_ids[j, :count])
+            np.testing.assert_allclose(
+                rows.entry_logprobs[part], row.entry_logprobs[j, :count], rtol=2**-10
+            )
+            if row.entry_counts is not None:
+                np.testing.assert_array_equal(rows.entry_counts[part], row.entry_counts[j, :count])
+            at += 1
+    assert at == rows.num_labels
 
 
 def test_values_and_order() -> None:
