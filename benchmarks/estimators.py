@@ -179,7 +179,7 @@ class _Errors:
     def bias(self) -> float:
         """Norm of the mean error without what is left of the variance in it, relative."""
         squared = self._apart / self._scale - self.variance / self._count
-        return max(0.0, squared) ** 0.5
+        return float(max(0.0, squared) ** 0.5)
 
     @property
     def _apart(self) -> float:

@@ -149,7 +149,8 @@ class _Entries:
 
 def _changed_entries(rows: LabelRows, have: RecordSpec, want: RecordSpec) -> dict[str, Any]:
     """The columns of entries that are others in `want`."""
-    if have.kind == want.kind == "sampled" or (have.kind == "threshold" and have.tau == want.tau):
+    shared = {name: getattr(want, name) for name in ("temperatures", "entropy", "logprob_bits")}
+    if have.model_copy(update=shared).identity() == want.identity():
         return {}
     entries = _entries(rows)
     if want.kind == "threshold":
