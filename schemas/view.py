@@ -162,7 +162,6 @@ def build_view(
         StoreError: a run has no closed roster, or a row of it is no longer in the label set; or a
             label set does not hold what `record` promises.
     """
-    promised = [_promise(label_set, record) for label_set, _ in label_sets]
     indices = [label_set.index() for label_set, _ in label_sets]
     parts = [
         _rows_of_run(number, label_set, run, index)
@@ -180,7 +179,7 @@ def build_view(
             run=run,
             accounts=read_accounts(label_set, run),
             shards=_pinned(label_set, table.filter(pc.field("label_set") == number)),
-            record=promised[number],
+            record=_promise(label_set, record),
         )
         for number, (label_set, run) in enumerate(label_sets)
     ]
