@@ -193,13 +193,13 @@ def _bit_packed(rows: LabelRows, record: RecordSpec) -> float:
     """Bytes of the same content with as many bits as each value needs, and no compression."""
     id_bits = math.ceil(math.log2(VOCAB_SIZE))
     logprob_bits = 5 + record.logprob_bits  # no sign: it is never positive
-    num_entries = len(rows.entry_ids)
+    assert rows.entry_offsets is not None
     num_draws = 0 if rows.entry_counts is None else len(rows.entry_counts)
     count_bits = math.ceil(math.log2(record.draws + 1)) if num_draws else 0
-    length_bits = math.ceil(math.log2(1 + int((rows.head_len + rows.tail_len).max())))
+    length_bits = math.ceil(math.log2(1 + int(np.diff(rows.entry_offsets).max())))
     lengths = 0 if record.kind == "topk" else 2 * length_bits
     label_bits = lengths + 2 * logprob_bits + id_bits  # tail, target and its rank
-    bits = num_entries * (id_bits + logprob_bits) + num_draws * count_bits
+    bits = rows.num_entries * (id_bits + logprob_bits) + num_draws * count_bits
     return (bits + rows.num_labels * label_bits + rows.num_tokens * id_bits) / 8
 
 
