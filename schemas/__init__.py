@@ -13,6 +13,12 @@ The way through the package:
 ``label_set``  a folder of committed units
 ``roster``     what a run read, and its accounts
 ``view``       rows of label sets chosen for training
+``view_make``  views by choice: filter (``view_filter``), hold out, mix, sample
+``verify``     shows that a label set is what its manifests say, or lists what is not
+``garbage``    what no manifest names
+``listing``    every label set below a URL
+``sample``     a seeded sample of labels, for people to look at
+``export_labels``  labels in the layouts of other trainers
 
 Nothing here imports torch, Ray or vLLM.
 """

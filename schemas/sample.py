@@ -57,7 +57,9 @@ def distributions(groups: list[SampledGroup]) -> dict[str, Floats]:
             "entries a label": [np.diff(_have(r.entry_offsets)) for r in rows],
             "of the head": [_have(r.head_len) for r in rows],
             "of draws": [_have(r.tail_len) for r in rows],
-            "covered mass": [-np.expm1(_have(r.tail_logmass).astype(np.float64)) for r in rows],
+            "covered mass": [
+                0.0 - np.expm1(_have(r.tail_logmass).astype(np.float64)) for r in rows
+            ],
             "target logprob": [_have(r.target_logprob) for r in rows],
             "target rank": [_have(r.target_rank) for r in rows],
         }

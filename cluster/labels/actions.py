@@ -187,7 +187,7 @@ class _Progress:
 
     def show(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if now - self._shown < 2.0 or not done:
+        if now - self._shown < 2.0 or not 0 < done < total:
             return
         self._shown = now
         left = (now - self._started) * (total - done) / done
