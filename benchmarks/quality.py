@@ -28,6 +28,7 @@ from trainer.config import TrainConfig
 from trainer.evaluate_config import EvaluateConfig
 from trainer.launch import run_train_job
 
+UNIT_ROWS = 4
 MEASURES = {"ce": "cross_entropy", "kl": "kl_to_teacher", "ece": "ece"}
 
 
@@ -90,7 +91,9 @@ def _label(out: Path, config: str, target: str, *more: str) -> LabelSummary:
         f"view={out}/views/{config}_{target}",
         f"corpus.path={out}/corpus/students",
         f"record={TARGETS[target].record}",
-        "run.unit_rows=32",  # units of the full distribution are large
+        # So small that a unit is one row group whatever is kept of a position: the order of
+        # training goes by row groups, and is to be the same for all.
+        f"run.unit_rows={UNIT_ROWS}",
         *more,
     ]
     return run_label_job(load_toml(str(EXAMPLES / f"{config}.toml"), LabelConfig, overrides))
