@@ -1,6 +1,7 @@
 """Labels of positions in the three arrays that vLLM's engine carries home from its workers."""
 
-from typing import NamedTuple
+from dataclasses import fields
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,20 +61,36 @@ def pack(labels: PositionLabels) -> Packed:
 
 
 def unpack(packed: Packed, record: RecordSpec) -> RowLabels:
-    """The labels that were packed, as views of the arrays."""
+    """The labels that were packed, as views of the arrays; copies where most slots are empty."""
     integers, values = np.asarray(packed.integers), np.asarray(packed.floats)
     width = values.shape[1] - _num_extra(record)
+    head_len, tail_len = integers[:, width], integers[:, width + 1]
+    used = int((head_len + tail_len).max(initial=0))
+    # With a small tau, all labels of a unit would take a hundred times what is in them.
+    entries = slice(width if 2 * used > width else used)
     extra = values[:, width:]
     lse_at = 2 + int(record.entropy)
-    return RowLabels(
-        entry_ids=integers[:, :width],
-        entry_logprobs=values[:, :width],
-        head_len=integers[:, width],
-        tail_len=integers[:, width + 1],
-        entry_counts=integers[:, width + 2 :] if record.kind == "sampled" else None,
+    labels = RowLabels(
+        entry_ids=integers[:, entries],
+        entry_logprobs=values[:, entries],
+        head_len=head_len,
+        tail_len=tail_len,
+        entry_counts=integers[:, width + 2 :][:, entries] if record.kind == "sampled" else None,
         tail_logmass=extra[:, 0],
         target_logprob=extra[:, 1],
         target_rank=np.asarray(packed.ranks),
         entropy=extra[:, 2] if record.entropy else None,
         lse=extra[:, lse_at:] if record.temperatures else None,
     )
+    return labels if 2 * used > width else _copied(labels)
+
+
+def _copied(labels: RowLabels) -> RowLabels:
+    """The same labels, without the arrays that they are views of."""
+    columns: dict[str, Any] = {
+        field.name: None
+        if getattr(labels, field.name) is None
+        else getattr(labels, field.name).copy()
+        for field in fields(labels)
+    }
+    return RowLabels(**columns)
