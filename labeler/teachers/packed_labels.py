@@ -1,6 +1,6 @@
 """Labels of positions in the three arrays that vLLM's engine carries home from its workers."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -64,7 +64,7 @@ def pack(labels: PositionLabels) -> Packed:
 
 
 def unpack(packed: Packed, record: RecordSpec, audited: npt.NDArray[np.int64]) -> RowLabels:
-    """The labels that were packed, as views of the arrays.
+    """The labels that were packed, as views of the arrays; copies where most slots are empty.
 
     Args:
         packed: of N positions and A audits.
@@ -74,19 +74,25 @@ def unpack(packed: Packed, record: RecordSpec, audited: npt.NDArray[np.int64]) -
     count = len(packed.ranks) - len(audited)
     width = packed.floats.shape[1] - _num_extra(record)
     integers, values = np.asarray(packed.integers)[:count], np.asarray(packed.floats)[:count]
-    audit = np.asarray(packed.floats)[count:, : width + 2]
+    head_len, tail_len = integers[:, width], integers[:, width + 1]
+    used = int((head_len + tail_len).max(initial=0))
+    # With a small tau, all labels of a unit would take a hundred times what is in them.
+    entries = slice(width if 2 * used > width else used)
     extra = values[:, width:]
     lse_at = 2 + int(record.entropy)
-    return RowLabels(
-        entry_ids=integers[:, :width],
-        entry_logprobs=values[:, :width],
-        head_len=integers[:, width],
-        tail_len=integers[:, width + 1],
-        entry_counts=integers[:, width + 2 :] if record.kind == "sampled" else None,
-        tail_logmass=extra[:, 0],
-        target_logprob=extra[:, 1],
-        target_rank=np.asarray(packed.ranks)[:count],
-        entropy=extra[:, 2] if record.entropy else None,
-        lse=extra[:, lse_at:] if record.temperatures else None,
-        audit=audit_of(audited, audit) if len(audited) else None,
+    columns: tuple[Any, ...] = (
+        integers[:, entries],
+        values[:, entries],
+        head_len,
+        tail_len,
+        integers[:, width + 2 :][:, entries] if record.kind == "sampled" else None,
+        extra[:, 0],
+        extra[:, 1],
+        np.asarray(packed.ranks)[:count],
+        extra[:, 2] if record.entropy else None,
+        extra[:, lse_at:] if record.temperatures else None,
     )
+    audit = np.asarray(packed.floats)[count:, : width + 2].copy()
+    if 2 * used <= width:
+        columns = tuple(None if column is None else column.copy() for column in columns)
+    return RowLabels(*columns, audit_of(audited, audit) if len(audited) else None)

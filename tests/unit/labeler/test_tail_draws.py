@@ -7,6 +7,7 @@ from label_oracle import entries_of, probs_at
 
 from labeler import label_head, tail_draws
 from labeler.label_head import PositionLabels, label_logits
+from labeler.teachers.packed_labels import empty_packed, pack, unpack
 from schemas.spec import RecordSpec
 
 HIGHEST = 1 - 2.0**-53
@@ -243,6 +244,24 @@ def test_draws_of_a_large_vocabulary_whose_float32_sum_is_not_one() -> None:
         assert ids[3] == 151_936
         for u, found in zip((0.25, 0.5), ids[1:3], strict=True):
             np.testing.assert_allclose(ends[found], u, atol=1e-5)
+
+
+@names
+@pytest.mark.parametrize("scale", [0.01, 9.0])
+def test_labels_travel_packed(record: RecordSpec, scale: float) -> None:
+    labels = label_logits(make_logits(9, 700, scale), torch.arange(9), record, numbers(record, 9))
+    row = unpack(pack(labels), record)
+    empty = empty_packed(9, record, 700)
+    assert [part.shape for part in empty] == [part.shape for part in pack(labels)]
+    assert [part.dtype for part in empty] == [part.dtype for part in pack(labels)]
+    for name, column in labels._asdict().items():
+        mine = getattr(row, name)
+        assert (mine is None) == (column is None), name
+        if column is not None and column.ndim == 2 and name != "lse":
+            assert (column[:, mine.shape[1] :] == 0).all(), name
+            column = column[:, : mine.shape[1]]
+        if column is not None:
+            np.testing.assert_array_equal(mine, column.numpy(), err_msg=name)
 
 
 def test_no_positions() -> None:
