@@ -95,4 +95,5 @@ def unpack(packed: Packed, record: RecordSpec, audited: npt.NDArray[np.int64]) -
     audit = np.asarray(packed.floats)[count:, : width + 2].copy()
     if 2 * used <= width:
         columns = tuple(None if column is None else column.copy() for column in columns)
-    return RowLabels(*columns, audit_of(audited, audit) if len(audited) else None)
+    columns += (audit_of(audited, audit) if len(audited) else None,)
+    return RowLabels(*columns)
