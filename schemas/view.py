@@ -239,12 +239,25 @@ def _promise(label_set: LabelSet, record: RecordSpec | None) -> RecordSpec | Non
     return record
 
 
-def _rows_of_run(number: int, label_set: LabelSet, run: str, index: pa.Table) -> pa.Table:
-    """The rows of one run in the schema VIEW, in the order of the index."""
-    roster = read_roster(label_set, run)
-    chosen = roster.filter(
-        pc.is_in(roster.column("disposition"), pa.array([LABELLED, REUSED]))
-    ).select(["row_key", "source"])
+def labelled_rows(
+    label_set: LabelSet, run: str, roster: pa.Table, index: pa.Table
+) -> tuple[pa.Table, pa.Table]:
+    """The labelled rows of a run, in the order of the label set's index.
+
+    Args:
+        label_set: the label set.
+        run: for the message.
+        roster: of the run, perhaps with more columns.
+        index: of the label set.
+
+    Returns:
+        Their rows of the index, and those of the roster.
+
+    Raises:
+        StoreError: a row of the run is no longer in the label set.
+    """
+    taken = pc.is_in(roster.column("disposition"), pa.array([LABELLED, REUSED]))
+    chosen = roster.filter(taken)
     places = find_keys(key_array(index, "row_key"), key_array(chosen, "row_key"))
     gone = int((places < 0).sum())
     if gone:
@@ -253,9 +266,14 @@ def _rows_of_run(number: int, label_set: LabelSet, run: str, index: pa.Table) ->
             "dropped; label the corpus again"
         )
     order = np.argsort(places)
-    rows = index.take(pa.array(places[order]))
+    return index.take(pa.array(places[order])), chosen.take(pa.array(order))
+
+
+def _rows_of_run(number: int, label_set: LabelSet, run: str, index: pa.Table) -> pa.Table:
+    """The rows of one run in the schema VIEW, in the order of the index."""
+    rows, chosen = labelled_rows(label_set, run, read_roster(label_set, run), index)
     columns = {name: rows.column(name) for name in rows.column_names}
-    columns["source"] = chosen.column("source").take(pa.array(order))
+    columns["source"] = chosen.column("source")
     columns["label_set"] = pa.array(np.full(len(rows), number, np.int16))
     columns["weight"] = pa.array(np.ones(len(rows), np.float32))
     return pa.table({name: columns[name] for name in VIEW.names}, schema=VIEW)

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from schemas.errors import StoreError
-from schemas.keys import KEY_BYTES, find_keys
+from schemas.keys import KEY_BYTES
 from schemas.label_set import LabelSet
-from schemas.roster import LABELLED, REUSED, read_roster
+from schemas.roster import read_roster
 from schemas.tables import key_array
-from schemas.view import VIEW
+from schemas.view import VIEW, labelled_rows
 
 _EXTRA = (
     pa.field("document", pa.binary(KEY_BYTES), nullable=False),
@@ -85,18 +85,7 @@ def rows_of(number: int, source: RunOfSet, index: pa.Table) -> pa.Table:
     """
     roster = read_roster(source.label_set, source.run)
     roster = roster.append_column("document", _documents(roster))
-    taken = pc.is_in(roster.column("disposition"), pa.array([LABELLED, REUSED]))
-    chosen = roster.filter(taken)
-    places = find_keys(key_array(index, "row_key"), key_array(chosen, "row_key"))
-    gone = int((places < 0).sum())
-    if gone:
-        raise StoreError(
-            f"{source.label_set.url}: {gone} rows of run {source.run} have no labels any more, so "
-            "units were dropped; label the corpus again"
-        )
-    order = np.argsort(places)
-    rows = index.take(pa.array(places[order]))
-    chosen = chosen.take(pa.array(order))
+    rows, chosen = labelled_rows(source.label_set, source.run, roster, index)
     columns: dict[str, Any] = {name: rows.column(name) for name in rows.column_names}
     for name in ("source", "document", "place", "window", "sample", "columns"):
         columns[name] = chosen.column(name)
