@@ -22,7 +22,7 @@ from schemas.spec import RecordSpec
 from schemas.verify import Verified, verify
 
 VOCAB = 60
-SPEC = make_spec(RecordSpec(kind="topk", k=8, temperatures=(2.0,)), VOCAB)
+SPEC = make_spec(RecordSpec(kind="threshold", tau=0.05, temperatures=(2.0,)), VOCAB)
 LEAVES = SPEC.record.columns
 
 
