@@ -183,6 +183,11 @@ def _position_kl(logits: Tensor, targets: SparseTargets, j: int, loss: LossConfi
     log_q = torch.log_softmax(logits, 0)
     off = torch.ones_like(logits, dtype=torch.bool)
     off[ids] = False
+    if loss.kind in ("reverse_kl", "jsd", "skew_kl", "tvd"):
+        tail_q = torch.logsumexp(log_q[off], 0) if off.any() else log_q.new_tensor(-torch.inf)
+        return _divergence(
+            torch.cat([w, tail.clamp(min=0.0)[None]]), torch.cat([log_q[ids], tail_q[None]]), loss
+        )
     if loss.kind == "truncated":
         return (torch.xlogy(w, w) - w * log_q[ids]).sum()
     if loss.kind == "renormalised":
@@ -192,6 +197,25 @@ def _position_kl(logits: Tensor, targets: SparseTargets, j: int, loss: LossConfi
     if tail > 1e-12:
         kl = kl + tail * (tail.log() - torch.logsumexp(log_q[off], 0))
     return kl
+
+
+def _divergence(p: Tensor, log_q: Tensor, loss: LossConfig) -> Tensor:
+    """Of two distributions over the same few outcomes, the last of which is the bucket."""
+    q = log_q.exp()
+    if loss.kind == "tvd":
+        return (p - q).abs().sum() / 2
+    if loss.kind == "reverse_kl":
+        return _kl(q, p.clamp(min=1e-6))
+    if loss.kind == "skew_kl":
+        return _kl(p, loss.skew * p + (1 - loss.skew) * q)
+    mixture = loss.beta * p + (1 - loss.beta) * q
+    return loss.beta * _kl(p, mixture) + (1 - loss.beta) * _kl(q, mixture)
+
+
+def _kl(a: Tensor, b: Tensor) -> Tensor:
+    """sum a log(a / b) over the outcomes that a has mass at."""
+    held = a > 0
+    return (a[held] * (a[held].log() - b[held].log())).sum()
 
 
 def _position_estimate(

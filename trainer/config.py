@@ -10,7 +10,20 @@ from pydantic import Field, model_validator
 
 from schemas.config import StrictModel
 
-LossKind = Literal["hard", "truncated", "renormalised", "ghost", "forward_kl"]
+LossKind = Literal[
+    "hard",
+    "truncated",
+    "renormalised",
+    "ghost",
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_kl",
+    "tvd",
+]
+
+# The kinds of loss that a field means something for; the other fields of it mean it for all.
+_OWN_LOSS_FIELDS: dict[str, str] = {"beta": "jsd", "skew": "skew_kl"}
 
 
 class StudentConfig(StrictModel):
@@ -48,10 +61,20 @@ class LossConfig(StrictModel):
     kind: LossKind = Field(
         "forward_kl",
         description="hard uses the tokens alone, never the teacher; forward_kl is the unbiased "
-        "target of labels with draws (sampled, threshold)",
+        "target of labels with draws (sampled, threshold); reverse_kl, jsd, skew_kl and tvd "
+        "compare the cached ids and one bucket for all others",
     )
     alpha: float = Field(1.0, ge=0.0, le=1.0, description="weight of the distillation term")
     temperature: float = Field(1.0, gt=0.0, description="distillation temperature T")
+    beta: float = Field(
+        0.5,
+        gt=0.0,
+        lt=1.0,
+        description="jsd: the teacher's share of the mixture, and the weight of its side",
+    )
+    skew: float = Field(
+        0.1, gt=0.0, lt=1.0, description="skew_kl: the teacher's share of the mixture"
+    )
     approximate_temperature: bool = Field(
         False,
         description="forward_kl: where T is above the temperature that draws were made at, take "
@@ -68,6 +91,17 @@ class LossConfig(StrictModel):
                 f'loss.temperature = {self.temperature} has no meaning with loss.kind = "hard"; '
                 "remove it or choose a target that uses the teacher"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _own_fields(self) -> Self:
+        for name, kind in _OWN_LOSS_FIELDS.items():
+            value = getattr(self, name)
+            if self.kind != kind and value != LossConfig.model_fields[name].default:
+                raise ValueError(
+                    f'loss.{name} = {value} means something for loss.kind = "{kind}" only, but '
+                    f'loss.kind is "{self.kind}"; remove it'
+                )
         return self
 
 

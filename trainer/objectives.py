@@ -17,11 +17,13 @@ With w the teacher's probabilities on S, m its mass off S and P = 1 - m:
 | renormalised | sum w/P (log w/P - log q)               | q - w/P        | r     |
 | ghost        | sum w (log w - log q) + m log(m / r)    | q - w          | r - m |
 | forward_kl   | sum w (log p - log q), w from draws     | W q - w        | W r   |
+| divergences  | sum over S and the bucket               | q (g - gbar)   | r (g_b - gbar) |
 
+The last line is `trainer.divergences`: reverse_kl, jsd, skew_kl and tvd.
 forward_kl is the target of Random Sampling KD (arXiv 2503.16870, section 3) with the weights of
 `trainer.teacher_weights`: w estimates the teacher's p id by id, W = sum w has mean one, and loss
 and gradient (q W - w at every id) are, in expectation, those of the KL to the full distribution.
-On labels with draws, S of the other three is the head and the distinct draws, each with its own p.
+On labels with draws, S of all others is the head and the distinct draws, each with its own p.
 
 The truncated and forward_kl losses may be negative at a position; they are reported as they are.
 """
@@ -33,6 +35,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import LossConfig
+from trainer.divergences import DIVERGENCES, Masses, terms
 from trainer.loss_checks import objective
 from trainer.segments import Segments
 from trainer.targets import SparseTargets
@@ -80,6 +83,8 @@ def pull_of(targets: SparseTargets, loss: LossConfig, student: StudentPartition)
             teacher_estimate(targets, loss.temperature, student.segments, dtype), student
         )
     partition = teacher_partition(targets, loss.temperature, student.segments, dtype)
+    if kind in DIVERGENCES:
+        return divergence(partition, student, loss)
     return PARTITION_TARGETS[kind](partition, student)
 
 
@@ -120,6 +125,21 @@ def forward_kl(teacher: TeacherEstimate, student: StudentPartition) -> Pull:
     loss = segments.sum(_cross(teacher.weights, teacher.log_probs - student.log_entries))
     gradient = (segments.spread(total) * student.log_entries.exp()).sub_(teacher.weights)
     return Pull(loss, gradient, total * student.log_tail.exp())
+
+
+def divergence(teacher: TeacherPartition, student: StudentPartition, loss: LossConfig) -> Pull:
+    """The divergence of `trainer.divergences` that `loss` names, on S and the bucket."""
+    segments = student.segments
+    entries = Masses.of(teacher.log_weights(segments), student.log_entries)
+    tail_q = student.log_tail.exp()
+    tail = Masses(teacher.tail, teacher.log_tail, tail_q, student.log_tail)
+    at_entries, at_tail = terms(entries, loss), terms(tail, loss)
+    mean_slope = segments.sum(entries.q * at_entries.slope) + tail_q * at_tail.slope
+    return Pull(
+        segments.sum(at_entries.value) + at_tail.value,
+        entries.q * (at_entries.slope - segments.spread(mean_slope)),
+        tail_q * (at_tail.slope - mean_slope),
+    )
 
 
 def _cross(weights: Tensor, log_ratio: Tensor) -> Tensor:

@@ -40,7 +40,9 @@ records = st.one_of(
 )
 losses = st.builds(
     LossConfig,
-    kind=st.sampled_from(["truncated", "renormalised", "ghost"]),
+    kind=st.sampled_from(
+        ["truncated", "renormalised", "ghost", "reverse_kl", "jsd", "skew_kl", "tvd"]
+    ),
     alpha=st.sampled_from([0.0, 0.25, 1.0]),
     temperature=st.sampled_from([1.0, *TEMPERATURES]),
     chunk_tokens=st.integers(1, 13),

@@ -47,6 +47,10 @@ def test_the_written_out_configuration_reads_back_the_same(tmp_path: Path) -> No
         (["student.path="], "student.path"),
         (["loss.kind=hard", "loss.temperature=2.0"], "loss.temperature"),
         (["loss.alpha=1.5"], "loss.alpha"),
+        (["loss.kind=jsd", "loss.beta=1.0"], "loss.beta"),
+        (["loss.kind=skew_kl", "loss.beta=0.3"], "loss.beta"),
+        (["loss.kind=jsd", "loss.skew=0.3"], "loss.skew"),
+        (["loss.skew=0.3"], "loss.skew"),
         (["schedule.warmup_steps=3", "schedule.warmup_ratio=0.1"], "schedule.warmup_ratio"),
         (["deepspeed.zero_stage=4"], "deepspeed.zero_stage"),
         (["data.sequence_per_step=4"], "sequences_per_step"),
@@ -55,6 +59,13 @@ def test_the_written_out_configuration_reads_back_the_same(tmp_path: Path) -> No
 def test_a_wrong_value_is_named(tmp_path: Path, overrides: list[str], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         load(tmp_path, *overrides)
+
+
+@pytest.mark.parametrize(("kind", "field"), [("jsd", "beta"), ("skew_kl", "skew")])
+def test_a_divergence_takes_its_own_field(tmp_path: Path, kind: str, field: str) -> None:
+    config = load(tmp_path, f"loss.kind={kind}", f"loss.{field}=0.3")
+    assert getattr(config.loss, field) == 0.3
+    assert load(tmp_path, text=dump_toml(config)) == config
 
 
 def test_a_student_from_a_config_needs_a_tokenizer(tmp_path: Path) -> None:
