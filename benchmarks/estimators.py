@@ -41,6 +41,7 @@ from benchmarks.demo_positions import Positions, teacher_positions
 from labeler.label_head import PositionLabels, label_logits
 from schemas.draws import uniforms
 from schemas.record import round_logprobs
+from schemas.rounding import FLOAT16_BITS
 from schemas.spec import RecordSpec
 from trainer.config import LossConfig
 from trainer.objectives import StudentPartition, pull_of
@@ -231,19 +232,19 @@ def _as_targets(labels: PositionLabels, target_ids: Tensor, record: RecordSpec) 
         token_ids=target_ids,
         weights=torch.ones(len(target_ids)),
         entry_ids=labels.entry_ids[used],
-        entry_logprobs=_stored(labels.entry_logprobs[used], record),
+        entry_logprobs=_stored(labels.entry_logprobs[used], record.logprob_bits),
         entry_bounds=bounds,
         entry_offsets=bounds,
         entry_draws=draws,
-        tail_logmass=_stored(labels.tail_logmass, record),
-        lse=None if labels.lse is None else _stored(labels.lse, record),
+        tail_logmass=_stored(labels.tail_logmass, record.logprob_bits),
+        lse=None if labels.lse is None else _stored(labels.lse, FLOAT16_BITS),
         record=record,
         num_ids=1 + int(labels.entry_ids.max()),
     )
 
 
-def _stored(values: Tensor, record: RecordSpec) -> Tensor:
-    return torch.from_numpy(round_logprobs(values.numpy(), record.logprob_bits))
+def _stored(values: Tensor, bits: int) -> Tensor:
+    return torch.from_numpy(round_logprobs(values.numpy(), bits))
 
 
 def _root(function: Callable[[float], float], wanted: float, low: float, high: float) -> float:
