@@ -28,7 +28,6 @@ from trainer.config import TrainConfig
 from trainer.evaluate_config import EvaluateConfig
 from trainer.launch import run_train_job
 
-UNIT_ROWS = 4
 MEASURES = {"ce": "cross_entropy", "kl": "kl_to_teacher", "ece": "ece"}
 
 
@@ -91,9 +90,9 @@ def _label(out: Path, config: str, target: str, *more: str) -> LabelSummary:
         f"view={out}/views/{config}_{target}",
         f"corpus.path={out}/corpus/students",
         f"record={TARGETS[target].record}",
-        # So small that a unit is one row group whatever is kept of a position: the order of
-        # training goes by row groups, and is to be the same for all.
-        f"run.unit_rows={UNIT_ROWS}",
+        # The order of training goes by row groups. A unit of one row is one row group whatever is
+        # kept of a position, so that the order is the same for all targets.
+        "run.unit_rows=1",
         *more,
     ]
     return run_label_job(load_toml(str(EXAMPLES / f"{config}.toml"), LabelConfig, overrides))
@@ -106,6 +105,7 @@ def _train(out: Path, target: str, labels: str, seed: int) -> None:
         f"loss={TARGETS[target].loss}",
         f"student.seed={seed}",
         f"data.seed={seed}",
+        "data.window_row_groups=64",
     ]
     run_train_job(load_toml(str(EXAMPLES / "train_kd.toml"), TrainConfig, overrides))
 
