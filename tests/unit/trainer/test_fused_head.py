@@ -128,7 +128,8 @@ def test_lower_precisions_stay_close_to_float64(record, kind, temperature, alpha
     tolerance = exact if dtype == torch.float32 else 2e-2
     for ours, theirs in zip(gradients(total, *low), gradients(expected, *high), strict=True):
         assert ours.dtype == dtype
-        assert (ours.double() - theirs).abs().max() < tolerance * theirs.abs().max()
+        # 1e-6: what float32 leaves of a softmax, where the gradient itself is small.
+        assert (ours.double() - theirs).abs().max() < tolerance * theirs.abs().max() + 1e-6
 
 
 def test_many_chunks_do_not_drift_in_bfloat16():

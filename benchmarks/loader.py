@@ -1,0 +1,110 @@
+"""From Parquet shards to packed batches, on one core: `python -m benchmarks.loader`.
+
+A label set of the demo teacher's labels on real text is written, then read for an epoch by the
+trainer's own loader, as training reads it: planned, decoded row group by row group with checksums
+verified, gathered, packed and made into tensors. Nothing is decoded before the clock starts.
+
+The loader's threads are held on one core; tokens/s are those of CPU seconds, of all threads, so
+that a busy machine does not matter. Tokens are those of the rows, without padding. The system's
+file cache is warm.
+
+JSON: `tokens_per_s_per_core` by kind of record.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.demo_labels import real_rows
+from benchmarks.label_views import TOPK, make_view, threshold_record
+from schemas.config import validated
+from schemas.view import View
+from trainer.config import TrainConfig
+from trainer.loader import Loader
+from trainer.plan import LoaderState, count_steps, read_row_table
+
+TEACHER_VOCABULARY = 4096
+LABELS_ONCE = 20_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__)
+    parser.add_argument("--json", metavar="PATH", help="also write the figures there")
+    parser.add_argument("--labels", type=int, default=600_000, help="labels to read, about")
+    parser.add_argument("--repeats", type=int, default=5, help="epochs read, each from nothing")
+    args = parser.parse_args()
+    rows = real_rows(min(LABELS_ONCE, args.labels))
+    copies = max(1, args.labels // rows.num_labels)
+    figures: dict[str, Any] = {"tokens_per_s_per_core": {}, "details": {}}
+    for name, record in (("topk_64", TOPK), ("threshold_12", threshold_record(rows))):
+        with tempfile.TemporaryDirectory() as folder:
+            view = make_view(Path(folder), rows, record, copies)
+            measured = _measure(view, args.repeats)
+        figures["tokens_per_s_per_core"][name] = measured["tokens_per_cpu_s"]
+        figures["details"][name] = measured
+        print(
+            f"{name}: {measured['tokens_per_cpu_s'] / 1e6:.2f} M tokens/s of CPU time, "
+            f"{measured['tokens_per_s'] / 1e6:.2f} M of wall time; {measured['num_tokens']} tokens "
+            f"in {measured['num_rows']} rows, {measured['num_row_groups']} row groups"
+        )
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def config(view: View) -> TrainConfig:
+    """A run of one epoch of sequences of 2048 tokens, eight a step."""
+    content: dict[str, Any] = {
+        "run": "unused",
+        "view": view.url,
+        "student": {"config": {"model_type": "llama"}, "tokenizer": "unused"},
+        "loss": {"kind": "forward_kl" if view.records[0].has_draws else "ghost"},
+        "data": {"max_tokens": 2048, "sequences_per_step": 8, "epochs": 1},
+    }
+    return validated(content, TrainConfig, "benchmark")
+
+
+def _measure(view: View, repeats: int) -> dict[str, Any]:
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    torch.set_num_threads(1)
+    try:
+        runs = [_epoch(view) for _ in range(repeats + 1)][1:]
+    finally:
+        os.sched_setaffinity(0, cores)
+    rows = read_row_table(view, config(view).data)
+    num_tokens = int(rows.num_tokens.sum())
+    return {
+        "tokens_per_cpu_s": num_tokens / statistics.median(cpu_s for cpu_s, _ in runs),
+        "tokens_per_s": num_tokens / statistics.median(wall_s for _, wall_s in runs),
+        "num_tokens": num_tokens,
+        "num_rows": len(rows),
+        "num_row_groups": len(rows.groups),
+        "record": view.records[0].identity(),
+    }
+
+
+def _epoch(view: View) -> tuple[float, float]:
+    """CPU and wall seconds of one epoch, from a closed view to the last batch."""
+    job = config(view)
+    rows = read_row_table(view, job.data)
+    num_steps = count_steps(rows, job.data, view.view_hash)
+    start = LoaderState(view_hash=view.view_hash, seed=0, epoch=0, step=0)
+    cpu, wall = time.process_time(), time.perf_counter()
+    loader = Loader(job, view, rows, start, 0, TEACHER_VOCABULARY)
+    try:
+        for _ in range(num_steps):
+            next(loader)
+    finally:
+        loader.close()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+if __name__ == "__main__":
+    main()
