@@ -9,6 +9,9 @@ import numpy.typing as npt
 FLOAT16_BITS = 10
 LOWEST_LOGPROB = -65504.0
 
+CHUNK_VALUES = 1 << 15
+"""Values that are rounded together: few enough that all steps find them in the CPU's cache."""
+
 
 def round_logprobs(x: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.float16]:
     """Rounds to the nearest float16 with `bits` mantissa bits, ties to even.
@@ -24,16 +27,31 @@ def round_logprobs(x: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.floa
     Returns:
         float16 of the same shape, within a relative 2 ** -(bits + 1) of `x`.
     """
-    values = np.maximum(np.asarray(x, np.float32), np.float32(_lowest(bits)))
-    if bits < FLOAT16_BITS:
-        dropped = 23 - bits
-        raw = np.atleast_1d(values).view(np.uint32)
-        half = (1 << (dropped - 1)) - 1 + ((raw >> np.uint32(dropped)) & np.uint32(1))
-        raw = (raw + half.astype(np.uint32)) & np.uint32(~((1 << dropped) - 1) & 0xFFFFFFFF)
-        rounded = raw.view(np.float32).reshape(values.shape)
-        # The mantissa of a NaN may have been emptied, which would have made it an infinity.
-        values = np.where(np.isnan(values), values, rounded)
-    return values.astype(np.float16)
+    values = np.asarray(x, np.float32, order="C")
+    rounded = np.empty(values.shape, np.float16)
+    flat, stored = values.reshape(-1), rounded.reshape(-1)
+    for first in range(0, len(flat), CHUNK_VALUES):
+        part = slice(first, first + CHUNK_VALUES)
+        stored[part] = _cut_mantissas(np.maximum(flat[part], np.float32(_lowest(bits))), bits)
+    return rounded
+
+
+def _cut_mantissas(values: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.float32]:
+    """Rounds values [n] in place to `bits` mantissa bits, ties to even."""
+    if bits >= FLOAT16_BITS:
+        return values
+    # The mantissa of a NaN may be emptied below, which would make it an infinity.
+    undefined = np.isnan(values)
+    dropped = 23 - bits
+    raw = values.view(np.uint32)
+    half = raw >> np.uint32(dropped)
+    half &= np.uint32(1)
+    half += np.uint32((1 << (dropped - 1)) - 1)
+    raw += half
+    raw &= np.uint32(~((1 << dropped) - 1) & 0xFFFFFFFF)
+    if undefined.any():
+        values[undefined] = np.nan
+    return values
 
 
 def _lowest(bits: int) -> float:

@@ -149,6 +149,13 @@ class VllmTeacher:
             results[row] = usable_or_failure(labels)
         return [results[row] for row in range(len(token_ids))]
 
+    def use_record(self, record: RecordSpec) -> None:
+        """Labels by another record from now on; engines are slow to start."""
+        from labeler.teachers import vllm_label_head
+
+        self._on_engine_thread(vllm_label_head.install, self._llm, record)
+        self._record = record
+
     def stock_logprobs(
         self,
         token_ids: Sequence[np.ndarray],

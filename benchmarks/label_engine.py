@@ -1,0 +1,219 @@
+"""One engine, and everything that it is measured on: the child processes of `benchmarks.label`.
+
+A process holds one engine only, and what is compared has to run in one process: prefill, the stock
+paths, ours and the floor take turns, so that a machine that grows slow is slow for all of them.
+"""
+
+import argparse
+import json
+import pickle
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from benchmarks.label_cases import K, make_folder, make_rows, records, shape_of, teacher_config
+from benchmarks.label_units import label_units, make_requests, prompt_requests
+from labeler.teachers.base import RowFailure, RowLabels
+from labeler.teachers.vllm_teacher import VllmTeacher
+from schemas.spec import GenerationSpec, RecordSpec
+
+_CHUNK_ROWS, _CHUNK_ELEMENTS = 256, 2**21
+"""Logits that the floor's product gives at once, as the label head has it."""
+_SLICE_ELEMENTS = 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.label_engine", description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", required=True, help="folder for figures and labels")
+    for name in ("tokens", "row-tokens", "unit-rows", "repeats", "prompts"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    args = parser.parse_args()
+    with TemporaryDirectory() as folder:
+        bench = EngineBenchmark(args, Path(folder))
+        figures = bench.measure()
+        with open(Path(args.out) / f"{args.model}.pickle", "wb") as file:
+            pickle.dump((bench.rows, bench.labels()), file)
+        bench.teacher.close()
+    (Path(args.out) / f"{args.model}.json").write_text(json.dumps(figures), encoding="utf-8")
+
+
+class EngineBenchmark:
+    """An engine with one model, the rows for it, and the ways to run them."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.args = args
+        self.folder = folder
+        config = teacher_config(make_folder(args.model, folder / "model"))
+        self.shape = shape_of(config)
+        self.records = records(args.model)
+        self.teacher = VllmTeacher(config, next(iter(self.records.values())))
+        self.rows = make_rows(args.model, args.tokens, args.row_tokens, self.shape.vocab_size)
+        self.num_tokens = sum(len(tokens) for tokens in self.rows.token_ids)
+        self.generated: list[dict[str, float]] = []
+        self.num_scored = 0
+
+    def measure(self) -> dict[str, Any]:
+        """Medians over repeats in which everything takes its turn."""
+        ways: dict[str, Callable[[], float]] = {
+            "plain": lambda: self._stock(None),
+            "stock_flat": lambda: self._stock(True),
+            "stock_dict": lambda: self._stock(False),
+            "floor": self._floor,
+        }
+        for name, record in self.records.items():
+            ways[name] = lambda record=record: self._ours(record)
+        for name in ("plain", *self.records):  # the first step of each kind is slow
+            ways[name]()
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(self.args.repeats):
+            for name, run in ways.items():
+                seconds[name].append(run())
+            self.generated.append(self._generation())
+        return self._figures(seconds)
+
+    def _figures(self, seconds: dict[str, list[float]]) -> dict[str, Any]:
+        speed = {name: self.num_tokens / statistics.median(seconds[name]) for name in seconds}
+        plain, floor = np.array(seconds["plain"]), np.array(seconds["floor"])
+        kinds = list(self.records)
+        limit = float(np.median(plain / (plain + floor)))
+        # By repeat, and only then the median: a slow repeat is slow for plain prefill too.
+        efficiency = {name: float(np.median(plain / np.array(seconds[name]))) for name in kinds}
+        over = {name: float(np.median((plain + floor) / np.array(seconds[name]))) for name in kinds}
+        return {
+            "plain_tokens_per_s": speed["plain"],
+            "labelled_tokens_per_s": {name: speed[name] for name in kinds},
+            "stock_tokens_per_s": {name: speed[f"stock_{name}"] for name in ("flat", "dict")},
+            "limit": {"gemm": self.shape.gemm_limit, "gemm_and_logsumexp": limit},
+            "efficiency": efficiency,
+            "efficiency_over_limit": over,
+            "generation": {
+                name: statistics.median(one[name] for one in self.generated)
+                for name in self.generated[0]
+            },
+            "num_tokens": self.num_tokens,
+            "vocab_size": self.shape.vocab_size,
+            "seconds": seconds,
+            "provenance": self.teacher.provenance(),
+        }
+
+    def labels(self) -> dict[str, list[RowLabels]]:
+        """Labels of all rows before rounding, by kind of record."""
+        found = {}
+        for name, record in self.records.items():
+            self.teacher.use_record(record)
+            rows = self.rows
+            results = self.teacher.label(rows.token_ids, rows.label_spans, rows.row_keys)
+            found[name] = [one for one in results if isinstance(one, RowLabels)]
+            assert len(found[name]) == len(results)
+        return found
+
+    def _stock(self, flat: bool | None) -> float:
+        """Seconds of prefill: plain (None), or with K candidates in flat lists or dictionaries."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            skip_reading_prefix_cache=True,
+            prompt_logprobs=None if flat is None else K,
+            flat_logprobs=bool(flat),
+        )
+        # The engine is driven as the teacher drives it, on the thread that owns its cores.
+        return self.teacher._on_engine_thread(self._run, params)
+
+    def _run(self, params: Any) -> float:
+        started = time.perf_counter()
+        names = [self.teacher._add(tokens, params) for tokens in self.rows.token_ids]
+        assert not any(isinstance(name, RowFailure) for name in names)
+        for _ in self.teacher._finished([str(name) for name in names]):
+            pass
+        return time.perf_counter() - started
+
+    def _ours(self, record: RecordSpec) -> float:
+        """Seconds from requests to the last manifest."""
+        self.teacher.use_record(record)
+        requests = make_requests(self.rows)
+        return self._committed(requests, record, None)
+
+    def _committed(
+        self, requests: list[Any], record: RecordSpec, generation: GenerationSpec | None
+    ) -> float:
+        batches = [
+            requests[first : first + self.args.unit_rows]
+            for first in range(0, len(requests), self.args.unit_rows)
+        ]
+        with TemporaryDirectory(dir=self.folder) as folder, ThreadPoolExecutor(2) as pool:
+            units = label_units(folder, self.teacher, record, self.shape.vocab_size, generation)
+            started = time.perf_counter()
+            done = list(pool.map(units.label, batches))
+            seconds = time.perf_counter() - started
+        assert not sum(unit.num_quarantined for unit in done)
+        self.num_scored = sum(unit.num_tokens for unit in done)
+        return seconds
+
+    def _floor(self) -> float:
+        """Seconds of what no labeller can do without: the head's product, and its normaliser."""
+        return self.teacher._on_engine_thread(
+            _head_seconds, self.rows.num_labels, self.shape.hidden_size, self.shape.vocab_size
+        )
+
+    def _generation(self) -> dict[str, float]:
+        """Two responses a prompt, generated alone, and generated, scored and committed."""
+        generation = GenerationSpec(n=2, max_tokens=self.args.row_tokens // 4)
+        prompts = [tokens[: self.args.row_tokens // 4] for tokens in self.rows.token_ids]
+        prompts = prompts[: self.args.prompts]
+        requests = prompt_requests(prompts, generation)
+        samples = [requests[first : first + 2] for first in range(0, len(requests), 2)]
+        seeds = [[sample.seed() for sample in pair] for pair in samples]
+        record = next(iter(self.records.values()))
+        self.teacher.use_record(record)
+        started = time.perf_counter()
+        self.teacher.generate(prompts, generation, seeds)
+        alone_s = time.perf_counter() - started
+        both_s = self._committed(requests, record, generation)
+        return {
+            "tokens_per_s": self.num_scored / both_s,
+            "num_tokens": self.num_scored,
+            "n": generation.n,
+            "generate_s": alone_s,
+            "generate_and_score_s": both_s,
+        }
+
+
+def _head_seconds(num_labels: int, hidden_size: int, vocab_size: int) -> float:
+    import torch
+    from torch.nn.functional import linear
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.inference_mode():
+        head = torch.randn(vocab_size, hidden_size, dtype=torch.bfloat16, device=device)
+        hidden = torch.randn(num_labels, hidden_size, dtype=torch.bfloat16, device=device)
+        chunk = max(_CHUNK_ROWS, _CHUNK_ELEMENTS // vocab_size)
+        rows = max(1, _SLICE_ELEMENTS // vocab_size) if device == "cpu" else chunk
+        linear(hidden[:chunk], head)
+        _wait(device)
+        started = time.perf_counter()
+        for first in range(0, num_labels, chunk):
+            for part in linear(hidden[first : first + chunk], head).split(rows):
+                torch.logsumexp(part.float(), dim=-1)
+        _wait(device)
+        return time.perf_counter() - started
+
+
+def _wait(device: str) -> None:
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
