@@ -5,6 +5,7 @@ paths, ours and the floor take turns, so that a machine that grows slow is slow 
 """
 
 import argparse
+import functools
 import json
 import pickle
 import statistics
@@ -68,7 +69,7 @@ class EngineBenchmark:
             "floor": self._floor,
         }
         for name, record in self.records.items():
-            ways[name] = lambda record=record: self._ours(record)
+            ways[name] = functools.partial(self._ours, record)
         for name in ("plain", *self.records):  # the first step of each kind is slow
             ways[name]()
         seconds: dict[str, list[float]] = {name: [] for name in ways}
