@@ -94,7 +94,7 @@ def _epoch(view: View) -> tuple[float, float]:
     """CPU and wall seconds of one epoch, from a closed view to the last batch."""
     job = config(view)
     rows = read_row_table(view, job.data)
-    num_steps = count_steps(rows, job.data, view.view_hash)
+    num_steps = count_steps(rows, job.data)
     start = LoaderState(view_hash=view.view_hash, seed=0, epoch=0, step=0)
     cpu, wall = time.process_time(), time.perf_counter()
     loader = Loader(job, view, rows, start, 0, TEACHER_VOCABULARY)

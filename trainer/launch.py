@@ -45,7 +45,7 @@ def run_train_job(config: TrainConfig, progress: bool = True) -> TrainSummary:
     if note:
         _say(progress, note)
     rows = read_row_table(view, config.data)
-    num_steps = count_steps(rows, config.data, view.view_hash)
+    num_steps = count_steps(rows, config.data)
     _say(
         progress,
         f"{len(rows):,} rows, {int(rows.num_tokens.sum()):,} tokens, {num_steps:,} steps of "

@@ -1,8 +1,10 @@
 """The order of training: which rows every global step reads.
 
-The order is a pure function of the view, the seed and the epoch. World size plays no part in it, so
-a run goes on unchanged on another number of workers. It is made in two levels, because a full
-permutation would decode every row group once for each of its rows:
+The order is a pure function of the view's rows, the seed and the epoch. World size plays no part in
+it, so a run goes on unchanged on another number of workers; nor does what the labels are, so that
+students of two label sets see the same rows in the same order, where these have the same row
+groups. It is made in two levels, because a full permutation would decode every row group once for
+each of its rows:
 
 * The view is cut into *chunks*, contiguous runs of rows of one row group: whole row groups where
   there are many of them, pieces otherwise (``CHUNKS_PER_LANE``).
@@ -29,11 +31,12 @@ import pyarrow as pa
 
 from schemas.config import StrictModel
 from schemas.errors import ConfigError
+from schemas.tables import key_array
 from schemas.view import View
 from trainer.config import DataConfig
 from trainer.packing import Packer
 
-PACKER_VERSION = 1
+PACKER_VERSION = 2
 """Raised whenever the order of rows changes for the same view, seed and epoch."""
 
 CHUNKS_PER_LANE = 16
@@ -70,6 +73,7 @@ class RowTable:
         row: int32 [R], row number within its row group.
         groups: (label set of the view, shard, row group number) of every row group.
         num_dropped: rows left out for being longer than ``data.max_tokens``.
+        order_key: hash of which rows these are, in order; what their labels are plays no part.
     """
 
     num_tokens: Int32s
@@ -79,6 +83,7 @@ class RowTable:
     row: Int32s
     groups: list[tuple[int, str, int]]
     num_dropped: int
+    order_key: str
 
     def __len__(self) -> int:
         return len(self.num_tokens)
@@ -120,12 +125,11 @@ def read_row_table(view: View, data: DataConfig) -> RowTable:
         row=_numpy(table, "row", np.int32)[fits],
         groups=[(int(s), shards[c], int(g)) for s, c, g in places[starts].tolist()],
         num_dropped=num_dropped,
+        order_key=hashlib.sha256(key_array(table, "row_key")[fits].tobytes()).hexdigest()[:32],
     )
 
 
-def epoch_steps(
-    rows: RowTable, data: DataConfig, view_hash: str, epoch: int
-) -> Iterator[list[Int64s]]:
+def epoch_steps(rows: RowTable, data: DataConfig, epoch: int) -> Iterator[list[Int64s]]:
     """The global steps of one epoch.
 
     Yields:
@@ -134,8 +138,8 @@ def epoch_steps(
     """
     empty = np.empty(0, np.int64)
     lanes = [
-        _lane_packs(chunks, rows, data, (view_hash, data.seed, epoch, lane))
-        for lane, chunks in enumerate(deal_chunks(rows, data, view_hash, epoch))
+        _lane_packs(chunks, rows, data, (rows.order_key, data.seed, epoch, lane))
+        for lane, chunks in enumerate(deal_chunks(rows, data, epoch))
     ]
     for packs in zip_longest(*lanes):
         yield [empty if pack is None else np.array(pack, np.int64) for pack in packs]
@@ -154,25 +158,20 @@ def run_steps(
     """
     epoch, done = start.epoch, start.step
     while data.epochs is None or epoch < data.epochs:
-        steps = epoch_steps(rows, data, start.view_hash, epoch)
+        steps = epoch_steps(rows, data, epoch)
         for number, step in enumerate(islice(steps, done, None), start=done + 1):
             yield start.model_copy(update={"epoch": epoch, "step": number}), step
         epoch, done = epoch + 1, 0
 
 
-def count_steps(rows: RowTable, data: DataConfig, view_hash: str) -> int:
+def count_steps(rows: RowTable, data: DataConfig) -> int:
     """Global steps of the whole run. Plans every epoch once where epochs were asked for."""
     if data.steps is not None:
         return data.steps
-    return sum(
-        sum(1 for _ in epoch_steps(rows, data, view_hash, epoch))
-        for epoch in range(data.epochs or 0)
-    )
+    return sum(sum(1 for _ in epoch_steps(rows, data, epoch)) for epoch in range(data.epochs or 0))
 
 
-def deal_chunks(
-    rows: RowTable, data: DataConfig, view_hash: str, epoch: int
-) -> list[list[tuple[int, int]]]:
+def deal_chunks(rows: RowTable, data: DataConfig, epoch: int) -> list[list[tuple[int, int]]]:
     """Shares the chunks of a view among the lanes.
 
     Returns:
@@ -184,7 +183,7 @@ def deal_chunks(
     tokens = np.diff(total[bounds])
     lanes: list[list[tuple[int, int]]] = [[] for _ in range(num_lanes)]
     loads = [(0, lane) for lane in range(num_lanes)]
-    for chunk in shuffled(len(tokens), view_hash, data.seed, epoch, "chunks").tolist():
+    for chunk in shuffled(len(tokens), rows.order_key, data.seed, epoch, "chunks").tolist():
         load, lane = loads[0]
         lanes[lane].append((int(bounds[chunk]), int(bounds[chunk + 1])))
         heapq.heapreplace(loads, (load + int(tokens[chunk]), lane))
