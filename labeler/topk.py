@@ -57,11 +57,21 @@ def _lowest_of_equals(
     """
     last = values[:, -1:]
     is_last = values == last
-    rows, equals = (logits == last).nonzero(as_tuple=True)  # by row, then by rising id
+    rows, equals = _places(logits == last)  # by row, then by rising id
     counts = torch.bincount(rows, minlength=len(ids))
     place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
     lowest = equals[place < is_last.sum(dim=1)[rows]]
     return ids.masked_scatter(is_last, lowest)
+
+
+def _places(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column of what is true in bool [T, V], in order; numpy is quick where little is."""
+    if mask.device.type != "cpu":
+        rows, columns = mask.nonzero(as_tuple=True)
+        return rows, columns
+    flat = torch.from_numpy(np.flatnonzero(mask.numpy()))
+    rows = flat // mask.shape[1]
+    return rows, flat - rows * mask.shape[1]
 
 
 def _block_depth(vocab_size: int, k: int) -> int:
