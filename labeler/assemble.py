@@ -59,16 +59,23 @@ def _label_columns(labels: Sequence[RowLabels], record: RecordSpec) -> dict[str,
 
     used = [_used_slots(row) for row in labels]
 
-    def entries(read: Callable[[RowLabels], np.ndarray | None]) -> np.ndarray:
+    def entries(
+        read: Callable[[RowLabels], np.ndarray | None],
+        store: Callable[[np.ndarray], np.ndarray] = np.ravel,
+    ) -> np.ndarray:
+        # Row by row: the entries of a whole unit would be fresh memory for every step on the way.
         pairs = zip(labels, used, strict=True)
-        return np.concatenate([_present(read(row))[slots].reshape(-1) for row, slots in pairs])
+        return np.concatenate(
+            [store(_present(read(row))[slots].reshape(-1)) for row, slots in pairs]
+        )
 
-    logprobs = entries(lambda row: row.entry_logprobs)
     columns: dict[str, Any] = {
         "head_len": column(lambda row: row.head_len).astype(np.uint16),
         "tail_len": column(lambda row: row.tail_len).astype(np.uint16),
         "entry_ids": entries(lambda row: row.entry_ids),
-        "entry_logprobs": round_logprobs(logprobs, record.logprob_bits),
+        "entry_logprobs": entries(
+            lambda row: row.entry_logprobs, lambda x: round_logprobs(x, record.logprob_bits)
+        ),
         "tail_logmass": rounded(lambda row: row.tail_logmass),
         "target_logprob": rounded(lambda row: row.target_logprob),
         "target_rank": column(lambda row: row.target_rank),

@@ -39,8 +39,39 @@ def ordered_topk(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tens
     tied = (values[:, k - 1] == values[:, k]).nonzero().squeeze(1)
     ids, values = ids[:, :k], values[:, :k]
     if len(tied):
-        ids[tied] = _topk_of_all(logits[tied], k)
+        ids[tied] = _lowest_of_equals(logits[tied], ids[tied], values[tied])
     return ids, values
+
+
+def _lowest_of_equals(
+    logits: torch.Tensor, ids: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """Ids [T, k] in which those of the last value are the lowest that have it.
+
+    In bfloat16 most rows come here, so this reads a row once more and sorts nothing.
+
+    Args:
+        logits: float32 [T, V].
+        ids: int64 [T, k], of k of the largest, by falling value.
+        values: float32 [T, k], their logits.
+    """
+    last = values[:, -1:]
+    is_last = values == last
+    rows, equals = _places(logits == last)  # by row, then by rising id
+    counts = torch.bincount(rows, minlength=len(ids))
+    place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    lowest = equals[place < is_last.sum(dim=1)[rows]]
+    return ids.masked_scatter(is_last, lowest)
+
+
+def _places(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column of what is true in bool [T, V], in order; numpy is quick where little is."""
+    if mask.device.type != "cpu":
+        rows, columns = mask.nonzero(as_tuple=True)
+        return rows, columns
+    flat = torch.from_numpy(np.flatnonzero(mask.numpy()))
+    rows = flat // mask.shape[1]
+    return rows, flat - rows * mask.shape[1]
 
 
 def _block_depth(vocab_size: int, k: int) -> int:
