@@ -13,6 +13,7 @@ left out.
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -73,6 +74,7 @@ def main() -> None:
 @contextmanager
 def _alone(scratch: Path) -> Iterator[None]:
     """A process group of this process."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for what a launcher would set
     store = dist.FileStore(str(scratch / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
