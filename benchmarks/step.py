@@ -60,7 +60,8 @@ def main() -> None:
             print(
                 f"{name}: distilled over hard {details[name]['kd_over_ce_step_time']:.3f}, "
                 f"{details[name]['kd_step_s'] * 1e3:.0f} ms a step, waits for data "
-                f"{100 * details[name]['data_wait_share']:.2f}%"
+                f"{100 * details[name]['data_wait_share']:.2f}%",
+                flush=True,
             )
     figures = {
         key: max(one[key] for one in details.values())
