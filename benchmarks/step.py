@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15, help="steps that the waiting is taken of")
     parser.add_argument("--hidden-size", type=int, default=256, help="of the student")
     parser.add_argument("--layers", type=int, default=4, help="of the student")
-    parser.add_argument("--tokens", type=int, default=1024, help="of a packed sequence; 4 a step")
+    parser.add_argument("--tokens", type=int, default=1024, help="of a sequence, 512 up; 4 a step")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     args = parser.parse_args()
     rows = real_rows(min(LABELS_ONCE, args.labels))
