@@ -13,6 +13,7 @@ left out.
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15, help="steps that the waiting is taken of")
     parser.add_argument("--hidden-size", type=int, default=256, help="of the student")
     parser.add_argument("--layers", type=int, default=4, help="of the student")
-    parser.add_argument("--tokens", type=int, default=1024, help="of a packed sequence; 4 a step")
+    parser.add_argument("--tokens", type=int, default=1024, help="of a sequence, 512 up; 4 a step")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     args = parser.parse_args()
     rows = real_rows(min(LABELS_ONCE, args.labels))
@@ -59,7 +60,8 @@ def main() -> None:
             print(
                 f"{name}: distilled over hard {details[name]['kd_over_ce_step_time']:.3f}, "
                 f"{details[name]['kd_step_s'] * 1e3:.0f} ms a step, waits for data "
-                f"{100 * details[name]['data_wait_share']:.2f}%"
+                f"{100 * details[name]['data_wait_share']:.2f}%",
+                flush=True,
             )
     figures = {
         key: max(one[key] for one in details.values())
@@ -73,6 +75,7 @@ def main() -> None:
 @contextmanager
 def _alone(scratch: Path) -> Iterator[None]:
     """A process group of this process."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for what a launcher would set
     store = dist.FileStore(str(scratch / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
