@@ -1,61 +1,84 @@
-"""A real HTTP server that speaks S3, in a thread of the test process."""
+"""A real HTTP server that speaks S3, in a process of its own.
+
+Its own, because what it is made of changes the process that it runs in: an engine that starts there
+afterwards looks at every module that was imported, and those of the server do not bear it.
+"""
 
 import logging
+import multiprocessing
 import threading
 from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
 from typing import Any
 
 
 class S3Server:
-    """moto behind werkzeug, on a port of its own.
+    """moto behind werkzeug, on a port of its own; it serves from the start on.
 
     moto answers a conditional put by a look and then a write. S3 does both as one step, so writes
     go one after another here.
-
-    Attributes:
-        writes: how many puts came.
-        ignores_conditions: answers as the stores do that do not know conditional puts.
     """
 
     def __init__(self) -> None:
-        from moto.server import DomainDispatcherApplication, create_backend_app
-        from werkzeug.serving import make_server
-
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)
-        self.writes = 0
-        self.ignores_conditions = False
-        self._application = DomainDispatcherApplication(create_backend_app)
-        self._lock = threading.Lock()
-        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        context = multiprocessing.get_context("spawn")
+        self._writes = context.Value("q", 0)
+        self._ignores = context.Value("b", 0)
+        mine, its = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(its, self._writes, self._ignores), daemon=True
+        )
+        self._process.start()
+        if not mine.poll(60):
+            raise RuntimeError("the S3 server does not say its port")
+        self._port: int = mine.recv()
 
     @property
     def environment(self) -> dict[str, str]:
         """What a process needs to reach it."""
         return {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._server.server_port}",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._port}",
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_DEFAULT_REGION": "us-east-1",
         }
 
-    def start(self) -> None:
-        """Serves from now on."""
-        self._thread.start()
+    @property
+    def writes(self) -> int:
+        """How many puts came."""
+        return int(self._writes.value)
+
+    @property
+    def ignores_conditions(self) -> bool:
+        """Whether it answers as the stores do that do not know conditional puts."""
+        return bool(self._ignores.value)
+
+    @ignores_conditions.setter
+    def ignores_conditions(self, value: bool) -> None:
+        self._ignores.value = int(value)
 
     def stop(self) -> None:
         """Ends it."""
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        self._process.terminate()
+        self._process.join()
 
-    def _answer(
-        self, environ: dict[str, Any], start_response: Callable[..., Any]
-    ) -> Iterable[bytes]:
+
+def _serve(port: Connection, writes: Any, ignores: Any) -> None:
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    application = DomainDispatcherApplication(create_backend_app)
+    lock = threading.Lock()
+
+    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ["REQUEST_METHOD"] != "PUT":
-            return self._application(environ, start_response)  # type: ignore[no-any-return]
-        if self.ignores_conditions:
+            return application(environ, start_response)
+        if ignores.value:
             environ.pop("HTTP_IF_NONE_MATCH", None)
-        with self._lock:
-            self.writes += 1
-            return list(self._application(environ, start_response))
+        with lock:
+            writes.value += 1
+            return list(application(environ, start_response))
+
+    server = make_server("127.0.0.1", 0, answer, threaded=True)
+    port.send(server.server_port)
+    server.serve_forever()

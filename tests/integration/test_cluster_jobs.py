@@ -116,7 +116,6 @@ def test_label_and_train_on_a_cluster(
         f'[corpus]\npath = "{corpus}"\nformat = "text"\nglob = "*.txt"\n'
         "[text]\nmax_tokens = 128\noverlap = 16\n"
         f'[teacher]\nbackend = "transformers"\nmodel = "{tiny_model_dir}"\n'
-        '[record]\nkind = "topk"\nk = 16\n'
     )
     done = submit(job_server, travelling_folder, "label", "label.toml", f"--json={tmp_path}/l.json")
     assert done.returncode == 0, done.stdout + done.stderr
