@@ -185,7 +185,7 @@ class LabelConfig(StrictModel):
     corpus: CorpusConfig
     text: TextConfig = TextConfig()
     teacher: TeacherConfig
-    record: RecordSpec = RecordSpec(kind="topk")
+    record: RecordSpec = RecordSpec()
     generate: GenerationSpec | None = None
     gates: GatesConfig = GatesConfig()
     run: RunConfig = RunConfig()

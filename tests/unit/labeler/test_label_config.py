@@ -6,6 +6,7 @@ import pydantic
 import pytest
 
 from labeler.config import LabelConfig
+from schemas.spec import RecordSpec
 
 
 def config(**changes: Any) -> LabelConfig:
@@ -64,3 +65,11 @@ def test_importing_the_configuration_imports_no_engine() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_labels_are_of_the_default_kind_where_nothing_is_said() -> None:
+    config = LabelConfig.model_validate(
+        {"labels": "x", "corpus": {"path": "y"}, "teacher": {"model": "z"}}
+    )
+    assert config.record == RecordSpec()
+    assert config.record.kind == "threshold"
