@@ -79,7 +79,7 @@ def terms(masses: Masses, loss: LossConfig) -> Terms:
 def reverse_kl(masses: Masses, loss: LossConfig) -> Terms:
     """KL(q || p)."""
     log_ratio = masses.log_q - masses.log_p.clamp(min=math.log(SMALLEST_MASS))
-    return Terms(_times(masses.q, log_ratio), log_ratio)
+    return Terms(cross(masses.q, log_ratio), log_ratio)
 
 
 def jsd(masses: Masses, loss: LossConfig) -> Terms:
@@ -87,15 +87,15 @@ def jsd(masses: Masses, loss: LossConfig) -> Terms:
     beta = loss.beta
     log_mixture = _log_mixture(masses, beta)
     log_ratio = masses.log_q - log_mixture
-    of_teacher = _times(masses.p, masses.log_p - log_mixture)
-    of_student = _times(masses.q, log_ratio)
+    of_teacher = cross(masses.p, masses.log_p - log_mixture)
+    of_student = cross(masses.q, log_ratio)
     return Terms(beta * of_teacher + (1.0 - beta) * of_student, (1.0 - beta) * log_ratio)
 
 
 def skew_kl(masses: Masses, loss: LossConfig) -> Terms:
     """KL(p || M), at most -log(skew)."""
     log_ratio = masses.log_p - _log_mixture(masses, loss.skew)
-    return Terms(_times(masses.p, log_ratio), (loss.skew - 1.0) * log_ratio.exp())
+    return Terms(cross(masses.p, log_ratio), (loss.skew - 1.0) * log_ratio.exp())
 
 
 def tvd(masses: Masses, loss: LossConfig) -> Terms:
@@ -109,7 +109,7 @@ def _log_mixture(masses: Masses, share: float) -> Tensor:
     return torch.logaddexp(masses.log_p + math.log(share), masses.log_q + math.log1p(-share))
 
 
-def _times(weights: Tensor, log_ratio: Tensor) -> Tensor:
+def cross(weights: Tensor, log_ratio: Tensor) -> Tensor:
     """weights * log_ratio, with 0 * log 0 = 0."""
     return torch.where(weights > 0, weights * log_ratio, 0.0)
 

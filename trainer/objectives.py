@@ -31,11 +31,10 @@ The truncated and forward_kl losses may be negative at a position; they are repo
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from trainer.config import LossConfig
-from trainer.divergences import DIVERGENCES, Masses, terms
+from trainer.divergences import DIVERGENCES, Masses, cross, terms
 from trainer.loss_checks import objective
 from trainer.segments import Segments
 from trainer.targets import SparseTargets
@@ -93,7 +92,7 @@ def truncated(teacher: TeacherPartition, student: StudentPartition) -> Pull:
     segments, head = student.segments, 1.0 - teacher.tail
     log_weights = teacher.log_weights(segments)
     weights = log_weights.exp()
-    loss = segments.sum(_cross(weights, log_weights - student.log_entries))
+    loss = segments.sum(cross(weights, log_weights - student.log_entries))
     gradient = (segments.spread(head) * student.log_entries.exp()).sub_(weights)
     return Pull(loss, gradient, head * student.log_tail.exp())
 
@@ -103,7 +102,7 @@ def renormalised(teacher: TeacherPartition, student: StudentPartition) -> Pull:
     segments = student.segments
     log_weights = teacher.log_shares(segments)
     weights = log_weights.exp()
-    loss = segments.sum(_cross(weights, log_weights - student.log_entries))
+    loss = segments.sum(cross(weights, log_weights - student.log_entries))
     return Pull(loss, student.log_entries.exp().sub_(weights), student.log_tail.exp())
 
 
@@ -112,8 +111,8 @@ def ghost(teacher: TeacherPartition, student: StudentPartition) -> Pull:
     segments = student.segments
     log_weights = teacher.log_weights(segments)
     weights = log_weights.exp()
-    loss = segments.sum(_cross(weights, log_weights - student.log_entries))
-    loss += _cross(teacher.tail, teacher.log_tail - student.log_tail)
+    loss = segments.sum(cross(weights, log_weights - student.log_entries))
+    loss += cross(teacher.tail, teacher.log_tail - student.log_tail)
     gradient = student.log_entries.exp().sub_(weights)
     return Pull(loss, gradient, student.log_tail.exp() - teacher.tail)
 
@@ -122,7 +121,7 @@ def forward_kl(teacher: TeacherEstimate, student: StudentPartition) -> Pull:
     """An unbiased estimate of the forward KL to the full distribution. Needs draws."""
     segments = student.segments
     total = segments.sum(teacher.weights)
-    loss = segments.sum(_cross(teacher.weights, teacher.log_probs - student.log_entries))
+    loss = segments.sum(cross(teacher.weights, teacher.log_probs - student.log_entries))
     gradient = (segments.spread(total) * student.log_entries.exp()).sub_(teacher.weights)
     return Pull(loss, gradient, total * student.log_tail.exp())
 
@@ -140,11 +139,6 @@ def divergence(teacher: TeacherPartition, student: StudentPartition, loss: LossC
         entries.q * (at_entries.slope - segments.spread(mean_slope)),
         tail_q * (at_tail.slope - mean_slope),
     )
-
-
-def _cross(weights: Tensor, log_ratio: Tensor) -> Tensor:
-    """weights * log_ratio, with 0 * log 0 = 0."""
-    return torch.where(weights > 0, weights * log_ratio, 0.0)
 
 
 PARTITION_TARGETS: dict[str, Callable[[TeacherPartition, StudentPartition], Pull]] = {

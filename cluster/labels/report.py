@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cluster.labels import measures, plots
-from cluster.labels.show import run_accounts, summary
+from cluster.labels.show import RUN_COLUMNS, run_accounts, run_lines, summary
 from cluster.labels.text import size_text
 from schemas.label_set import LabelSet
 from schemas.listing import record_text, teacher_text
@@ -119,19 +119,9 @@ def _facts(label_set: LabelSet, manifests: list[Manifest]) -> str:
 
 
 def _runs(label_set: LabelSet) -> str:
-    head = ("run", "read", "labelled", "reused", "duplicate", "quarantined")
-    lines = [
-        (
-            run,
-            f"{accounts.rows_read:,}",
-            f"{accounts.rows_labelled:,}",
-            f"{accounts.rows_reused:,}",
-            f"{accounts.rows_duplicate:,}",
-            f"{accounts.rows_quarantined:,}",
-        )
-        for run, accounts in run_accounts(label_set).items()
-    ]
-    return "<h2>Runs</h2>" + (_table(head, lines) if lines else "<p>No finished run.</p>")
+    lines = run_lines(run_accounts(label_set))
+    table = _table(RUN_COLUMNS, lines) if lines else "<p>No finished run.</p>"
+    return f"<h2>Runs</h2>{table}"
 
 
 def _quantiles(found: dict[str, dict[str, float]]) -> str:

@@ -24,6 +24,7 @@ from schemas.token_text import TokenText
 
 EXCERPT_CHARACTERS = 240
 SHOWN_ENTRIES = 6
+RUN_COLUMNS = ("run", "read", "labelled", "reused", "duplicate", "quarantined", "reasons")
 
 
 def show(
@@ -142,8 +143,12 @@ def _gates(label_set: LabelSet, manifests: Sequence[Manifest]) -> list[tuple[str
 def _runs(runs: dict[str, Accounts]) -> str:
     if not runs:
         return "no finished run"
-    head = ("run", "read", "labelled", "reused", "duplicate", "quarantined", "reasons")
-    lines = [
+    return table(RUN_COLUMNS, run_lines(runs), right=range(1, 6))
+
+
+def run_lines(runs: dict[str, Accounts]) -> list[tuple[str, ...]]:
+    """One line a run, under RUN_COLUMNS."""
+    return [
         (
             run,
             f"{accounts.rows_read:,}",
@@ -155,7 +160,6 @@ def _runs(runs: dict[str, Accounts]) -> str:
         )
         for run, accounts in runs.items()
     ]
-    return table(head, lines, right=range(1, 6))
 
 
 def _row(group: SampledGroup, row: int, text: TokenText, num_positions: int) -> str:
