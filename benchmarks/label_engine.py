@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.label_cases import K, make_folder, make_rows, records, shape_of, teacher_config
 from benchmarks.label_units import label_units, make_requests, prompt_requests
 from labeler.teachers.base import RowFailure, RowLabels
-from labeler.teachers.vllm_teacher import VllmTeacher
+from labeler.teachers.vllm_teacher import VllmTeacher, engine_request
 from schemas.spec import GenerationSpec, RecordSpec
 
 _CHUNK_ROWS, _CHUNK_ELEMENTS = 256, 2**21
@@ -131,15 +131,12 @@ class EngineBenchmark:
             flat_logprobs=bool(flat),
         )
         # The engine is driven as the teacher drives it, on the thread that owns its cores.
-        return self.teacher._on_engine_thread(self._run, params)
-
-    def _run(self, params: Any) -> float:
         started = time.perf_counter()
-        names = [self.teacher._add(tokens, params) for tokens in self.rows.token_ids]
-        assert not any(isinstance(name, RowFailure) for name in names)
-        for _ in self.teacher._finished([str(name) for name in names]):
-            pass
-        return time.perf_counter() - started
+        requests = [engine_request(tokens, params) for tokens in self.rows.token_ids]
+        outputs = self.teacher._engine.outputs(requests)
+        seconds = time.perf_counter() - started
+        assert not any(isinstance(output, RowFailure) for output in outputs)
+        return seconds
 
     def _ours(self, record: RecordSpec) -> float:
         """Seconds from requests to the last manifest."""

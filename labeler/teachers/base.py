@@ -5,7 +5,7 @@ Nothing here imports torch or an engine; ``make_teacher`` does so when it is cal
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -80,7 +80,15 @@ class RowFailure:
 
 
 class Teacher(Protocol):
-    """A model that labels sequences and samples responses; may be called from several threads."""
+    """A model that labels sequences and samples responses; may be called from several threads.
+
+    Attributes:
+        shareable: True where calls of ``label`` and ``generate`` that are in flight together share
+            the engine, so that it goes on with the next call while this one ends; if it fails, it
+            fails all of them. False where calls wait for each other.
+    """
+
+    shareable: ClassVar[bool]
 
     def label(
         self,

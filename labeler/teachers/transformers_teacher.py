@@ -5,7 +5,7 @@ import inspect
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -45,6 +45,8 @@ class TransformersTeacher:
 
     ``teacher.engine`` is passed to ``from_pretrained``.
     """
+
+    shareable: ClassVar[bool] = False
 
     def __init__(
         self, config: TeacherConfig, record: RecordSpec, device: str | None = None

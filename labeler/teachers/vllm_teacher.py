@@ -1,16 +1,14 @@
 """The teacher that labels at speed: vLLM, with the label head in its workers.
 
 The engine is driven request by request (``add_request`` and ``step``), not through
-``LLM.generate``, which aborts a whole batch over one prompt that it does not like. Everything that
-touches the engine runs on one thread of its own: an engine in this process is not made for several,
-and its OpenMP threads belong to the thread that started it.
+``LLM.generate``, which aborts a whole batch over one prompt that it does not like. One thread does
+that for all calls (``engine_thread``); what a call's own thread can do, it does: making requests,
+and reading what comes back.
 """
 
 import importlib.metadata
-import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -33,6 +31,7 @@ from labeler.teachers.base import (
     span_targets,
     usable_or_failure,
 )
+from labeler.teachers.engine_thread import EngineRequest, EngineThread
 from schemas.errors import TeacherError
 from schemas.spec import GenerationSpec, RecordSpec
 
@@ -63,6 +62,8 @@ class VllmTeacher:
     ``teacher.engine`` is passed to ``vllm.LLM``.
     """
 
+    shareable: ClassVar[bool] = True
+
     # Engines of one process would share its communication groups, and the first to end ends them.
     _engine_is_here: ClassVar[bool] = False
 
@@ -74,12 +75,15 @@ class VllmTeacher:
         self._context = context_tokens(config)
         self._eos_ids = eos_ids(config)
         self._options = _engine_options(config, self._context)
-        self._names = itertools.count()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vllm")
         self._llm: Any = None
         self._runners: list[str] = []
         self._in_process = False
-        self._on_engine_thread(self._start)
+        self._engine = EngineThread()
+        try:
+            self._on_engine_thread(self._start)
+        except BaseException:
+            self.close()
+            raise
 
     def _start(self) -> None:
         _prepare_environment()
@@ -104,9 +108,11 @@ class VllmTeacher:
             raise TeacherError(f"vLLM does not start with {self._config.model}: {error}") from error
         VllmTeacher._engine_is_here |= self._in_process
         self._runners = vllm_label_head.install(self._llm, self._record)
+        self._engine.engine = self._llm.llm_engine
 
     def _on_engine_thread(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
-        return self._thread.submit(function, *arguments).result()
+        """Runs a function that has the engine for itself."""
+        return self._engine.alone(function, *arguments)
 
     def label(
         self,
@@ -116,32 +122,24 @@ class VllmTeacher:
         audit_rate: float = 0.0,
     ) -> list[RowLabels | RowFailure]:
         """See ``Teacher.label``."""
-        return self._on_engine_thread(self._label, token_ids, label_spans, row_keys, audit_rate)
-
-    def _label(
-        self,
-        token_ids: Sequence[np.ndarray],
-        label_spans: Sequence[np.ndarray],
-        row_keys: np.ndarray,
-        audit_rate: float,
-    ) -> list[RowLabels | RowFailure]:
         from labeler.teachers import vllm_label_head
 
         results: dict[int, RowLabels | RowFailure] = {}
-        rows: dict[str, int] = {}
-        requests = zip(token_ids, label_spans, row_keys, strict=True)
-        for row, (tokens, spans, key) in enumerate(requests):
+        requests: dict[int, EngineRequest] = {}
+        for row, (tokens, spans, key) in enumerate(
+            zip(token_ids, label_spans, row_keys, strict=True)
+        ):
             refused = refuse_request(tokens, spans, self._vocab_size, self._context)
             if refused is None:
                 params = vllm_label_head.label_params(spans, key, audit_rate)
-                added = self._add(tokens, params, vllm_label_head.keep_arrays)
-                if isinstance(added, str):
-                    rows[added] = row
-                    continue
-                refused = added
-            results[row] = refused
-        for output in self._finished(rows):
-            row = rows[output.request_id]
+                requests[row] = engine_request(tokens, params, vllm_label_head.keep_arrays)
+            else:
+                results[row] = refused
+        outputs = self._engine.outputs(list(requests.values()))
+        for row, output in zip(requests, outputs, strict=True):
+            if isinstance(output, RowFailure):
+                results[row] = output
+                continue
             num_labels = int((label_spans[row][1::2] - label_spans[row][::2]).sum())
             labels = vllm_label_head.row_labels(
                 output, self._record, num_labels, row_keys[row], audit_rate
@@ -167,14 +165,6 @@ class VllmTeacher:
         Returns:
             float64 [N, K] a row, nats; NaN for ids that are not among its candidates.
         """
-        return self._on_engine_thread(self._stock_logprobs, token_ids, label_spans, entry_ids)
-
-    def _stock_logprobs(
-        self,
-        token_ids: Sequence[np.ndarray],
-        label_spans: Sequence[np.ndarray],
-        entry_ids: Sequence[np.ndarray],
-    ) -> list[np.ndarray]:
         from vllm import SamplingParams
 
         params = SamplingParams(
@@ -184,14 +174,12 @@ class VllmTeacher:
             flat_logprobs=True,
             detokenize=False,
         )
-        names = [self._add(tokens, params) for tokens in token_ids]
-        for name in names:
-            if isinstance(name, RowFailure):
-                raise TeacherError(f"vLLM's own path refuses a row: {name.detail}")
-        outputs = {output.request_id: output for output in self._finished([str(n) for n in names])}
+        outputs = self._engine.outputs([engine_request(tokens, params) for tokens in token_ids])
         found = []
-        for name, spans, ids in zip(names, label_spans, entry_ids, strict=True):
-            flat = outputs[str(name)].prompt_logprobs
+        for output, spans, ids in zip(outputs, label_spans, entry_ids, strict=True):
+            if isinstance(output, RowFailure):
+                raise TeacherError(f"vLLM's own path refuses a row: {output.detail}")
+            flat = output.prompt_logprobs
             values = np.full(ids.shape, np.nan)
             for label, target in enumerate(span_targets(spans)):
                 here = slice(flat.start_indices[target], flat.end_indices[target])
@@ -207,31 +195,23 @@ class VllmTeacher:
         seeds: Sequence[Sequence[int]],
     ) -> list[list[np.ndarray] | RowFailure]:
         """See ``Teacher.generate``. All samples of all prompts are one batch for the engine."""
-        return self._on_engine_thread(self._generate, prompt_ids, generation, seeds)
-
-    def _generate(
-        self,
-        prompt_ids: Sequence[np.ndarray],
-        generation: GenerationSpec,
-        seeds: Sequence[Sequence[int]],
-    ) -> list[list[np.ndarray] | RowFailure]:
         results: list[list[np.ndarray] | RowFailure] = []
-        places: dict[str, tuple[int, int]] = {}
+        requests: list[EngineRequest] = []
+        places: list[tuple[int, int]] = []
         for row, (prompt, prompt_seeds) in enumerate(zip(prompt_ids, seeds, strict=True)):
             refused = refuse_generation(
                 prompt, generation.max_tokens, self._vocab_size, self._context
             )
             results.append(refused or [np.zeros(0, dtype=np.int32)] * len(prompt_seeds))
             for sample, seed in enumerate(prompt_seeds if refused is None else ()):
-                added = self._add(prompt, self._sampling_params(generation, seed))
-                if isinstance(added, RowFailure):
-                    results[row] = added
-                    break
-                places[added] = (row, sample)
-        for output in self._finished(places):
-            row, sample = places[output.request_id]
+                requests.append(engine_request(prompt, self._sampling_params(generation, seed)))
+                places.append((row, sample))
+        outputs = self._engine.outputs(requests)
+        for (row, sample), output in zip(places, outputs, strict=True):
             samples = results[row]
-            if not isinstance(samples, RowFailure):
+            if isinstance(output, RowFailure):
+                results[row] = output
+            elif not isinstance(samples, RowFailure):
                 samples[sample] = np.array(output.outputs[0].token_ids, dtype=np.int32)
         return results
 
@@ -246,43 +226,6 @@ class VllmTeacher:
             stop_token_ids=list(self._eos_ids),
             detokenize=False,
         )
-
-    def _add(
-        self,
-        token_ids: np.ndarray,
-        params: Any,
-        prepare: Callable[[Any, str], None] | None = None,
-    ) -> str | RowFailure:
-        """Gives the engine one request; its name, or what the engine has against it."""
-        from vllm.inputs import tokens_input
-
-        name = f"row-{next(self._names)}"
-        engine = self._llm.llm_engine
-        try:
-            inner_name = engine.add_request(name, tokens_input(token_ids.tolist()), params)
-        except ValueError as error:
-            return RowFailure("engine_refused", str(error))
-        if prepare is not None:
-            prepare(engine, inner_name)
-        return name
-
-    def _finished(self, names: Sequence[str] | dict[str, Any]) -> Iterator[Any]:
-        """Runs the engine until all of its requests are done; yields the outputs of ``names``."""
-        engine = self._llm.llm_engine
-        missing = set(names)
-        while engine.has_unfinished_requests():
-            try:
-                outputs = engine.step()
-            except Exception as error:
-                raise TeacherError(
-                    f"the vLLM engine failed with {len(missing)} rows in flight: {error}"
-                ) from error
-            for output in outputs:
-                if output.finished and output.request_id in missing:
-                    missing.discard(output.request_id)
-                    yield output
-        if missing:
-            raise TeacherError(f"the vLLM engine lost {len(missing)} of {len(names)} rows")
 
     def provenance(self) -> dict[str, object]:
         """See ``Teacher.provenance``."""
@@ -301,11 +244,11 @@ class VllmTeacher:
 
     def close(self) -> None:
         """See ``Teacher.close``."""
-        if self._llm is not None:
-            self._on_engine_thread(self._stop)
-        self._thread.shutdown()
+        self._engine.close(self._stop)
 
     def _stop(self) -> None:
+        if self._llm is None:
+            return
         self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
         if self._in_process:
@@ -313,6 +256,15 @@ class VllmTeacher:
 
             cleanup_dist_env_and_memory()
             VllmTeacher._engine_is_here = False
+
+
+def engine_request(
+    token_ids: np.ndarray, params: Any, prepare: Callable[[Any, str], None] | None = None
+) -> EngineRequest:
+    """A request of token ids, integer [L], with vLLM's sampling parameters."""
+    from vllm.inputs import tokens_input
+
+    return EngineRequest(tokens_input(token_ids.tolist()), params, prepare)
 
 
 def _prepare_environment() -> None:

@@ -128,6 +128,8 @@ def deadly_teacher(poison: str) -> Callable[..., Any]:
         from labeler.teachers.base import RowLabels
 
         class Deadly:
+            shareable = False
+
             def label(self, token_ids: list[np.ndarray], *_: Any) -> Any:
                 (folder / f"attempt-{time.monotonic_ns()}").touch()
                 for ids in token_ids:

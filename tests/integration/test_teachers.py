@@ -25,7 +25,7 @@ from labeler.label_head import label_logits
 from labeler.teachers import transformers_teacher, vllm_label_head
 from labeler.teachers.base import RowFailure, RowLabels, Teacher, make_teacher, span_targets
 from labeler.teachers.transformers_teacher import TransformersTeacher
-from labeler.teachers.vllm_teacher import VllmTeacher
+from labeler.teachers.vllm_teacher import VllmTeacher, engine_request
 from schemas.draws import uniforms
 from schemas.errors import TeacherError
 from schemas.keys import content_key, row_key, stack_keys
@@ -65,28 +65,19 @@ def stock_labels(vllm: VllmTeacher, tokens: list[np.ndarray]) -> list[Any]:
         max_tokens=1, prompt_logprobs=RECORD.k, flat_logprobs=True, detokenize=False
     )
     spans = np.array([1, 5], dtype=np.int32)
-    names: dict[str, int] = {}
-    for row, ids in enumerate(tokens):
-        stock, labels = (
-            vllm._add(ids, params),
-            vllm._add(
-                tokens[2],
-                vllm_label_head.label_params(spans, np.zeros(16, np.uint8), 0.0),
-                vllm_label_head.keep_arrays,
-            ),
-        )
-        assert isinstance(stock, str)
-        assert isinstance(labels, str)
-        names[stock] = row
-    outputs = {output.request_id: output for output in vllm._finished(list(names))}
-    return [outputs[name].prompt_logprobs for name in names]
+    mixed = []
+    for ids in tokens:
+        ours = vllm_label_head.label_params(spans, np.zeros(16, np.uint8), 0.0)
+        mixed.append(engine_request(ids, params))
+        mixed.append(engine_request(tokens[2], ours, vllm_label_head.keep_arrays))
+    return [output.prompt_logprobs for output in vllm._engine.outputs(mixed)[::2]]
 
 
 def test_vllm_agrees_with_its_own_path(vllm: VllmTeacher) -> None:
     tokens, spans = make_rows()
     ours = label(vllm, tokens, spans)
     rank_differences = []
-    for row, flat in enumerate(vllm._on_engine_thread(stock_labels, vllm, tokens)):
+    for row, flat in enumerate(stock_labels(vllm, tokens)):
         for j, target in enumerate(span_targets(spans[row])):
             # Column 0 is the token that stands there, then come the candidates.
             here = slice(flat.start_indices[target], flat.end_indices[target])
@@ -132,11 +123,25 @@ def test_no_requests(vllm: Teacher, reference: Teacher) -> None:
     assert vllm.generate([], GenerationSpec(), []) == []
 
 
-def test_calls_from_several_threads(vllm: Teacher) -> None:
+def test_calls_from_several_threads_share_the_engine(
+    vllm: VllmTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokens, spans = make_rows()
     alone = label(vllm, tokens, spans)
-    with ThreadPoolExecutor(4) as pool:
+    engine, in_engine = vllm._llm.llm_engine, [0]
+    usual = engine.step
+
+    def step() -> Any:
+        in_engine.append(engine.get_num_unfinished_requests())
+        return usual()
+
+    monkeypatch.setattr(engine, "step", step)
+    generation = GenerationSpec(n=1, max_tokens=20)
+    with ThreadPoolExecutor(5) as pool:
+        responses = pool.submit(vllm.generate, [tokens[2]], generation, [[1]])
         together = list(pool.map(lambda _: label(vllm, tokens, spans), range(4)))
+        assert len(responses.result()[0][0])
+    assert max(in_engine) > 2 * len(tokens)
     for results in together:
         for one, other in zip(alone, results, strict=True):
             assert_same(labelled(one), labelled(other), 1e-4)

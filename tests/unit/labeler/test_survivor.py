@@ -26,6 +26,7 @@ REFUSED = 13
 class FragileTeacher:
     """Its engine dies over a certain token, by an error or together with the process."""
 
+    shareable = False
     started = 0
 
     def __init__(self, crash: bool = False, canary_dies: bool = False) -> None:

@@ -25,6 +25,8 @@ GENERATION = GenerationSpec(n=3, max_tokens=4)
 class UniformTeacher:
     """Gives every id the same probability, and refuses rows with a certain token."""
 
+    shareable = False
+
     def __init__(self) -> None:
         self.num_labelled = 0
         self.row_keys: list[bytes] = []

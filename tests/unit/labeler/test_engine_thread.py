@@ -1,0 +1,162 @@
+"""Calls from several threads share one engine: nothing waits, nothing is lost, failures reach all.
+
+The engine here works as vLLM's does, on a request a step, so that every step can be looked at.
+"""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+
+from labeler.teachers.base import RowFailure
+from labeler.teachers.engine_thread import EngineRequest, EngineThread
+from schemas.errors import TeacherError
+
+REFUSED, DEADLY = "refused", "deadly"
+
+
+@dataclass
+class Output:
+    request_id: str
+    text: str
+    finished: bool
+
+
+class SlowEngine:
+    """Finishes one request in two steps; notes what it had in each."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[str, str]] = []
+        self.half_done = False
+        self.threads: set[str] = set()
+        self.seen: list[list[str]] = []
+
+    def add_request(self, request_id: str, prompt: str, params: object) -> str:
+        self.threads.add(threading.current_thread().name)
+        if prompt == REFUSED:
+            raise ValueError("not this one")
+        self.waiting.append((request_id, prompt))
+        return request_id
+
+    def step(self) -> list[Output]:
+        self.threads.add(threading.current_thread().name)
+        self.seen.append([prompt for _, prompt in self.waiting])
+        name, prompt = self.waiting[0]
+        if prompt == DEADLY:
+            raise RuntimeError("out of memory")
+        self.half_done = not self.half_done
+        if not self.half_done:
+            del self.waiting[0]
+        return [Output(name, prompt, not self.half_done)]
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.waiting)
+
+
+@pytest.fixture
+def engine() -> SlowEngine:
+    return SlowEngine()
+
+
+@pytest.fixture
+def thread(engine: SlowEngine) -> Iterator[EngineThread]:
+    thread = EngineThread()
+    thread.alone(setattr, thread, "engine", engine)
+    yield thread
+    thread.close(lambda: None)
+
+
+def requests(*prompts: str) -> list[EngineRequest]:
+    return [EngineRequest(prompt, None) for prompt in prompts]
+
+
+def texts(outputs: list[Output | RowFailure]) -> list[str]:
+    return [one.detail if isinstance(one, RowFailure) else one.text for one in outputs]
+
+
+def started_together(thread: EngineThread, *calls: list[str]) -> list[object]:
+    """Results, or errors, of calls that were all made while the engine was held up."""
+    go = threading.Event()
+    with ThreadPoolExecutor(1 + len(calls)) as pool:
+        held = pool.submit(thread.alone, go.wait)
+        while not held.running():
+            pass
+        futures = []
+        for count, call in enumerate(calls, 1):
+            futures.append(pool.submit(thread.outputs, requests(*call)))
+            while thread._tasks.qsize() < count:
+                pass
+        go.set()
+        return [future.exception() or texts(future.result()) for future in futures]
+
+
+def test_the_next_call_is_in_the_engine_before_this_one_ends(
+    thread: EngineThread, engine: SlowEngine
+) -> None:
+    assert started_together(thread, ["a", "b"], ["c"]) == [["a", "b"], ["c"]]
+    assert engine.seen == [["a", "b", "c"]] * 2 + [["b", "c"]] * 2 + [["c"]] * 2
+    assert engine.threads == {"engine"}
+
+
+def test_each_call_gets_its_own_in_its_order(thread: EngineThread) -> None:
+    calls = [[f"{call}-{row}" for row in range(5)] for call in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(lambda call: texts(thread.outputs(requests(*call))), calls)
+        assert list(found) == calls
+    assert thread.outputs([]) == []
+
+
+def test_what_the_engine_refuses_disturbs_nobody(thread: EngineThread) -> None:
+    assert texts(thread.outputs(requests("a", REFUSED, "b"))) == ["a", "not this one", "b"]
+    assert texts(thread.outputs(requests(REFUSED))) == ["not this one"]
+
+
+def test_a_failure_fails_what_is_in_flight_and_what_comes_later(thread: EngineThread) -> None:
+    first, second = started_together(thread, ["a", DEADLY], ["b"])
+    for error in (first, second):
+        assert isinstance(error, TeacherError)
+        assert "failed with 2 rows in flight: out of memory" in str(error)
+    with pytest.raises(TeacherError, match="out of memory"):
+        thread.outputs(requests("c"))
+
+
+def test_rows_that_an_engine_forgets_are_missed(thread: EngineThread, engine: SlowEngine) -> None:
+    engine.add_request = lambda *_: "taken"  # type: ignore[method-assign]
+    with pytest.raises(TeacherError, match="with 1 rows in flight: it lost them"):
+        thread.outputs(requests("a"))
+
+
+def test_alone_means_that_the_engine_is_empty(thread: EngineThread, engine: SlowEngine) -> None:
+    def count() -> int:
+        return len(engine.waiting)
+
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(thread.outputs, requests("a", "b")) for _ in range(2)]
+        assert pool.submit(thread.alone, count).result() == 0
+        assert [texts(call.result()) for call in calls] == [["a", "b"]] * 2
+    with pytest.raises(ZeroDivisionError):
+        thread.alone(lambda: 1 / 0)
+
+
+def test_closing_fails_what_is_in_flight(engine: SlowEngine) -> None:
+    thread, step = EngineThread(), threading.Event()
+    thread.alone(setattr, thread, "engine", engine)
+    usual = engine.step
+
+    def slow_step() -> list[Output]:
+        step.set()
+        return usual()
+
+    engine.step = slow_step  # type: ignore[method-assign]
+    closed: list[int] = []
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(thread.outputs, requests(*map(str, range(100_000))))
+        step.wait()
+        thread.close(lambda: closed.append(1))
+        with pytest.raises(TeacherError, match="the teacher was closed"):
+            call.result()
+    assert closed == [1]
+    with pytest.raises(TeacherError, match="is closed"):
+        thread.outputs(requests("a"))
