@@ -80,8 +80,16 @@ class LossConfig(StrictModel):
         description="forward_kl: where T is above the temperature that draws were made at, take "
         "the ghost target instead of refusing",
     )
-    chunk_tokens: int = Field(
-        512, ge=1, description="positions per chunk of the fused head; bounds its memory"
+    head_memory_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="memory for the logits of one chunk of the fused head and all arrays of their "
+        "size; unset: 64 MiB on a CPU, a 64th of a GPU's memory. Changes results within rounding",
+    )
+    chunk_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="positions per chunk of the fused head; unset: what head_memory_bytes holds",
     )
 
     @model_validator(mode="after")
@@ -90,6 +98,15 @@ class LossConfig(StrictModel):
             raise ValueError(
                 f'loss.temperature = {self.temperature} has no meaning with loss.kind = "hard"; '
                 "remove it or choose a target that uses the teacher"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_chunk_size(self) -> Self:
+        if self.chunk_tokens is not None and self.head_memory_bytes is not None:
+            raise ValueError(
+                f"loss.chunk_tokens = {self.chunk_tokens} and loss.head_memory_bytes = "
+                f"{self.head_memory_bytes} both say how large a chunk is: give one of them"
             )
         return self
 

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from schemas.errors import VocabularyError
 from trainer.config import LossConfig
+from trainer.head_memory import chunk_tokens
 from trainer.objectives import Pull, StudentPartition, pull_of
 from trainer.targets import SparseTargets
 
@@ -84,7 +85,7 @@ def fused_distillation_loss(
         weight: [V, H], the head.
         bias: [V] or None.
         targets: labels, on the device of `hidden`.
-        loss: target, alpha, temperature, positions per chunk.
+        loss: target, alpha, temperature, size of a chunk (see `trainer.head_memory`).
         transform: what the model does to its logits.
 
     Returns:
@@ -174,8 +175,16 @@ class _FusedDistillation(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         head = _HeadPass(hidden, weight, bias, transform, wanted)
         parts = torch.zeros(len(METRICS), dtype=head.dtype, device=hidden.device)
-        for start in range(0, targets.num_labels, loss.chunk_tokens):
-            stop = min(start + loss.chunk_tokens, targets.num_labels)
+        size = chunk_tokens(
+            loss,
+            targets.num_labels,
+            weight.shape[0],
+            weight.dtype,
+            weight.device,
+            transform.softcap is not None,
+        )
+        for start in range(0, targets.num_labels, size):
+            stop = min(start + size, targets.num_labels)
             parts += head.run(targets.chunk(start, stop), loss)
         ctx.gradients = head.gradients()
         ctx.mark_non_differentiable(parts)

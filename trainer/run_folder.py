@@ -33,6 +33,7 @@ _FREE_KEYS = {
     "run",
     "view",  # its content is pinned by hash, wherever it lies
     "loss.chunk_tokens",
+    "loss.head_memory_bytes",
     "data.cache_bytes",
     "data.prefetch_steps",
     "deepspeed.timeout_s",
