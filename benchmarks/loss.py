@@ -7,7 +7,8 @@ Forward and backward of the output head and its loss, from hidden states [T, H] 
 - the dense way: all logits at once, log_softmax, and for distillation a dense teacher, by autograd.
 
 **Time**: the cases take turns in one process, and each turn is compared with the cross-entropy of
-the same turn; medians of these ratios. Order changes from turn to turn.
+the same turn; medians of these ratios, of the clock and of CPU seconds, which a busy machine
+disturbs less. Order changes from turn to turn. A call of a tiny shape comes first, uncounted.
 
 **Peak memory**: a fresh process a case. Inputs, labels and the dense teacher are made, a first call
 of a tiny shape loads the libraries, then the peak of the resident set is reset (/proc/self/
@@ -27,14 +28,16 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.loss_cases import CASES, CROSS_ENTROPY, DENSE, Inputs, Shape
 
 SHAPES = ("1024x4096x256", "1024x32768x1024", "4096x32768x1024")
+LEAST_TURNS = 2
 MIB = 1 << 20
 AT_ONE = ("threshold_t1", "topk_t1")
 
@@ -43,8 +46,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loss", description=__doc__)
     parser.add_argument("--json", metavar="PATH", help="also write the figures there")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="TxVxH, the last one counts")
-    parser.add_argument("--turns", type=int, default=5, help="timed turns of all cases")
-    parser.add_argument("--chunk-tokens", type=int, default=512, help="of the fused head")
+    parser.add_argument("--turns", type=int, default=7, help="timed turns of all cases, at most")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=100.0,
+        help="no new turn after these, of a shape; 2 at least",
+    )
+    parser.add_argument(
+        "--chunk-tokens", type=int, default=0, help="of the fused head; 0: as the trainer chooses"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as it likes")
@@ -65,10 +76,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     details = []
     for text in args.shapes:
         shape = _shape(text)
-        print(f"{shape}, {args.device}, {args.dtype}, chunks of {args.chunk_tokens}")
-        seconds = _times(args, shape)
+        chunks = f"chunks of {args.chunk_tokens}" if args.chunk_tokens else "chunks as chosen"
+        print(f"{shape}, {args.device}, {args.dtype}, {chunks}", flush=True)
+        taken = _times(args, shape)
         peaks = {name: _peak(args, text, name) for name in CASES}
-        rows = {name: _row(name, seconds, peaks) for name in CASES}
+        rows = {name: _row(name, taken, peaks) for name in CASES}
         _show(rows)
         details.append({"shape": text, "cases": rows})
     last = details[-1]["cases"]
@@ -93,22 +105,47 @@ def _shape(text: str) -> Shape:
     return Shape(*(int(number) for number in text.split("x")))
 
 
-def _times(args: argparse.Namespace, shape: Shape) -> dict[str, list[float]]:
-    """Seconds of every turn, by case; a first turn is not counted."""
-    inputs = Inputs(shape, args.device, getattr(torch, args.dtype), args.chunk_tokens)
+class _Taken(NamedTuple):
+    """Seconds of one forward and backward: of the clock, and of all threads of this process."""
+
+    wall_s: float
+    cpu_s: float
+
+
+def _times(args: argparse.Namespace, shape: Shape) -> dict[str, list[_Taken]]:
+    """What every turn took, by case."""
+    _warm_up(args, shape)
+    inputs = _inputs(args, shape)
     cases = {name: inputs.case(name) for name in CASES}
-    seconds: dict[str, list[float]] = {name: [] for name in CASES}
-    for turn in range(args.turns + 1):
+    taken: dict[str, list[_Taken]] = {name: [] for name in CASES}
+    started = time.perf_counter()
+    for turn in range(args.turns):
+        if turn >= LEAST_TURNS and time.perf_counter() - started > args.seconds:
+            break
         shift = turn % len(CASES)
         for name in CASES[shift:] + CASES[:shift]:
             inputs.hidden.grad = inputs.weight.grad = None
-            _wait(args.device)
-            started = time.perf_counter()
-            cases[name]().backward()
-            _wait(args.device)
-            if turn:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+            taken[name].append(_timed(cases[name], args.device))
+    return taken
+
+
+def _timed(case: Callable[[], torch.Tensor], device: str) -> _Taken:
+    _wait(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    case().backward()
+    _wait(device)
+    return _Taken(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def _warm_up(args: argparse.Namespace, shape: Shape, names: Sequence[str] = CASES) -> None:
+    """Loads the libraries."""
+    tiny = Shape(8, shape.vocab_size, shape.hidden_size)
+    for name in names:
+        _inputs(args, tiny).case(name)().backward()
+
+
+def _inputs(args: argparse.Namespace, shape: Shape) -> Inputs:
+    return Inputs(shape, args.device, getattr(torch, args.dtype), args.chunk_tokens or None)
 
 
 def _wait(device: str) -> None:
@@ -128,10 +165,8 @@ def _peak(args: argparse.Namespace, shape: str, name: str) -> int:
 
 
 def _peak_here(args: argparse.Namespace, shape: Shape) -> int:
-    dtype = getattr(torch, args.dtype)
-    tiny = Shape(8, shape.vocab_size, shape.hidden_size)
-    Inputs(tiny, args.device, dtype, args.chunk_tokens).case(args.peak_of)().backward()
-    case = Inputs(shape, args.device, dtype, args.chunk_tokens).case(args.peak_of)
+    _warm_up(args, shape, [args.peak_of])
+    case = _inputs(args, shape).case(args.peak_of)
     if args.device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -150,24 +185,27 @@ def _peak_resident() -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def _row(name: str, seconds: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, float]:
-    pairs = zip(seconds[name], seconds[CROSS_ENTROPY], strict=True)
+def _row(name: str, taken: dict[str, list[_Taken]], peaks: dict[str, int]) -> dict[str, float]:
+    pairs = list(zip(taken[name], taken[CROSS_ENTROPY], strict=True))
     return {
-        "seconds": statistics.median(seconds[name]),
-        "over_ce_time": statistics.median(ours / ce for ours, ce in pairs),
+        "turns": len(pairs),
+        "seconds": statistics.median(ours.wall_s for ours, _ in pairs),
+        "over_ce_time": statistics.median(ours.wall_s / ce.wall_s for ours, ce in pairs),
+        "over_ce_cpu_time": statistics.median(ours.cpu_s / ce.cpu_s for ours, ce in pairs),
         "peak_bytes": peaks[name],
         "over_ce_peak_memory": peaks[name] / peaks[CROSS_ENTROPY],
     }
 
 
 def _show(rows: dict[str, dict[str, float]]) -> None:
-    print(f"  {'':14} {'ms':>9} {'over CE':>8} {'peak MiB':>9} {'over CE':>8}")
+    print(f"  {'':14} {'ms':>9} {'over CE':>8} {'in CPU s':>8} {'peak MiB':>9} {'over CE':>8}")
     for name, row in rows.items():
         print(
             f"  {name:14} {1e3 * row['seconds']:9.1f} {row['over_ce_time']:8.3f} "
-            f"{row['peak_bytes'] / MIB:9.1f} {row['over_ce_peak_memory']:8.3f}"
+            f"{row['over_ce_cpu_time']:8.3f} {row['peak_bytes'] / MIB:9.1f} "
+            f"{row['over_ce_peak_memory']:8.3f}"
         )
-    print()
+    print(flush=True)
 
 
 if __name__ == "__main__":

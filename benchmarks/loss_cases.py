@@ -48,7 +48,9 @@ class Shape:
 class Inputs:
     """What all cases of one shape share; labels are made where a case wants them."""
 
-    def __init__(self, shape: Shape, device: str, dtype: torch.dtype, chunk_tokens: int) -> None:
+    def __init__(
+        self, shape: Shape, device: str, dtype: torch.dtype, chunk_tokens: int | None
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(shape.num_tokens, shape.hidden_size, generator=generator)
         weight = torch.randn(shape.vocab_size, shape.hidden_size, generator=generator)
