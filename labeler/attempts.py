@@ -4,12 +4,16 @@ A record is written before rows go to the engine and removed when they come back
 over tells that the engine died over these rows: a process that segfaults cannot say so itself.
 Records count within one run only, and not where the node was lost or the process was ended from
 outside in order.
+
+A record also says whether these rows had the engine to themselves. Where they shared it with the
+rows of other records, nobody knows over which of them it died.
 """
 
 import atexit
 import json
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from schemas.storage import Store
 
@@ -18,6 +22,24 @@ FOLDER = "attempts"
 
 def _never(_: str) -> bool:
     return False
+
+
+@dataclass(frozen=True)
+class Deaths:
+    """Attempts at the rows of a key that did not come back.
+
+    Attributes:
+        together: While the engine worked on other rows too.
+        alone: While it had these rows only.
+    """
+
+    together: int = 0
+    alone: int = 0
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.together + self.alone
 
 
 class Attempts:
@@ -41,16 +63,17 @@ class Attempts:
         self._open: set[str] = set()
         atexit.register(self._forget)  # runs on SIGTERM under Ray, but not when an engine crashes
 
-    def deaths(self, key: str) -> int:
-        """How many attempts at the rows of a key did not come back."""
+    def deaths(self, key: str) -> Deaths:
+        """The attempts at the rows of a key that did not come back."""
         left = self._store.list(f"{FOLDER}/{self._run}/{key}", ".json")
-        nodes = [json.loads(self._store.read_bytes(rel))["node"] for rel in left]
-        return sum(1 for node in nodes if not self._is_lost(node))
+        records = [json.loads(self._store.read_bytes(rel)) for rel in left]
+        alone = [record["alone"] for record in records if not self._is_lost(record["node"])]
+        return Deaths(together=alone.count(False), alone=alone.count(True))
 
-    def begin(self, key: str) -> str:
-        """Records an attempt; returns its name for ``end``."""
+    def begin(self, key: str, alone: bool = True) -> str:
+        """Records an attempt at rows, alone in the engine or not; returns its name for ``end``."""
         rel = f"{FOLDER}/{self._run}/{key}/{uuid.uuid4().hex}.json"
-        self._store.write_bytes(rel, json.dumps({"node": self._node}).encode())
+        self._store.write_bytes(rel, json.dumps({"node": self._node, "alone": alone}).encode())
         self._open.add(rel)
         return rel
 

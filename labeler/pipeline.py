@@ -135,11 +135,12 @@ def _dataset(
             batch_size=run.unit_rows,
             batch_format="pyarrow",
             fn_constructor_kwargs={"setup": setup, "ledger": ledger},
-            # While the engine works on one unit, the next is decoded and the last one written.
+            # While the engine works on one unit, the next is in its queue and the last one is
+            # written: an engine that is shared never waits.
             compute=ray.data.ActorPoolStrategy(
                 size=teacher.replicas,
-                max_tasks_in_flight_per_actor=3,
-                max_concurrent_calls_per_actor=2,
+                max_tasks_in_flight_per_actor=4,
+                max_concurrent_calls_per_actor=3,
                 enable_true_multi_threading=True,
             ),
             num_cpus=resources.actor_cpus,

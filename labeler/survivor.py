@@ -1,18 +1,24 @@
 """A teacher that outlives rows which kill its engine.
 
-Such a row must not end the job, nor be tried for ever, nor take others with it. Rows over which an
-engine died twice are halved, and the halves are tried on a fresh engine, until the row that does it
-is alone. It is quarantined when it alone has killed two fresh engines while a canary row passes on
-another. If the canary does not pass either, it is the engine that is broken, and the job ends.
+Such a row must not end the job, nor be tried for ever, nor take others with it. Units that nothing
+is known against share an engine, where it can be shared, so that it never waits for the next one.
+If it dies, any of the units in flight may have done it: each is tried again with a fresh engine to
+itself, and only what dies then is held against its rows.
+
+Rows over which an engine died twice, once of it with no others in flight, are halved, and the
+halves are tried on a fresh engine, until the row that does it is alone. It is quarantined when it
+alone has killed two fresh engines while a canary row passes on another. If the canary does not pass
+either, it is the engine that is broken, and the job ends.
 """
 
 import contextlib
-import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from labeler.attempts import Attempts
+from labeler.attempts import Attempts, Deaths
+from labeler.engine_users import EngineUsers
 from labeler.requests import Request, key_of_unit
 from labeler.teachers.base import RowFailure, Teacher
 from labeler.unit_labels import UnitLabels, label_requests
@@ -38,8 +44,8 @@ class Survivor:
     """Labels requests, with as many engines as it takes.
 
     The engine is made when the first requests come, so that a run that has nothing to do starts
-    none. Calls may come from several threads; the engine works on one at a time, so that it is
-    known over which requests it died.
+    none. Calls may come from several threads; they share the engine where its ``shareable`` says
+    so, until one of them is suspected of killing engines.
     """
 
     def __init__(
@@ -55,7 +61,7 @@ class Survivor:
         self._attempts = attempts
         self._generation = generation
         self._teacher: Teacher | None = None
-        self._lock = threading.Lock()
+        self._users = EngineUsers()  # engines are made and dropped by who is alone
 
     def label(self, requests: Sequence[Request]) -> tuple[UnitLabels, dict[str, object]]:
         """What became of each request, and the provenance of the labels.
@@ -63,9 +69,14 @@ class Survivor:
         Raises:
             TeacherError: No engine can be made, or engines die whatever they label.
         """
-        with self._lock:
-            found = self._labelled(list(requests), suspected=False)
-            return found, self._running().provenance()
+        batch = list(requests)
+        key = key_of_unit(batch)
+        if not self._attempts.deaths(key).total:
+            found = self._labelled_together(batch, key)
+            if found is not None:
+                return found
+        with self._users.alone():
+            return self._labelled(batch, suspected=False), self._running().provenance()
 
     def running(self) -> Teacher:
         """The teacher, made if it is not there.
@@ -73,15 +84,43 @@ class Survivor:
         Raises:
             TeacherError: No engine can be made.
         """
-        with self._lock:
+        with self._users.alone():
             return self._running()
 
+    def _labelled_together(
+        self, requests: list[Request], key: str
+    ) -> tuple[UnitLabels, dict[str, object]] | None:
+        """Labels requests beside those of other threads; None where they have to be tried alone."""
+        while self._teacher is None:
+            self.running()
+        with self._users.together():
+            teacher = self._teacher
+            if teacher is None or not getattr(teacher, "shareable", False):
+                return None
+            record = self._attempts.begin(key, alone=False)
+            try:
+                found = label_requests(requests, teacher, self._generation, self._audit_rate)
+            except TeacherError:
+                self._attempts.failed(record)
+            else:
+                self._attempts.end(record)
+                return found, teacher.provenance()
+        with self._users.alone():  # all who shared it have failed as well
+            if self._teacher is teacher:
+                self._drop()
+        return None
+
     def _labelled(self, requests: list[Request], suspected: bool) -> UnitLabels:
-        """Labels requests; ``suspected`` ones are part of what engines died over before."""
+        """Labels requests with nobody beside them.
+
+        Args:
+            requests: One or more.
+            suspected: Whether they are part of what engines died over before.
+        """
         key = key_of_unit(requests)
-        deaths = self._attempts.deaths(key)
         alone = len(requests) == 1
-        while deaths < (1 if suspected and not alone else DEADLY):
+        deaths = self._attempts.deaths(key)
+        while not _is_deadly(deaths, suspected, alone):
             teacher = self._running()
             record = self._attempts.begin(key)
             try:
@@ -89,13 +128,13 @@ class Survivor:
             except TeacherError:
                 self._attempts.failed(record)
                 self._drop()
-                deaths += 1
+                deaths = replace(deaths, alone=deaths.alone + 1)
                 continue
             self._attempts.end(record)
             return found
         self._check_canary()
         if alone:
-            detail = f"{deaths} engines died while they had this row alone"
+            detail = f"{deaths.alone} engines died while they had this row alone"
             return UnitLabels([], [], [requests[0].quarantined("kills_engine", detail)])
         middle = len(requests) // 2
         halves = [self._labelled(half, True) for half in (requests[:middle], requests[middle:])]
@@ -115,7 +154,7 @@ class Survivor:
 
     def _begin_harmless(self, key: str) -> str:
         """Records an attempt that no row of the corpus can be blamed for."""
-        deaths = self._attempts.deaths(key)
+        deaths = self._attempts.deaths(key).total
         if deaths >= MAX_STARTS:
             raise TeacherError(
                 f"{deaths} engines died while they {_HARMLESS[key]}: the teacher cannot run here; "
@@ -148,3 +187,16 @@ class Survivor:
         if teacher is not None:
             with contextlib.suppress(Exception):  # it is broken already
                 teacher.close()
+
+
+def _is_deadly(deaths: Deaths, suspected: bool, single: bool) -> bool:
+    """Whether it is down to these rows that engines died.
+
+    Args:
+        deaths: Of engines that had these rows.
+        suspected: Whether the rows are half of such, so that one more death tells enough.
+        single: Whether it is one row, which would be quarantined.
+    """
+    if single:
+        return deaths.alone >= DEADLY
+    return deaths.alone >= 1 and (suspected or deaths.total >= DEADLY)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from labeler.attempts import Attempts, remove_attempts
+from labeler.attempts import Attempts, Deaths, remove_attempts
 from labeler.requests import Request, label_request
 from labeler.survivor import Survivor
 from labeler.teachers.base import RowFailure, RowLabels
@@ -142,14 +142,14 @@ def test_only_this_run_and_living_nodes_count(tmp_path: Path) -> None:
     first = Attempts(store, "first", node="a")
     for _ in range(2):
         first.failed(first.begin("key"))
-    assert Attempts(store, "first", node="b").deaths("key") == 2
-    assert Attempts(store, "first", is_lost=lambda node: node == "a").deaths("key") == 0
-    assert Attempts(store, "second").deaths("key") == 0
+    assert Attempts(store, "first", node="b").deaths("key") == Deaths(alone=2)
+    assert Attempts(store, "first", is_lost=lambda node: node == "a").deaths("key") == Deaths()
+    assert Attempts(store, "second").deaths("key") == Deaths()
     came_back = first.begin("other")
     first.end(came_back)
-    assert first.deaths("other") == 0
+    assert first.deaths("other") == Deaths()
     remove_attempts(store, "first")
-    assert first.deaths("key") == 0
+    assert first.deaths("key") == Deaths()
     remove_attempts(store, "first")  # of a run that left nothing
 
 
