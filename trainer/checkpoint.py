@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from schemas.config import StrictModel
 from schemas.errors import ConfigError
@@ -32,6 +32,7 @@ class TrainProgress(StrictModel):
         tokens: tokens of the rows trained on.
         labels: labelled positions among them.
         pending: sums since the last line of metrics.jsonl, by name.
+        recent: what the guard measures the next steps against.
     """
 
     step: int
@@ -40,6 +41,7 @@ class TrainProgress(StrictModel):
     labels: int
     final_loss: float
     pending: dict[str, float]
+    recent: dict[str, list[float]] = Field(default_factory=dict)
 
 
 class CheckpointFile(StrictModel):

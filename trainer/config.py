@@ -218,6 +218,21 @@ class CheckpointConfig(StrictModel):
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
 
 
+class GuardConfig(StrictModel):
+    """What is done about a step that would spoil the student.
+
+    A loss or gradient that is not finite always stops the run, before the step is kept.
+    """
+
+    spikes: Literal["off", "warn", "stop"] = Field(
+        "warn", description="what a sudden jump of the loss or the gradient norm leads to"
+    )
+    spike_factor: float = Field(
+        5.0, gt=1.0, description="a jump: this many times the median of the steps before"
+    )
+    window_steps: int = Field(50, ge=10, description="steps that the median is taken over")
+
+
 class LogConfig(StrictModel):
     """The learning curve."""
 
@@ -238,4 +253,5 @@ class TrainConfig(StrictModel):
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     ray: RayConfig = RayConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()

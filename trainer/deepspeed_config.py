@@ -12,6 +12,7 @@ from typing import Any
 
 from schemas.errors import ConfigError
 from trainer.config import TrainConfig
+from trainer.plan import num_micro_batches
 
 _OURS_INSTEAD = {
     "optimizer": "[optimizer]",
@@ -39,29 +40,22 @@ _SAID_BY = {
 """Which key of ours fixes a native one; the others are fixed by how the trainer works."""
 
 
-def num_micro_batches(config: TrainConfig) -> int:
-    """Micro-batches of every rank in a global step: gradient_accumulation_steps.
-
-    The same for all ranks, as collectives must keep in step: the rank with the most lanes sets it,
-    and the others fill up with micro-batches that weigh nothing.
-    """
-    lanes = -(-config.data.sequences_per_step // config.ray.num_workers)
-    return -(-lanes // config.data.micro_batch_size)
-
-
-def build_deepspeed_config(config: TrainConfig, num_parameters: int) -> dict[str, Any]:
+def build_deepspeed_config(
+    config: TrainConfig, num_parameters: int, world_size: int
+) -> dict[str, Any]:
     """The complete DeepSpeed configuration of a run.
 
     Args:
         config: the training run.
         num_parameters: of the student; no bucket is larger than it, since DeepSpeed allocates
             buckets of 5e8 elements (2 GB) whatever the model.
+        world_size: data-parallel ranks that there are.
 
     Raises:
         ConfigError: ``deepspeed.native`` contradicts another key; names both.
     """
     native = config.deepspeed.native
-    fixed = _fixed(config)
+    fixed = _fixed(config, world_size)
     for key, replacement in _OURS_INSTEAD.items():
         if _lookup(native, key) not in (None, {}):
             raise ConfigError(
@@ -79,13 +73,14 @@ def build_deepspeed_config(config: TrainConfig, num_parameters: int) -> dict[str
     return _merged(_merged(_defaults(config, num_parameters), native), fixed)
 
 
-def _fixed(config: TrainConfig) -> dict[str, Any]:
-    micro_batches, micro_batch_size = num_micro_batches(config), config.data.micro_batch_size
+def _fixed(config: TrainConfig, world_size: int) -> dict[str, Any]:
+    micro_batches = num_micro_batches(config.data, world_size)
+    micro_batch_size = config.data.micro_batch_size
     bf16 = config.deepspeed.precision == "bf16"
     # Stage 0 keeps no separate gradient buffer, so it accumulates in the type of the model.
     grad_accum_dtype = "bf16" if bf16 and config.deepspeed.zero_stage == 0 else "fp32"
     return {
-        "train_batch_size": micro_batch_size * micro_batches * config.ray.num_workers,
+        "train_batch_size": micro_batch_size * micro_batches * world_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": micro_batches,
         "managed_gradient_accumulation": True,

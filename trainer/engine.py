@@ -38,7 +38,7 @@ def build_engine(student: StudentWithHead, config: TrainConfig) -> Any:
     engine, *_ = deepspeed.initialize(
         model=student,
         optimizer=build_optimizer(student, config.optimizer, fused=config.ray.use_gpu),
-        config=build_deepspeed_config(config, num_parameters),
+        config=build_deepspeed_config(config, num_parameters, dist.get_world_size()),
         dist_init_required=False,
     )
     return engine

@@ -32,7 +32,8 @@ def run_train_job(config: TrainConfig, progress: bool = True) -> TrainSummary:
     Raises:
         TutelageError: the one line that says what is wrong.
     """
-    build_deepspeed_config(config, num_parameters=1)  # its contradictions, before anything else
+    # Its contradictions, before anything else.
+    build_deepspeed_config(config, num_parameters=1, world_size=config.ray.num_workers)
     view = View.open(config.view)
     folder = RunFolder(config.run)
     label_sets = [label_set.fingerprint for label_set in view.label_sets]

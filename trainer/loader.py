@@ -28,9 +28,8 @@ from schemas.reduce import reduce_rows
 from schemas.shards import read_row_group
 from schemas.spec import RecordSpec
 from schemas.view import View
-from trainer.config import LossConfig, TrainConfig
-from trainer.deepspeed_config import num_micro_batches
-from trainer.plan import Int64s, LoaderState, RowTable, run_steps
+from trainer.config import DataConfig, LossConfig, TrainConfig
+from trainer.plan import Int64s, LoaderState, RowTable, num_micro_batches, run_steps
 from trainer.targets import SparseTargets, build_targets
 
 PAD_MULTIPLE = 64
@@ -73,12 +72,14 @@ class StepBatch:
     Attributes:
         state: of the loader after this step.
         micro_batches: as many on every rank; those past the end of the lanes weigh nothing.
+        packs: for every lane of the whole step the ids of its rows; rank r of W has lanes r mod W.
         num_tokens: tokens of the rows of the whole step, over all ranks.
         num_labels: labelled positions, likewise.
     """
 
     state: LoaderState
     micro_batches: list[MicroBatch]
+    packs: list[Int64s]
     num_tokens: int
     num_labels: int
 
@@ -98,15 +99,17 @@ class Loader:
         start: LoaderState,
         rank: int,
         vocab_size: int,
+        world_size: int = 1,
     ) -> None:
         """
         Args:
             start: where to begin; its first step is the one after it.
-            rank: of this worker among ``ray.num_workers``.
+            rank: of this worker among ``world_size``.
             vocab_size: rows of the student's output head.
         """
         self.wait_s = 0.0
-        self._config, self._rows, self._start, self._rank = config, rows, start, rank
+        self._config, self._rows, self._start = config, rows, start
+        self._rank, self._world_size = rank, world_size
         self._reader = RowReader(view, rows, config.loss, config.data.cache_bytes)
         self._vocab_size = vocab_size
         self._ready: queue.Queue[StepBatch | BaseException] = queue.Queue(
@@ -150,40 +153,46 @@ class Loader:
             self._ready.put(error)
 
     def _load(self, state: LoaderState, packs: list[Int64s]) -> StepBatch:
-        size, world_size = self._config.data.micro_batch_size, self._config.ray.num_workers
-        mine = packs[self._rank :: world_size]
-        mine += [np.empty(0, np.int64)] * (num_micro_batches(self._config) * size - len(mine))
+        data = self._config.data
+        size = data.micro_batch_size
+        mine = packs[self._rank :: self._world_size]
+        num_packs = num_micro_batches(data, self._world_size) * size
+        mine += [np.empty(0, np.int64)] * (num_packs - len(mine))
         self._reader.prepare(np.concatenate(mine))
         step_rows = np.concatenate(packs)
         return StepBatch(
             state=state,
             micro_batches=[
-                self._micro_batch(mine[first : first + size]) for first in range(0, len(mine), size)
+                read_micro_batch(self._reader, mine[first : first + size], data, self._vocab_size)
+                for first in range(0, len(mine), size)
             ],
+            packs=packs,
             num_tokens=int(self._rows.num_tokens[step_rows].sum()),
             num_labels=int(self._rows.num_labels[step_rows].sum()),
         )
 
-    def _micro_batch(self, packs: list[Int64s]) -> MicroBatch:
-        lengths = [self._rows.num_tokens[pack].astype(np.int64) for pack in packs]
-        padded = padded_length([int(pack.sum()) for pack in lengths], self._config.data.max_tokens)
-        row_starts = np.concatenate(
-            [np.cumsum(pack) - pack + place * padded for place, pack in enumerate(lengths)]
-        )
-        ids = np.concatenate(packs)
-        rows = self._reader.gather(ids)
-        input_ids, position_ids = lay_out(rows, row_starts, (len(packs), padded))
-        targets = build_targets(
-            rows,
-            row_starts,
-            self._reader.record,
-            self._vocab_size,
-            self._rows.weight[ids],
-        )
-        weight = float(targets.weights.sum(dtype=torch.float64))
-        return MicroBatch(
-            torch.from_numpy(input_ids), torch.from_numpy(position_ids), targets, weight
-        )
+
+def read_micro_batch(
+    reader: "RowReader", packs: list[Int64s], data: DataConfig, vocab_size: int
+) -> MicroBatch:
+    """Reads and packs the rows of a micro-batch.
+
+    Args:
+        packs: for every sequence the ids of its rows, in order; may be empty.
+        vocab_size: rows of the student's output head.
+    """
+    table = reader.rows
+    lengths = [table.num_tokens[pack].astype(np.int64) for pack in packs]
+    padded = padded_length([int(pack.sum()) for pack in lengths], data.max_tokens)
+    row_starts = np.concatenate(
+        [np.cumsum(pack) - pack + place * padded for place, pack in enumerate(lengths)]
+    )
+    ids = np.concatenate(packs)
+    rows = reader.gather(ids)
+    input_ids, position_ids = lay_out(rows, row_starts, (len(packs), padded))
+    targets = build_targets(rows, row_starts, reader.record, vocab_size, table.weight[ids])
+    weight = float(targets.weights.sum(dtype=torch.float64))
+    return MicroBatch(torch.from_numpy(input_ids), torch.from_numpy(position_ids), targets, weight)
 
 
 def padded_length(num_tokens: Sequence[int], max_tokens: int) -> int:
@@ -224,6 +233,7 @@ class RowReader:
 
     Attributes:
         record: what the view promises of all its label sets; they may hold more.
+        rows: what the ids count through.
     """
 
     def __init__(self, view: View, rows: RowTable, loss: LossConfig, cache_bytes: int) -> None:
@@ -232,7 +242,7 @@ class RowReader:
             ConfigError: the view promises different records of its label sets.
         """
         self.record = common_record(view)
-        self._label_sets, self._rows = view.label_sets, rows
+        self._label_sets, self.rows = view.label_sets, rows
         self._loss, self._columns = loss, loss_columns(loss, self.record)
         self._cache_bytes, self._held_bytes = cache_bytes, 0
         self._cache: OrderedDict[int, _RowGroup] = OrderedDict()
@@ -242,17 +252,17 @@ class RowReader:
 
     def prepare(self, ids: Int64s) -> None:
         """Starts to read the row groups that ``gather`` will need."""
-        for group in np.unique(self._rows.group[ids]).tolist():
+        for group in np.unique(self.rows.group[ids]).tolist():
             if group not in self._cache and group not in self._pending:
                 self._pending[group] = self._pool.submit(self._read, group)
 
     def gather(self, ids: Int64s) -> LabelRows:
         """The rows, in the order of the ids; columns that the loss does not read are None."""
         self.prepare(ids)
-        groups = self._rows.group[ids].tolist()
+        groups = self.rows.group[ids].tolist()
         held = {group: self._get(group) for group in dict.fromkeys(groups)}
         picks = [held[group] for group in groups]
-        return _gather(picks, self._rows.row[ids].tolist(), self._columns, self.record)
+        return _gather(picks, self.rows.row[ids].tolist(), self._columns, self.record)
 
     def close(self) -> None:
         """Ends the reading threads."""
@@ -271,7 +281,7 @@ class RowReader:
         return held
 
     def _read(self, group: int) -> "_RowGroup":
-        label_set, shard, number = self._rows.groups[group]
+        label_set, shard, number = self.rows.groups[group]
         store = self._label_sets[label_set].store
         have = self._label_sets[label_set].spec.record
         rows = read_row_group(store, shard, number, have, columns=loss_columns(self._loss, have))

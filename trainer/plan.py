@@ -171,6 +171,23 @@ def count_steps(rows: RowTable, data: DataConfig) -> int:
     return sum(sum(1 for _ in epoch_steps(rows, data, epoch)) for epoch in range(data.epochs or 0))
 
 
+def num_micro_batches(data: DataConfig, world_size: int) -> int:
+    """Micro-batches of every rank in a global step: gradient_accumulation_steps.
+
+    Rank r of W takes the lanes r mod W. The number is the same for all ranks, as collectives must
+    keep in step: the rank with the most lanes sets it, and the others fill up with micro-batches
+    that weigh nothing. So W need not divide ``data.sequences_per_step``, and may exceed it.
+    """
+    lanes = -(-data.sequences_per_step // world_size)
+    return -(-lanes // data.micro_batch_size)
+
+
+def view_rows(view: View, data: DataConfig, ids: Int64s) -> Int64s:
+    """Row numbers in the view's table of ids in its `RowTable`, which leaves out long rows."""
+    fits = _numpy(view.table, "num_tokens", np.int32) <= data.max_tokens
+    return np.flatnonzero(fits)[ids]
+
+
 def deal_chunks(rows: RowTable, data: DataConfig, epoch: int) -> list[list[tuple[int, int]]]:
     """Shares the chunks of a view among the lanes.
 

@@ -6,6 +6,7 @@ RUN/
   run.json             what the run stands for; another configuration needs another folder
   owner                the process that may write here: the one that was started last
   metrics.jsonl        the learning curve
+  bad_batch.json       the rows of a step that stopped the run
   tensorboard/         the same for TensorBoard
   checkpoints/         see trainer.checkpoint
   student/             the trained student, an ordinary Hugging Face folder
@@ -43,6 +44,9 @@ _FREE_KEYS = {
     "ray.max_failures",
     "checkpoint.every_steps",
     "checkpoint.keep",
+    "guard.spikes",
+    "guard.spike_factor",
+    "guard.window_steps",
     "log.every_steps",
     "log.tensorboard",
 }
@@ -90,6 +94,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.student = self.path / "student"
+        self.bad_batch = self.path / "bad_batch.json"
 
     def finished(
         self, config: TrainConfig, view_hash: str, label_sets: list[str]

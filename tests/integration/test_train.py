@@ -226,8 +226,40 @@ def test_divergence_stops_the_run(tmp_path: Path, view: View, tokenizer: Path) -
         schedule={"warmup_steps": 0},
         deepspeed={"gradient_clipping": 0.0},
     )
-    with pytest.raises(StudentError, match=r"of step \d+ is (nan|inf)"):
+    with pytest.raises(StudentError, match=r"of step \d+ is (nan|inf).*no checkpoint") as error:
         run_train_job(job)
+    assert str(tmp_path / "run" / "bad_batch.json") in str(error.value)
+
+
+def test_rows_that_give_no_number_are_named(tmp_path: Path, view: View, tokenizer: Path) -> None:
+    """One embedding of the student is no number; only rows with its token are to blame."""
+    from trainer.bad_batch import BadBatch
+
+    run, token = tmp_path / "run", rare_token(view)
+    spoil_embedding(tmp_path / "spoilt", tokenizer, token)
+    student = {"path": str(tmp_path / "spoilt"), "config": {}}
+    job = config(run, view, tokenizer, student=student, checkpoint={"every_steps": 1})
+    with pytest.raises(StudentError, match=r"the loss of step \d+ is nan.* of its rows") as error:
+        run_train_job(job)
+    found = BadBatch.model_validate_json((run / "bad_batch.json").read_bytes())
+    culprits = [row.view_row for row in found.rows if row.is_finite is False]
+    assert sorted(culprits) == sorted(
+        row.view_row for row in found.rows if token in tokens_of(view, row.view_row)
+    )
+    assert 0 < len(culprits) < len(found.rows)
+    first = found.rows[0]
+    assert view.table["row_key"][first.view_row].as_py().hex() == first.row_key
+    assert f"row {first.view_row} of the view (shard {first.shard}" in str(error.value)
+    assert len(losses(run)) == found.step - 1
+    assert Path(found.checkpoint) == run / "checkpoints" / f"step_{found.step - 1}"
+    assert found.checkpoint in str(error.value)
+
+
+def test_a_spike_stops_where_that_is_asked_for(tmp_path: Path, view: View, tokenizer: Path) -> None:
+    steep = {"optimizer": {"lr": 3.0}, "schedule": {"warmup_steps": 18}}
+    guard = {"spikes": "stop", "spike_factor": 1.5}
+    with pytest.raises(StudentError, match=r"times the median.*guard\.spikes=warn"):
+        run_train_job(config(tmp_path / "run", view, tokenizer, **steep, guard=guard))
 
 
 def test_a_flipped_byte_names_its_shard(tmp_path: Path, view: View, tokenizer: Path) -> None:
@@ -249,6 +281,30 @@ def test_a_shard_cut_short_is_found_before_anything_starts(
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(DamagedError, match=re.escape(shard.name)):
         run_train_job(config(tmp_path / "run", damaged, tokenizer))
+
+
+def tokens_of(view: View, row: int) -> list[int]:
+    return view.label_sets[0].read_rows(view.table.slice(row, 1)).token_ids.tolist()
+
+
+def rare_token(view: View) -> int:
+    """A token that stands in two rows."""
+    rows = [set(tokens_of(view, row)) for row in range(view.num_rows)]
+    return next(token for token in range(10, 320) if sum(token in row for row in rows) == 2)
+
+
+def spoil_embedding(folder: Path, tokenizer: Path, token: int) -> None:
+    """Writes a student in which the embedding of one token is no number."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "tie_word_embeddings": False}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=320, **shape, **heads))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[token] = float("nan")
+    model.save_pretrained(folder)
 
 
 def wait_for_step(run: Path, step: int, timeout_s: float = 240) -> None:

@@ -6,7 +6,10 @@ import pytest
 
 from schemas.errors import ConfigError
 from trainer.config import TrainConfig
-from trainer.deepspeed_config import build_deepspeed_config, num_micro_batches
+from trainer.deepspeed_config import build_deepspeed_config
+from trainer.plan import num_micro_batches
+
+WORLD = 1
 
 
 def config(
@@ -41,14 +44,14 @@ def test_gradient_accumulation_is_derived(
     lanes: int, micro_batch_size: int, num_workers: int, expected: int
 ) -> None:
     job = config(lanes, micro_batch_size, num_workers)
-    assert num_micro_batches(job) == expected
-    native = build_deepspeed_config(job, 1000)
+    assert num_micro_batches(job.data, num_workers) == expected
+    native = build_deepspeed_config(job, 1000, num_workers)
     assert native["gradient_accumulation_steps"] == expected
     assert native["train_batch_size"] == expected * micro_batch_size * num_workers
 
 
 def test_everything_whose_default_changed_is_written_out() -> None:
-    native = build_deepspeed_config(config(gradient_clipping=0.5, precision="bf16"), 1000)
+    native = build_deepspeed_config(config(gradient_clipping=0.5, precision="bf16"), 1000, WORLD)
     assert native["gradient_clipping"] == 0.5
     assert native["bf16"] == {"enabled": True, "check_grad_overflow": False}
 
@@ -60,14 +63,14 @@ def test_everything_whose_default_changed_is_written_out() -> None:
 def test_gradients_accumulate_in_float32_where_the_stage_allows(
     precision: str, stage: int, dtype: str
 ) -> None:
-    native = build_deepspeed_config(config(precision=precision, zero_stage=stage), 1000)
+    native = build_deepspeed_config(config(precision=precision, zero_stage=stage), 1000, WORLD)
     assert native["data_types"]["grad_accum_dtype"] == dtype
 
 
 def test_native_options_pass_through_and_change_defaults() -> None:
     offload = {"device": "cpu"}
     job = config(native={"zero_optimization": {"offload_optimizer": offload, "overlap_comm": True}})
-    zero = build_deepspeed_config(job, 1000)["zero_optimization"]
+    zero = build_deepspeed_config(job, 1000, WORLD)["zero_optimization"]
     assert zero["stage"] == 0
     assert zero["offload_optimizer"] == offload
     assert zero["overlap_comm"] is True
@@ -75,7 +78,7 @@ def test_native_options_pass_through_and_change_defaults() -> None:
 
 def test_a_native_option_that_agrees_is_fine() -> None:
     native = {"zero_optimization": {"stage": 2}, "train_batch_size": "auto"}
-    build_deepspeed_config(config(zero_stage=2, native=native), 1000)
+    build_deepspeed_config(config(zero_stage=2, native=native), 1000, WORLD)
 
 
 @pytest.mark.parametrize(
@@ -95,11 +98,11 @@ def test_a_native_option_that_agrees_is_fine() -> None:
 )
 def test_a_contradiction_names_both_sides(native: dict[str, Any], theirs: str, ours: str) -> None:
     with pytest.raises(ConfigError) as error:
-        build_deepspeed_config(config(native=native), 1000)
+        build_deepspeed_config(config(native=native), 1000, WORLD)
     assert theirs in str(error.value)
     assert ours in str(error.value)
 
 
 def test_buckets_are_no_larger_than_the_model() -> None:
-    zero = build_deepspeed_config(config(zero_stage=2), 100_000)["zero_optimization"]
+    zero = build_deepspeed_config(config(zero_stage=2), 100_000, WORLD)["zero_optimization"]
     assert zero["reduce_bucket_size"] == 100_000

@@ -35,13 +35,17 @@ def start(view: View) -> LoaderState:
 
 
 def load(
-    view: View, config: TrainConfig, rank: int = 0, state: LoaderState | None = None
+    view: View,
+    config: TrainConfig,
+    rank: int = 0,
+    state: LoaderState | None = None,
+    world_size: int = 1,
 ) -> list[StepBatch]:
     """All batches from a state on."""
     rows = read_row_table(view, config.data)
     num_steps = count_steps(rows, config.data)
     state = state or start(view)
-    loader = Loader(config, view, rows, state, rank, len(VOCABULARY))
+    loader = Loader(config, view, rows, state, rank, len(VOCABULARY), world_size)
     try:
         return [next(loader) for _ in range(num_steps - state.step)]
     finally:
@@ -78,11 +82,11 @@ def test_every_row_comes_once_and_whole(view: View) -> None:
     assert weight == view.num_labels
 
 
-@pytest.mark.parametrize("num_workers", [2, 3])
+@pytest.mark.parametrize("num_workers", [2, 3, 5])  # of four lanes
 def test_ranks_together_read_what_one_reads(view: View, num_workers: int) -> None:
-    job = config(view, ray={"num_workers": num_workers})
-    alone = load(view, config(view))
-    shares = [load(view, job, rank) for rank in range(num_workers)]
+    job = config(view)
+    alone = load(view, job)
+    shares = [load(view, job, rank, world_size=num_workers) for rank in range(num_workers)]
     assert {len(share) for share in shares} == {len(alone)}
     for number, whole in enumerate(alone):
         together = [share[number] for share in shares]
