@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from schemas.errors import VocabularyError
@@ -111,39 +111,6 @@ def fused_distillation_loss(
     )
     total, parts = _FusedDistillation.apply(flat, weight, bias, targets, loss, transform, wanted)
     return total, dict(zip(METRICS, parts.unbind(), strict=True))
-
-
-class DistillationHead(nn.Linear):
-    """The student's lm_head, which computes a loss when it is given targets, logits otherwise.
-
-    It takes the place of the model's own head and owns the same parameters, so that ZeRO-3, which
-    gathers parameters around the forward of the module that owns them, gathers this weight as well,
-    tied to the embedding or not. Names in the state dict do not change.
-    """
-
-    transform: LogitTransform
-
-    @classmethod
-    def around(cls, linear: nn.Linear, transform: LogitTransform) -> "DistillationHead":
-        """A head that shares the parameters of `linear`."""
-        head = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        head.weight, head.bias = linear.weight, linear.bias
-        head.transform = transform
-        return head
-
-    def forward(
-        self,
-        hidden: Tensor,
-        targets: SparseTargets | None = None,
-        loss: LossConfig | None = None,
-    ) -> Any:
-        """Logits [..., V] of hidden [..., H]; with targets, see `fused_distillation_loss`."""
-        if targets is None:
-            return super().forward(hidden)
-        assert loss is not None
-        return fused_distillation_loss(
-            hidden, self.weight, self.bias, targets, loss, self.transform
-        )
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from transformers import (
 
 from schemas.errors import StudentError
 from trainer.config import LossConfig, StudentConfig
-from trainer.fused_head import DistillationHead, LogitTransform
+from trainer.distillation_head import DistillationHead
+from trainer.fused_head import LogitTransform
 from trainer.targets import SparseTargets
 
 # Still read by transformers 5, which moved them into rope_parameters.

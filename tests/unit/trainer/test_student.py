@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from schemas.errors import StudentError
 from tests.distillation_oracle import random_targets
 from trainer.config import LossConfig, StudentConfig
-from trainer.fused_head import DistillationHead, fused_distillation_loss
+from trainer.distillation_head import DistillationHead
+from trainer.fused_head import fused_distillation_loss
 from trainer.student import (
     StudentWithHead,
     build_student,
