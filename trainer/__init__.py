@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trainer.distillation_head import DistillationHead as DistillationHead
     from trainer.fused_head import LogitTransform as LogitTransform
     from trainer.student import StudentWithHead as StudentWithHead
+    from trainer.student import check_student as check_student
     from trainer.student import install_head as install_head
     from trainer.targets import SparseTargets as SparseTargets
     from trainer.view_dataset import ViewBatch as ViewBatch
@@ -32,6 +33,7 @@ _HOMES = {
     "StudentWithHead": "trainer.student",
     "ViewBatch": "trainer.view_dataset",
     "ViewDataset": "trainer.view_dataset",
+    "check_student": "trainer.student",
     "install_head": "trainer.student",
 }
 

@@ -10,7 +10,14 @@ import torch
 from student import TOKENIZER, make_student
 from torch.utils.data import DataLoader
 
-from trainer import DataConfig, DistillationHead, LossConfig, StudentWithHead, ViewDataset
+from trainer import (
+    DataConfig,
+    DistillationHead,
+    LossConfig,
+    StudentWithHead,
+    ViewDataset,
+    check_student,
+)
 
 
 def train(
@@ -46,6 +53,7 @@ def main() -> None:
     parser.add_argument("--out", default="runs/library/own_loop")
     args = parser.parse_args()
     model, tokenizer = make_student(args.tokenizer)
+    check_student(model)  # that it trains on packed documents, and that its head is the whole head
     # The student's lm_head becomes a DistillationHead of the same parameters. For a model that this
     # does not fit, `DistillationHead.around(lm_head)(hidden, targets, loss)` is all it takes.
     student = StudentWithHead(model)
