@@ -16,9 +16,10 @@ clear_refs) and one forward and backward is run; what the new peak (VmHWM, as ge
 knows the parent's peak as well) is above the resident set before. So gradients count, inputs do
 not, and neither does the dense teacher. On CUDA it is max_memory_allocated in the same place.
 
-JSON: `kd_over_ce_time` (`kd_over_ce_cpu_time` in CPU seconds) and `kd_over_ce_peak_memory` are those
-of the worse of the two losses at temperature 1, on the largest shape; `fused_over_dense_peak_memory` of the worse of the two over the
-dense KL there. By default that is 4096 x 32768, H = 1024.
+JSON: `kd_over_ce_time`, `kd_over_ce_cpu_time` (in CPU seconds) and `kd_over_ce_peak_memory` are
+those of the worse of the two losses at temperature 1, on the largest shape;
+`fused_over_dense_peak_memory` of the worse of the two over the dense KL there. By default that is
+4096 x 32768, H = 1024.
 """
 
 import argparse
