@@ -1,10 +1,10 @@
 """The whole training step, distilled against hard-label: `python -m benchmarks.step`.
 
 One student, one DeepSpeed engine as the trainer builds it (a process group of one, without Ray),
-and the demo teacher's labels of real text. A step is what the trainer does: wait for the batch,
-forward and backward of every micro-batch, gradient norm, optimizer. The same global steps are taken
-once on hard labels and once distilled, in turns in one process, by two loaders that read the same
-rows in the same order; which comes first alternates.
+and the demo teacher's labels of real text. A step is the trainer's own (`trainer.step`): wait for
+the batch, forward and backward of every micro-batch, gradient norm, optimizer. The same global
+steps are taken once on hard labels and once distilled, in turns in one process, by two loaders that
+read the same rows in the same order; which comes first alternates.
 
 **Time**: the median over turns of the ratio of the two, for each kind of labels; beside it the same
 of CPU seconds of the whole process, loaders included, and the ratio of the least times, both of
@@ -42,13 +42,16 @@ from benchmarks.label_views import TOPK, make_view, threshold_record
 from schemas.config import validated
 from schemas.view import View
 from trainer.config import TrainConfig
-from trainer.engine import build_engine, gradient_norm, prepare_process
-from trainer.loader import Loader, MicroBatch, StepBatch
+from trainer.engine import build_engine, prepare_process
+from trainer.guards import Guard
+from trainer.loader import Loader, StepBatch
 from trainer.plan import LoaderState, read_row_table
+from trainer.step import TrainStep
 from trainer.student import StudentWithHead, build_student
 
 LABELS_ONCE = 20_000
 SKIPPED = 1
+LR = 1e-4
 MIB = 1 << 20
 KEYS = ("kd_over_ce_step_time", "kd_over_ce_step_peak_memory", "data_wait_share")
 
@@ -117,15 +120,15 @@ def _measure(view: View, args: argparse.Namespace) -> dict[str, float]:
     model, _ = build_student(kd.student)
     engine = build_engine(StudentWithHead(model), kd)
     vocab_size = model.get_output_embeddings().weight.shape[0]
+    distilled = TrainStep(engine, kd, Guard(kd.guard, {}))
     with _loading(view, kd, vocab_size) as of_kd, _loading(view, hard, vocab_size) as of_hard:
-        kd_taken, hard_taken = _turns(engine, (kd, of_kd), (hard, of_hard), args.turns)
-        peaks = [
-            _peak(engine, config, next(loader)) for config, loader in ((kd, of_kd), (hard, of_hard))
-        ]
+        pair = ((distilled, of_kd), (TrainStep(engine, hard, Guard(hard.guard, {})), of_hard))
+        kd_taken, hard_taken = _turns(pair, args.turns)
+        peaks = [_peak(step, next(loader)) for step, loader in pair]
     waited = total = 0.0
     with _loading(view, kd, vocab_size) as loader:
         for number in range(args.steps + SKIPPED):
-            taken = _timed(engine, kd, loader)
+            taken = _timed(distilled, loader)
             if number >= SKIPPED:
                 waited += loader.wait_s
                 total += taken.wall_s
@@ -152,17 +155,13 @@ class _Taken(NamedTuple):
 
 
 def _turns(
-    engine: Any,
-    distilled: tuple[TrainConfig, Loader],
-    hard: tuple[TrainConfig, Loader],
-    num_turns: int,
+    pair: tuple[tuple[TrainStep, Loader], tuple[TrainStep, Loader]], num_turns: int
 ) -> tuple[list[_Taken], list[_Taken]]:
-    """What every turn's distilled and hard-label step took; a first turn is not counted."""
+    """What every turn's step of either took; a first turn is not counted."""
     steps: tuple[list[_Taken], list[_Taken]] = [], []
     for turn in range(num_turns + SKIPPED):
         for which in (0, 1) if turn % 2 else (1, 0):
-            config, loader = (distilled, hard)[which]
-            taken = _timed(engine, config, loader)
+            taken = _timed(*pair[which])
             if turn >= SKIPPED:
                 steps[which].append(taken)
     return steps
@@ -203,43 +202,31 @@ def _loading(view: View, config: TrainConfig, vocab_size: int) -> Iterator[Loade
         loader.close()
 
 
-def _timed(engine: Any, config: TrainConfig, loader: Loader) -> _Taken:
+def _timed(step: TrainStep, loader: Loader) -> _Taken:
     """One optimizer step, waiting for its batch included."""
     wall, cpu = time.perf_counter(), time.process_time()
-    _step(engine, config, next(loader))
+    _run(step, next(loader))
     return _Taken(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def _step(engine: Any, config: TrainConfig, batch: StepBatch) -> None:
-    """One optimizer step, done as `trainer.loop` does it."""
-    scale = 1.0 / sum(micro_batch.weight for micro_batch in batch.micro_batches)
-    for number, micro_batch in enumerate(batch.micro_batches, start=1):
-        loss_sum, _ = engine(*_moved(micro_batch, engine.device), config.loss)
-        engine.backward(loss_sum * scale, scale_wrt_gas=False)
-        if number == len(batch.micro_batches):
-            gradient_norm(engine)
-        engine.step()
+def _run(step: TrainStep, batch: StepBatch) -> None:
+    step.run(batch, step=1, lr=LR)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def _moved(batch: MicroBatch, device: Any) -> tuple[Any, ...]:
-    parts = (batch.input_ids, batch.position_ids, batch.targets)
-    return tuple(part.to(device, non_blocking=True) for part in parts)
-
-
-def _peak(engine: Any, config: TrainConfig, batch: StepBatch) -> int:
+def _peak(step: TrainStep, batch: StepBatch) -> int:
     """Bytes that a step takes at most, above what is held before it."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        _step(engine, config, batch)
+        _run(step, batch)
         return int(torch.cuda.max_memory_allocated()) - held
     _give_memory_back()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is now what is held
     held = _peak_resident()
-    _step(engine, config, batch)
+    _run(step, batch)
     return _peak_resident() - held
 
 
