@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from teacher_requests import ENGINE, label, labelled
+from teacher_requests import config as teacher_config
 from training_runs import losses, make_config, make_view
 
 from schemas.config import dump_toml
@@ -28,6 +31,18 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 # Three lanes on two workers: one of them has a micro-batch that weighs nothing in every step.
 STEPS = 24
 SECTIONS: dict[str, dict[str, Any]] = {
+    # Wide enough for vLLM's CPU kernels.
+    "student": {
+        "config": {
+            "model_type": "llama",
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        }
+    },
     "data": {"sequences_per_step": 3, "steps": STEPS},
     "schedule": {"kind": "constant", "warmup_steps": 2},
     "ray": {"num_workers": 2},
@@ -93,6 +108,37 @@ def test_the_exported_student_is_an_ordinary_model(
     card = (folder / "README.md").read_text()
     assert view.view_hash in card
     assert view.label_sets[0].fingerprint in card
+
+
+def test_the_exported_student_has_the_same_logits_in_transformers_and_in_vllm(
+    reference: tuple[Path, TrainSummary], view: View
+) -> None:
+    """Of the whole vocabulary, at every position; as log-probabilities, which both normalise."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from labeler.teachers.base import make_teacher
+
+    folder = Path(reference[1].exported)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    everything = RecordSpec(kind="topk", k=model.config.vocab_size)
+    engine = {**ENGINE, "max_logprobs": everything.k}
+    rng = np.random.default_rng(0)
+    tokens = [rng.integers(0, everything.k, length, dtype=np.int32) for length in (2, 33, 120)]
+    spans = [np.array([1, len(row)], np.int32) for row in tokens]
+    teacher = make_teacher(teacher_config(folder, engine=engine), everything)
+    try:
+        results = [labelled(result) for result in label(teacher, tokens, spans)]
+    finally:
+        teacher.close()
+    for row, result in zip(tokens, results, strict=True):
+        with torch.no_grad():
+            logits = model(torch.from_numpy(row).long()[None]).logits[0, :-1]
+        expected = torch.log_softmax(logits.double(), -1).numpy()
+        found = np.empty_like(expected)
+        np.put_along_axis(found, result.entry_ids, result.entry_logprobs, axis=1)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+        assert expected.std() > 0.1, "the student has learned nothing that could differ"
 
 
 def test_labels_with_draws_train_and_what_is_approximate_is_said(
