@@ -92,6 +92,12 @@ class LossConfig(StrictModel):
         description="positions per chunk of the fused head; unset: what head_memory_bytes holds",
     )
 
+    kernel: Literal["torch", "triton"] = Field(
+        "torch",
+        description="what walks over the head's logits; triton is for GPUs, walks less often, and "
+        "has been checked in Triton's interpreter only",
+    )
+
     @model_validator(mode="after")
     def _hard_has_no_teacher(self) -> Self:
         if self.kind == "hard" and self.temperature != 1.0:

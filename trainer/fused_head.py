@@ -31,6 +31,7 @@ from schemas.errors import VocabularyError
 from trainer.config import LossConfig
 from trainer.head_memory import chunk_tokens
 from trainer.objectives import Pull, StudentPartition, pull_of
+from trainer.row_softmax import RowSoftmax, row_softmax
 from trainer.targets import SparseTargets
 
 METRICS = ("loss", "ce", "kl", "weight")
@@ -245,36 +246,42 @@ def _loss_and_gradient(
     logits: Tensor, chunk: SparseTargets, loss: LossConfig, need_gradient: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """CE [T], KL [T] or None, and the gradient of the chunk's weighted loss, in `logits`' place."""
-    weights = chunk.weights.to(logits.dtype)
+    weights, softmax_of = chunk.weights.to(logits.dtype), row_softmax(loss, logits)
     if loss.kind == "hard" or loss.alpha == 0.0:
-        ce = _cross_entropy(logits, chunk.token_ids, weights if need_gradient else None)
+        ce = _cross_entropy(logits, chunk.token_ids, weights if need_gradient else None, softmax_of)
         return ce, None, logits if need_gradient else None
     if loss.temperature == 1.0:
-        ce, kl = _distil(logits, chunk, loss, weights if need_gradient else None)
+        ce, kl = _distil(logits, chunk, loss, weights if need_gradient else None, softmax_of)
         return ce, kl, logits if need_gradient else None
     scaled = logits / loss.temperature
     factor = weights * (loss.alpha * loss.temperature)
-    _, kl = _distil(scaled, chunk, loss, factor if need_gradient else None)
+    _, kl = _distil(scaled, chunk, loss, factor if need_gradient else None, softmax_of)
     hard = weights * (1.0 - loss.alpha) if need_gradient and loss.alpha < 1.0 else None
-    ce = _cross_entropy(logits, chunk.token_ids, hard)
+    ce = _cross_entropy(logits, chunk.token_ids, hard, softmax_of)
     if not need_gradient:
         return ce, kl, None
     return ce, kl, scaled if hard is None else scaled.add_(logits)
 
 
-def _cross_entropy(logits: Tensor, token_ids: Tensor, weights: Tensor | None) -> Tensor:
+def _cross_entropy(
+    logits: Tensor, token_ids: Tensor, weights: Tensor | None, softmax_of: type[RowSoftmax]
+) -> Tensor:
     """Cross-entropy [T] in nats; with weights, `logits` becomes the gradient of weights * CE."""
     token_ids = token_ids[:, None]
     at_token = logits.gather(1, token_ids)[:, 0]
-    lse = _softmax_(logits)
+    softmax = softmax_of(logits)
     if weights is not None:
-        logits.mul_(weights[:, None])
+        softmax.times_(weights)
         logits.scatter_add_(1, token_ids, -weights[:, None])
-    return lse - at_token
+    return softmax.lse - at_token
 
 
 def _distil(
-    logits: Tensor, chunk: SparseTargets, loss: LossConfig, weights: Tensor | None
+    logits: Tensor,
+    chunk: SparseTargets,
+    loss: LossConfig,
+    weights: Tensor | None,
+    softmax_of: type[RowSoftmax],
 ) -> tuple[Tensor, Tensor]:
     """CE and KL, [T] each, of logits [T, V] already divided by the distillation temperature.
 
@@ -289,54 +296,32 @@ def _distil(
 
     # Not -inf: a row whose every id is in S must stay a number. Its bucket then has no mass.
     everything.scatter_(0, flat, torch.finfo(logits.dtype).min)
-    lse_off = _softmax_(logits)
-    lse = torch.logaddexp(lse_off, segments.logsumexp(at_entries))
-    student = StudentPartition(at_entries.sub_(segments.spread(lse)), lse_off - lse, segments)
+    off = softmax_of(logits)
+    lse = torch.logaddexp(off.lse, segments.logsumexp(at_entries))
+    student = StudentPartition(at_entries.sub_(segments.spread(lse)), off.lse - lse, segments)
     pull = pull_of(chunk, loss, student)
     if weights is not None:
         share = loss.alpha if loss.temperature == 1.0 else 1.0
-        _write_gradient(logits, flat, chunk.token_ids, pull, student, weights, share)
+        tail, entries = _mixed(pull, student, share)
+        off.times_(weights * tail)
+        everything.scatter_(0, flat, segments.spread(weights) * entries)
+        if share < 1.0:
+            at = chunk.token_ids[:, None]
+            logits.scatter_add_(1, at, (weights * (share - 1.0))[:, None])
     return lse - at_token, pull.loss
 
 
-def _write_gradient(
-    logits: Tensor,
-    flat: Tensor,
-    token_ids: Tensor,
-    pull: Pull,
-    student: StudentPartition,
-    weights: Tensor,
-    alpha: float,
-) -> None:
-    """Turns the softmax off S in `logits` into the gradient, over S too.
+def _mixed(pull: Pull, student: StudentPartition, alpha: float) -> tuple[Tensor, Tensor]:
+    """Gradients at the bucket [T] and at S [E]: `alpha` of the target's, the rest of them q's own.
 
-    Args:
-        logits: [T, V], the softmax over the ids off S.
-        flat: [E], places of S in the flattened logits.
-        token_ids: [T], hard labels.
-        pull, student: the target's gradient and what it was computed from.
-        weights: [T], factor of each position.
-        alpha: share of the target; the rest is cross-entropy.
+    Cross-entropy's is q - onehot; the caller subtracts the hard label.
     """
-    tail, entries = pull.tail_gradient, pull.entry_gradient
-    if alpha < 1.0:
-        tail = alpha * tail + (1.0 - alpha) * student.log_tail.exp()
-        entries = alpha * entries + (1.0 - alpha) * student.log_entries.exp()
-    logits.mul_((weights * tail)[:, None])
-    logits.view(-1).scatter_(0, flat, student.segments.spread(weights) * entries)
-    if alpha < 1.0:
-        logits.scatter_add_(1, token_ids[:, None], (weights * (alpha - 1.0))[:, None])
-
-
-def _softmax_(logits: Tensor) -> Tensor:
-    """Softmax of each row in place; returns its log-sum-exp [T].
-
-    The log-sum-exp is read off the softmax at the row's peak, which saves a second pass of
-    exponentials over the row.
-    """
-    peak = logits.amax(1)
-    torch.softmax(logits, 1, out=logits)
-    return peak - logits.amax(1).log()
+    if alpha == 1.0:
+        return pull.tail_gradient, pull.entry_gradient
+    return (
+        alpha * pull.tail_gradient + (1.0 - alpha) * student.log_tail.exp(),
+        alpha * pull.entry_gradient + (1.0 - alpha) * student.log_entries.exp(),
+    )
 
 
 def _sums(ce: Tensor, kl: Tensor | None, weights: Tensor, loss: LossConfig) -> Tensor:

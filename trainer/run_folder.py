@@ -35,6 +35,7 @@ _FREE_KEYS = {
     "view",  # its content is pinned by hash, wherever it lies
     "loss.chunk_tokens",
     "loss.head_memory_bytes",
+    "loss.kernel",
     "data.cache_bytes",
     "data.prefetch_steps",
     "deepspeed.timeout_s",
