@@ -64,6 +64,11 @@ class LossConfig(StrictModel):
         "target of labels with draws (sampled, threshold); reverse_kl, jsd, skew_kl and tvd "
         "compare the cached ids and one bucket for all others",
     )
+    mix: dict[LossKind, float] = Field(
+        default_factory=dict,
+        description="shares of further targets in the distillation term, for example {reverse_kl = "
+        "0.3}; `kind` has the rest",
+    )
     alpha: float = Field(1.0, ge=0.0, le=1.0, description="weight of the distillation term")
     temperature: float = Field(1.0, gt=0.0, description="distillation temperature T")
     beta: float = Field(
@@ -120,12 +125,36 @@ class LossConfig(StrictModel):
     def _own_fields(self) -> Self:
         for name, kind in _OWN_LOSS_FIELDS.items():
             value = getattr(self, name)
-            if self.kind != kind and value != LossConfig.model_fields[name].default:
+            named = (self.kind, *self.mix)
+            if kind not in named and value != LossConfig.model_fields[name].default:
                 raise ValueError(
                     f'loss.{name} = {value} means something for loss.kind = "{kind}" only, but '
                     f'loss.kind is "{self.kind}"; remove it'
                 )
         return self
+
+    @model_validator(mode="after")
+    def _mix_leaves_some(self) -> Self:
+        if self.mix and (self.kind == "hard" or "hard" in self.mix):
+            raise ValueError(
+                "loss.mix is of targets that use the teacher; the share of hard labels is 1 - "
+                "loss.alpha"
+            )
+        shares = list(self.mix.values())
+        if self.kind in self.mix or min(shares, default=1.0) <= 0.0 or sum(shares) >= 1.0:
+            raise ValueError(
+                f"loss.mix = {self.mix} beside loss.kind = {self.kind}: shares are of other "
+                "targets, above 0, and sum to less than 1, so that `kind` has the rest"
+            )
+        return self
+
+    def targets(self) -> list[tuple[float, "LossConfig"]]:
+        """The distillation term taken apart: shares that sum to 1, and losses of one target."""
+        shares = {self.kind: 1.0 - sum(self.mix.values()), **self.mix}
+        return [
+            (share, self.model_copy(update={"kind": kind, "mix": {}}))
+            for kind, share in shares.items()
+        ]
 
 
 class DataConfig(StrictModel):

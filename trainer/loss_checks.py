@@ -15,6 +15,11 @@ def check_loss(loss: LossConfig, record: RecordSpec) -> None:
             they have none; its temperature is not stored, or above that of the draws, where their
             weights have no bound.
     """
+    for _, target in loss.targets():
+        _check_target(target, record)
+
+
+def _check_target(loss: LossConfig, record: RecordSpec) -> None:
     if loss.kind == "hard":
         return
     if record.kind == "tokens":
@@ -35,7 +40,7 @@ def check_loss(loss: LossConfig, record: RecordSpec) -> None:
 
 
 def objective(loss: LossConfig, record: RecordSpec) -> str:
-    """Name of the target that a loss comes to on labels of this record.
+    """Name of the target that a loss of one target comes to on labels of this record.
 
     That of the loss itself, but for forward_kl above the temperature that draws were made at: there
     it is the ghost target, if ``loss.approximate_temperature`` asks for it.
@@ -51,7 +56,7 @@ def objective(loss: LossConfig, record: RecordSpec) -> str:
 
 def approximation(loss: LossConfig, record: RecordSpec) -> str:
     """What the log and the model card say where the target is not the one named; else nothing."""
-    if objective(loss, record) == loss.kind:
+    if all(objective(target, record) == target.kind for _, target in loss.targets()):
         return ""
     return (
         f"loss.kind = forward_kl at temperature {loss.temperature:g}, on labels drawn at "

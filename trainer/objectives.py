@@ -25,12 +25,16 @@ forward_kl is the target of Random Sampling KD (arXiv 2503.16870, section 3) wit
 and gradient (q W - w at every id) are, in expectation, those of the KL to the full distribution.
 On labels with draws, S of all others is the head and the distinct draws, each with its own p.
 
+A mix of targets (``loss.mix``) is the sum of theirs, loss and gradient, by shares: all of them look
+at the same softmax, so none needs a further pass over the logits.
+
 The truncated and forward_kl losses may be negative at a position; they are reported as they are.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 from trainer.config import LossConfig
@@ -71,11 +75,23 @@ class Pull:
 
 
 def pull_of(targets: SparseTargets, loss: LossConfig, student: StudentPartition) -> Pull:
-    """The target that `loss` names, from labels and student at its temperature.
+    """The target that `loss` names, or the mix of them, from labels and student at its temperature.
 
     Raises:
         ConfigError: the labels cannot serve it (see `trainer.loss_checks.check_loss`).
     """
+    if not loss.mix:
+        return _pull_of_one(targets, loss, student)
+    pulls = [(share, _pull_of_one(targets, one, student)) for share, one in loss.targets()]
+    return Pull(
+        *(
+            torch.stack([share * getattr(pull, field.name) for share, pull in pulls]).sum(0)
+            for field in fields(Pull)
+        )
+    )
+
+
+def _pull_of_one(targets: SparseTargets, loss: LossConfig, student: StudentPartition) -> Pull:
     kind, dtype = objective(loss, targets.record), student.log_entries.dtype
     if kind == "forward_kl":
         return forward_kl(
