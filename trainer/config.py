@@ -89,7 +89,8 @@ class LossConfig(StrictModel):
         None,
         ge=1,
         description="memory for the logits of one chunk of the fused head and all arrays of their "
-        "size; unset: 64 MiB on a CPU, a 64th of a GPU's memory. Changes results within rounding",
+        "size; unset: 64 MiB on a CPU (512 positions at most), a 64th of a GPU's memory. Changes "
+        "results within rounding",
     )
     chunk_tokens: int | None = Field(
         None,
