@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from labeler.row_kernels import dots, top_ids
+from labeler.scratch import Buffers, Scratch
 from labeler.tail_draws import ONE, Entries, FixedPoint, FixedPointBuffer
 from labeler.topk import ordered_topk
 from schemas.spec import RecordSpec
@@ -60,18 +62,6 @@ class PositionLabels(NamedTuple):
     lse: torch.Tensor | None
 
 
-class _Scratch(NamedTuple):
-    """Memory that all slices use: fresh memory of this size costs more than what is done in it.
-
-    Attributes:
-        probs: float32 [rows of a slice, V].
-        fixed: for the sums; None for kinds without draws.
-    """
-
-    probs: torch.Tensor
-    fixed: FixedPointBuffer | None
-
-
 class _Head(NamedTuple):
     """The exact entries of T positions, as far as they are in heads.
 
@@ -105,6 +95,7 @@ def label_logits(
     target_ids: torch.Tensor,
     record: RecordSpec,
     uniforms: np.ndarray | None = None,
+    scratch: Scratch | None = None,
 ) -> PositionLabels:
     """Labels T positions from their full logits.
 
@@ -115,6 +106,7 @@ def label_logits(
         record: which columns to compute, and which entries to keep.
         uniforms: float64 [T, numbers of a position] of ``labeler.teachers.base.row_uniforms``;
             None for kinds without draws.
+        scratch: for callers who come often; None: memory of this call's own.
 
     Returns:
         The labels, on the device of the logits. A NaN among a row's logits makes that row's
@@ -124,14 +116,14 @@ def label_logits(
         return _empty(logits, record)
     drawn_by = None if uniforms is None else torch.from_numpy(uniforms).to(logits.device)
     slices = list(_slices(logits))
-    scratch = _scratch(slices[0].stop, logits, record)
+    buffers = (scratch or Scratch()).buffers(slices[0].stop, logits, record)
     parts = [
         _label_slice(
-            logits[rows].float(),
+            buffers.in_float32(logits[rows]),
             target_ids[rows].long(),
             record,
             None if drawn_by is None else drawn_by[rows],
-            scratch,
+            buffers,
         )
         for rows in slices
     ]
@@ -146,14 +138,6 @@ def _slices(logits: torch.Tensor) -> Iterator[slice]:
     step = max(1, elements // vocab_size)
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
-
-
-def _scratch(rows: int, logits: torch.Tensor, record: RecordSpec) -> _Scratch:
-    vocab_size, device = logits.shape[1], logits.device
-    return _Scratch(
-        torch.empty(rows, vocab_size, device=device),
-        FixedPointBuffer.of(rows, vocab_size, device) if record.has_draws else None,
-    )
 
 
 def _cat(columns: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
@@ -186,14 +170,13 @@ def _label_slice(
     target_ids: torch.Tensor,
     record: RecordSpec,
     uniforms: torch.Tensor | None,
-    scratch: _Scratch,
+    buffers: Buffers,
 ) -> PositionLabels:
-    """One slice of float32 logits [T, V]; see ``label_logits``. ``scratch`` is overwritten."""
-    probs = scratch.probs[: len(logits)]
-    entries, tops = _select(logits, record, uniforms, probs, scratch.fixed)
-    top_ids = tops.ids
+    """One slice of float32 logits [T, V]; see ``label_logits``. The buffers are overwritten."""
+    probs = buffers.probs[: len(logits)]
+    entries, tops = _select(logits, record, uniforms, probs, buffers.fixed)
     # log Z = top logit - log p(top): the softmax has already paid for the sum.
-    normaliser = logits.gather(1, top_ids) - probs.gather(1, top_ids).log()
+    normaliser = logits.gather(1, tops.ids) - probs.gather(1, tops.ids).log()
     target_logits = logits.gather(1, target_ids[:, None])
     head = None if record.kind == "sampled" else _head(logits, entries, record)
     head_probs = None if head is None else _take_head(probs, head)
@@ -243,13 +226,13 @@ def _select(
     fixed = FixedPoint(probs, buffer)
     if record.kind == "threshold":
         entries = fixed.threshold(logits, record.tau, uniforms, width)
-        top_ids = entries.ids[:, :1]
+        first_ids = entries.ids[:, :1]
     else:
         entries = fixed.sampled(uniforms, width)
-        top_ids, _ = ordered_topk(logits, 1)
+        first_ids = top_ids(logits)
     if drawn_at == 1.0:
-        return entries, _Tops(top_ids, {})
-    tops = _Tops(top_ids, {drawn_at: probs.gather(1, top_ids)})
+        return entries, _Tops(first_ids, {})
+    tops = _Tops(first_ids, {drawn_at: probs.gather(1, first_ids)})
     torch.softmax(logits, dim=-1, out=probs)
     return entries, tops
 
@@ -318,8 +301,8 @@ def _entropy(
     head_probs: torch.Tensor | None,
     normaliser: torch.Tensor,
 ) -> torch.Tensor:
-    """Entropy in nats [T]: log Z - sum of p times logit. Overwrites ``tail_probs``."""
-    mean_logit = tail_probs.mul_(logits).sum(dim=-1)
+    """Entropy in nats [T]: log Z - sum of p times logit. May overwrite ``tail_probs``."""
+    mean_logit = dots(tail_probs, logits)
     if head is not None:
         mean_logit += (head_probs * head.logits).sum(dim=-1)
     undefined = mean_logit.isnan().nonzero().squeeze(1)

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from labeler.topk import ids_of_keys, ordered_topk, sort_keys
+from labeler.row_kernels import places_of, top_ids
+from labeler.topk import ids_of_keys, sort_keys
 
 ONE = 2**50
 """The probability 1 in fixed point."""
@@ -140,7 +141,7 @@ class FixedPoint:
         tail_len = num_points.squeeze(1).clamp_(min=0).minimum(width - head_len)
         steps = torch.arange(int(tail_len.max()), device=head.device)
         points = first + steps * unit
-        row, place = (steps < tail_len[:, None]).nonzero(as_tuple=True)
+        row, place = places_of(steps < tail_len[:, None])
         ids = torch.zeros(len(head), width, dtype=torch.int64, device=head.device)
         ids[:, : head.shape[1]] = head
         ids[row, head_len[row] + place] = self._ids_at(points, ends, row, place)
@@ -172,17 +173,17 @@ class FixedPoint:
     def _find_head(self, logits: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows, rising, and ids, int64 [n] each, of what is at least ``unit``, or of the top id."""
         # A block that sums to less holds none.
-        row, block = (self._sums >= unit).nonzero(as_tuple=True)
-        found, place = (self._blocks(row, block) >= unit).nonzero(as_tuple=True)
+        row, block = places_of(self._sums >= unit)
+        found, place = places_of(self._blocks(row, block) >= unit)
         row, ids = row[found], block[found] * self._depth + place
         is_without = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
         is_without[row] = False
         without = is_without.nonzero().squeeze(1)
         if not len(without):
             return row, ids
-        first, _ = ordered_topk(logits[without], 1)
+        first = top_ids(logits[without]).squeeze(1)
         row, order = torch.cat((row, without)).sort(stable=True)
-        return row, torch.cat((ids, first.squeeze(1)))[order]
+        return row, torch.cat((ids, first))[order]
 
     def _blocks(self, row: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
         """Probabilities of blocks, int64 [n, D], in fixed point; 0 behind the vocabulary."""

@@ -6,13 +6,16 @@ Shapes: T positions, V vocabulary.
 import math
 
 import numpy as np
+import numpy.typing as npt
 import torch
+
+from labeler.row_kernels import is_for_numpy, places_of
 
 # Blocks of fewer ids than this are not worth a round of their own.
 _MIN_BLOCK_DEPTH = 4
 
-# numpy selects with vector instructions, several times faster than torch but on one thread only.
-_NUMPY_THREADS = 4
+# Ids of a row that are sorted, as a multiple of k, before it is better to look at the whole row.
+_MOST_EQUALS = 8
 
 
 def ordered_topk(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,6 +35,9 @@ def ordered_topk(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tens
     depth = _block_depth(logits.shape[1], k + 1)
     if depth < _MIN_BLOCK_DEPTH:
         ids = _topk_of_all(logits, k)
+        return ids, logits.gather(1, ids)
+    if is_for_numpy(logits):
+        ids = _topk_above_bound(logits, k, depth)
         return ids, logits.gather(1, ids)
     ids = _topk_of_blocks(logits, k + 1, depth)
     values = logits.gather(1, ids)
@@ -57,21 +63,11 @@ def _lowest_of_equals(
     """
     last = values[:, -1:]
     is_last = values == last
-    rows, equals = _places(logits == last)  # by row, then by rising id
+    rows, equals = places_of(logits == last)  # by row, then by rising id
     counts = torch.bincount(rows, minlength=len(ids))
     place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
     lowest = equals[place < is_last.sum(dim=1)[rows]]
     return ids.masked_scatter(is_last, lowest)
-
-
-def _places(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and column of what is true in bool [T, V], in order; numpy is quick where little is."""
-    if mask.device.type != "cpu":
-        rows, columns = mask.nonzero(as_tuple=True)
-        return rows, columns
-    flat = torch.from_numpy(np.flatnonzero(mask.numpy()))
-    rows = flat // mask.shape[1]
-    return rows, flat - rows * mask.shape[1]
 
 
 def _block_depth(vocab_size: int, k: int) -> int:
@@ -104,6 +100,64 @@ def _topk_of_blocks(logits: torch.Tensor, k: int, depth: int) -> torch.Tensor:
         values = torch.cat((values, logits[:, blocked:]), dim=1)
         ids = torch.cat((ids, rest.expand(len(ids), -1)), dim=1)
     return _largest(values, ids, k)
+
+
+def _topk_above_bound(logits: torch.Tensor, k: int, depth: int) -> torch.Tensor:
+    """Ids [T, k] of the largest logits, exact for ties too, by the vector instructions of numpy.
+
+    Of the maxima of blocks, the k-th largest bounds the k-th largest logit from below. Hardly more
+    than k ids are above it, in hardly more than k blocks: only these are looked at.
+    """
+    num_rows, vocab_size = logits.shape
+    num_blocks = -(-vocab_size // depth)
+    values = logits.contiguous().numpy().reshape(-1)
+    maxima = _block_maxima(logits, num_blocks).numpy()
+    bound = np.partition(maxima, num_blocks - k, axis=1)[:, num_blocks - k]
+    chosen = np.flatnonzero(maxima >= bound[:, None])
+    row = chosen // num_blocks
+    first = chosen + row * (vocab_size - num_blocks)
+    places = first[:, None] + np.arange(0, vocab_size, num_blocks)
+    is_above = values.take(places, mode="clip") >= bound[row][:, None]
+    if vocab_size % num_blocks:  # the last of some blocks is behind the end: in the next row
+        is_above[:, -1] &= places[:, -1] < (row + 1) * vocab_size
+    places = places.reshape(-1)[np.flatnonzero(is_above)]
+    row = places // vocab_size
+    ends = np.searchsorted(row, np.arange(num_rows + 1))
+    counts = np.diff(ends)
+    # NaN is above nothing, and equals can be any number: such rows are sorted whole.
+    is_plain = (counts >= k) & (counts <= _MOST_EQUALS * k)
+    if not is_plain.all():
+        return _of_some_rows(logits, k, depth, is_plain)
+    keys = np.full((num_rows, int(counts.max())), np.iinfo(np.int64).max)
+    shift = np.arange(num_rows) * keys.shape[1] - ends[:-1]
+    keys.reshape(-1)[np.arange(len(row)) + shift[row]] = sort_keys(
+        torch.from_numpy(values[places]), torch.from_numpy(places - row * vocab_size)
+    ).numpy()
+    keys.sort(axis=1)
+    return ids_of_keys(torch.from_numpy(keys[:, :k]))
+
+
+def _of_some_rows(
+    logits: torch.Tensor, k: int, depth: int, is_plain: npt.NDArray[np.bool_]
+) -> torch.Tensor:
+    """Ids [T, k]: of the plain rows by their bound, of the others by sorting all that they have."""
+    ids = torch.empty(len(logits), k, dtype=torch.int64)
+    plain, others = (torch.from_numpy(np.flatnonzero(rows)) for rows in (is_plain, ~is_plain))
+    ids[others] = _topk_of_all(logits[others], k)
+    if len(plain):
+        ids[plain] = _topk_above_bound(logits[plain], k, depth)
+    return ids
+
+
+def _block_maxima(logits: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """The largest logit of each block [T, blocks]: ids b, b + blocks, b + 2 * blocks, ..."""
+    layers = logits.shape[1] // num_blocks
+    maxima = logits[:, : layers * num_blocks].unflatten(1, (layers, num_blocks)).amax(dim=1)
+    last = logits[:, layers * num_blocks :]
+    if last.shape[1]:
+        part = maxima[:, : last.shape[1]]
+        torch.maximum(part, last, out=part)
+    return maxima
 
 
 def _topk_of_all(logits: torch.Tensor, k: int) -> torch.Tensor:
@@ -139,7 +193,7 @@ def ids_of_keys(keys: torch.Tensor) -> torch.Tensor:
 
 def _smallest(keys: torch.Tensor, k: int) -> torch.Tensor:
     """The k smallest of each row of int64 keys [T, n], rising."""
-    if keys.device.type == "cpu" and torch.get_num_threads() <= _NUMPY_THREADS:
+    if is_for_numpy(keys):
         kept = np.partition(keys.numpy(), min(k, keys.shape[1] - 1), axis=1)[:, :k]
         return torch.from_numpy(np.sort(kept, axis=1))
     return torch.topk(keys, k, dim=-1, largest=False).values

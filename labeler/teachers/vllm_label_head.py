@@ -34,6 +34,7 @@ import torch
 from labeler.audit_logits import audit_logits
 from labeler.audits import audited_labels
 from labeler.label_head import label_logits
+from labeler.scratch import Scratch
 from labeler.teachers.base import RowLabels, span_targets
 from labeler.teachers.packed_labels import Packed, pack, unpack
 from labeler.teachers.rows_in_progress import RowInProgress, Share, deal, deal_audits, joined
@@ -200,6 +201,7 @@ class _LabelHead:
         self._runner = runner
         self._on_step = on_step
         self.record = record
+        self._scratch = Scratch()
         self._vocab_size = runner.model_config.get_vocab_size()
         self._stock_step: Callable[..., dict[str, Any]] = runner._get_prompt_logprobs_dict
 
@@ -303,7 +305,7 @@ class _LabelHead:
             if logits is None:
                 continue  # One worker of a tensor-parallel group may get them all.
             numbers = None if uniforms is None else uniforms[part]
-            labels = label_logits(logits, targets[part], self.record, numbers)
+            labels = label_logits(logits, targets[part], self.record, numbers, self._scratch)
             packed.append(pack(labels))
             at = torch.from_numpy(np.flatnonzero(audited[part])).to(device)
             if len(at):

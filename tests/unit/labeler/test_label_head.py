@@ -5,7 +5,7 @@ import pytest
 import torch
 from label_oracle import Entries, entries_of
 
-from labeler import label_head, topk
+from labeler import label_head, row_kernels
 from labeler.label_head import PositionLabels, label_logits
 from labeler.topk import ordered_topk
 from schemas.spec import RecordSpec
@@ -126,7 +126,7 @@ def test_a_head_as_wide_as_the_vocabulary_has_no_tail() -> None:
 def test_equal_logits_are_ordered_by_id(
     vocab_size: int, numpy_threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(topk, "_NUMPY_THREADS", numpy_threads)
+    monkeypatch.setattr(row_kernels, "NUMPY_THREADS", numpy_threads)
     # bfloat16 keeps 8 bits, so that ties are everywhere, at the boundary of the head too.
     logits = make_logits(50, vocab_size, 1.0).bfloat16().float()
     logits[0] = 0.25
