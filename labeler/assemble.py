@@ -58,30 +58,38 @@ def _label_columns(labels: Sequence[RowLabels], record: RecordSpec) -> dict[str,
         return round_logprobs(column(read), record.logprob_bits)
 
     used = [_used_slots(row) for row in labels]
+    ends = np.cumsum([0, *(count for count, _ in used)])
 
     def entries(
         read: Callable[[RowLabels], np.ndarray | None],
-        store: Callable[[np.ndarray], np.ndarray] = np.ravel,
+        dtype: type[np.generic],
+        store: Callable[[np.ndarray, np.ndarray], object] = _copy,
     ) -> np.ndarray:
-        # Row by row: the entries of a whole unit would be fresh memory for every step on the way.
-        pairs = zip(labels, used, strict=True)
-        return np.concatenate(
-            [store(_present(read(row))[slots].reshape(-1)) for row, slots in pairs]
-        )
+        # Row by row into its place: anything in between would be memory of the size of a unit.
+        flat = np.empty(ends[-1], dtype)
+        for row, (_, slots), first, end in zip(labels, used, ends, ends[1:], strict=False):
+            values, place = _present(read(row)), flat[first:end]
+            if slots is None:
+                store(values, place.reshape(values.shape))
+            else:
+                store(np.ascontiguousarray(values).reshape(-1).take(slots), place)
+        return flat
 
     columns: dict[str, Any] = {
         "head_len": column(lambda row: row.head_len).astype(np.uint16),
         "tail_len": column(lambda row: row.tail_len).astype(np.uint16),
-        "entry_ids": entries(lambda row: row.entry_ids),
+        "entry_ids": entries(lambda row: row.entry_ids, np.int32),
         "entry_logprobs": entries(
-            lambda row: row.entry_logprobs, lambda x: round_logprobs(x, record.logprob_bits)
+            lambda row: row.entry_logprobs,
+            np.float16,
+            lambda values, place: round_logprobs(values, record.logprob_bits, place),
         ),
         "tail_logmass": rounded(lambda row: row.tail_logmass),
         "target_logprob": rounded(lambda row: row.target_logprob),
         "target_rank": column(lambda row: row.target_rank),
     }
     if record.kind == "sampled":  # heads are empty, so that every entry is a draw
-        columns["entry_counts"] = entries(lambda row: row.entry_counts).astype(np.uint8)
+        columns["entry_counts"] = entries(lambda row: row.entry_counts, np.uint8)
     if record.entropy:
         columns["entropy"] = rounded(lambda row: row.entropy)
     if record.temperatures:
@@ -91,13 +99,18 @@ def _label_columns(labels: Sequence[RowLabels], record: RecordSpec) -> dict[str,
     return columns
 
 
-def _used_slots(labels: RowLabels) -> Any:
-    """An index into [N, K] arrays of entries: what of them is used."""
+def _used_slots(labels: RowLabels) -> tuple[int, npt.NDArray[np.int64] | None]:
+    """How many entries [N, K] arrays of entries have, and where; None where all slots are used."""
     lengths = np.asarray(labels.head_len) + labels.tail_len
     width = labels.entry_ids.shape[1]
     if (lengths == width).all():  # selecting would copy what is already right
-        return slice(None)
-    return np.arange(width) < lengths[:, None]
+        return labels.entry_ids.size, None
+    slots = np.flatnonzero(np.arange(width) < lengths[:, None])
+    return len(slots), slots
+
+
+def _copy(values: np.ndarray, place: np.ndarray) -> None:
+    np.copyto(place, values, casting="unsafe")  # counts are wider on their way home
 
 
 def _present(values: np.ndarray | None) -> np.ndarray:

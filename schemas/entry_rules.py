@@ -4,6 +4,7 @@ Heads of one width (``topk``) are checked as matrices. The other kinds have entr
 flat arrays, with sums over the runs of a position.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,25 @@ PROB_SLACK = 1e-4
 # Entries that are checked together, so that the temporary arrays stay in the CPU's cache.
 CHUNK_ENTRIES = 1 << 17
 
-# exp of each float16 by its bits: four times as fast as widening it and taking the exp.
-with np.errstate(over="ignore", invalid="ignore"):
-    _EXP = np.exp(np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32))
-
 _Ids = npt.NDArray[np.int32]
 _Halves = npt.NDArray[np.float16]
 _Floats = npt.NDArray[np.float32]
+
+# exp of each float16 by its bits: four times as fast as widening it and taking the exp.
+with np.errstate(over="ignore", invalid="ignore"):
+    _ALL: _Floats = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    _EXP: _Floats = np.exp(_ALL)
+
+
+@functools.lru_cache
+def _moved(bits: int) -> _Floats:
+    """How far rounding may have moved exp of each float16, by its bits.
+
+    A log-probability l was rounded by at most |l| * 2^-(bits + 1).
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.exp(_ALL * np.float32(1.0 - 1.1 * 2.0 ** -(bits + 1))) - _EXP
+
 
 _MASS_RULE = "expected head and tail_logmass to sum to a probability of 1"
 _DRAWN_MASS_RULE = "expected the draws to sum to no more than tail_logmass"
@@ -53,14 +66,9 @@ class _EntryRules(Rules):
         indices = np.arange(rows.num_labels) + np.repeat(row_starts + starts - begins, lengths)
         return rows.token_ids[indices]
 
-    def moved(self, logprobs: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
-        """How far rounding may have moved probabilities, given what is left of their logs.
-
-        A log-probability l was rounded by at most |l| * 2^-(bits + 1).
-        """
-        highest = np.exp(logprobs * logprobs.dtype.type(1.0 - 1.1 * self.half_unit))
-        moved: npt.NDArray[np.floating[Any]] = highest - np.exp(logprobs)
-        return moved
+    def moved(self, logprobs: _Halves) -> _Floats:
+        """How far rounding may have moved probabilities, given what is left of their logs."""
+        return _moved(self.spec.logprob_bits).take(logprobs.view(np.uint16))
 
     @property
     def half_unit(self) -> float:
@@ -121,23 +129,28 @@ class _EqualHeads(_EntryRules):
     def entry_mass(self, logprobs: _Halves, tail: _Halves, first: int) -> None:
         """Head and tail mass sum to one."""
         total = _EXP.take(logprobs.view(np.uint16)).sum(axis=1) + _EXP.take(tail.view(np.uint16))
-        if (np.abs(total - 1.0) <= MASS_SLACK).all():
+        off = np.abs(total - 1.0)
+        bad = ~(off <= MASS_SLACK)
+        unsure = np.flatnonzero(bad)
+        if not len(unsure):
             return
-        moved = self.moved(logprobs.astype(np.float32)).sum(axis=1)
-        moved += self.moved(tail.astype(np.float32))
-        bad = np.abs(total - 1.0) > moved + MASS_SLACK
+        moved = self.moved(logprobs[unsure]).sum(axis=1) + self.moved(tail[unsure])
+        bad[unsure] = off[unsure] > moved + MASS_SLACK
         rule = _MASS_RULE
         if bad.any():
             rule += f", found a sum of {float(total[np.argmax(bad)]):.5f}"
         self.refuse_labels(bad, "entry_logprobs", rule, first)
 
     def entry_of_target(self, ids: _Ids, logprobs: _Halves, targets: _Ids, first: int) -> None:
-        is_target = ids == targets[:, None]
-        index = np.argmax(is_target, axis=1)
-        here = np.arange(len(ids))
-        present = is_target[here, index]
-        reference = np.where(present, logprobs[here, index], logprobs[:, -1])
-        self.target_of_entry(first, reference, present, index)
+        found = np.flatnonzero(ids == targets[:, None])  # at most one a position
+        at = found // ids.shape[1]
+        present = np.zeros(len(ids), np.bool_)
+        present[at] = True
+        places = np.zeros(len(ids), np.int64)
+        places[at] = found - at * ids.shape[1]
+        reference = logprobs[:, -1].copy()
+        reference[at] = logprobs.reshape(-1)[found]
+        self.target_of_entry(first, reference, present, places)
 
 
 class _RaggedEntries(_EntryRules):
@@ -239,7 +252,7 @@ class _RaggedChunk:
         """Where sums over the entries of positions are more than rounding explains above bounds."""
         bad: Bools = found > bound + np.float32(MASS_SLACK)
         if bad.any():
-            moved = self.rules.moved(self.logprobs.astype(np.float32))
+            moved = self.rules.moved(self.logprobs)
             bad &= found > bound + np.add.reduceat(moved, self.starts) + np.float32(MASS_SLACK)
         return bad
 
@@ -250,7 +263,7 @@ class _RaggedChunk:
         probs = _EXP.take(self.logprobs.view(np.uint16))
         everything = np.add.reduceat(probs, self.starts)
         head = np.add.reduceat(probs * self.in_head, self.starts)
-        slack = self.rules.moved(tail_logmass.astype(np.float32))
+        slack = self.rules.moved(tail_logmass)
         bad = self.above(head + tail - slack, 1.0) | self.above(1.0 - tail - slack, head)
         rule = _MASS_RULE
         if bad.any():
@@ -302,8 +315,8 @@ class _RaggedChunk:
         """
         if self.spec.drawn_at != 1.0:
             return  # The mass of the tail is known at temperature 1 only.
-        logmass = have(self.rules.rows.tail_logmass)[self.positions].astype(np.float64)
-        steps = np.exp(logmass) / self.spec.tau
+        logmass = have(self.rules.rows.tail_logmass)[self.positions]
+        steps = np.exp(logmass.astype(np.float64)) / self.spec.tau
         moved = 1.0 + self.rules.moved(logmass) / self.spec.tau + PROB_SLACK * steps
         bad = (self.tail_len < np.floor(steps - moved)) | (self.tail_len > np.ceil(steps + moved))
         rule = "expected tail_logmass over tau draws, {:.2f}, within one draw of it rounded"
