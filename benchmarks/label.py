@@ -5,14 +5,17 @@ log-probabilities, as dictionaries and flat; ours, from requests to committed Pa
 threshold that keeps about 12 ids; and the floor. The models are the demo's teacher and a random one
 of a realistic shape (`wide`: d = 1024, 28 layers, V = 152k). Printed and left as JSON, by model:
 
-- `plain_tokens_per_s`, `stock_tokens_per_s`, `labelled_tokens_per_s`: medians;
-- `limit`: what labelling can reach of plain prefill. `gemm`: 1 / (1 + V d / parameters of the
-  body). `gemm_and_logsumexp`: as measured, with the head's product and a logsumexp at every label;
-- `efficiency_over_limit`: labelled over plain tokens/s, over the second limit; the same of the
-  least times of all repeats (`..._of_least_times`), which says more on a machine that others use;
+- `plain_tokens_per_s`, `labelled_tokens_per_s`, `stock_tokens_per_s`: medians;
+- `limit`: what labelling can reach of plain prefill, as measured, with the head's product and a
+  logsumexp at every label; `limit_gemm`: 1 / (1 + V d / parameters of the body);
+- `efficiency_over_limit`: labelled over plain tokens/s, over `limit`; the same of the least times
+  of all repeats (`..._of_least_times`), which says more on a machine that others use;
 - `host_us_per_label`: CPU time of the host outside the engine, on the arrays that the engine
-  shipped, in a process of its own: unpack, assemble, check, write, commit; by parts;
-- `generation`: two responses a prompt, generated, then scored and committed.
+  shipped, in a process of its own: unpack, assemble, check, write, commit;
+- `generation`: two responses a prompt; plain is generation alone, labelled is generated, scored and
+  committed, and the limit is what plain prefill and floor of the responses add;
+- `records`: these figures by kind of record, and the parts of the host's work. What stands above is
+  of the K most probable ids.
 """
 
 import argparse
@@ -37,7 +40,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--tokens", type=int, help="of the rows of a model; default: by model")
     parser.add_argument("--row-tokens", type=int, default=256, help="of a random row")
-    parser.add_argument("--unit-rows", type=int, default=16, help="rows of one commit")
+    parser.add_argument(
+        "--unit-rows", type=int, default=16, help="rows of one commit of the engine"
+    )
+    parser.add_argument(
+        "--host-unit-rows", type=int, default=128, help="the same for the host's work alone"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=8, help="of the generation row")
     args = parser.parse_args()
@@ -71,42 +79,39 @@ def _measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
         with open(out / f"{model}.pickle", "rb") as file:
             rows, labels = pickle.load(file)
     vocab_size = figures.pop("vocab_size")
-    figures["host_us_per_label"] = {
-        name: host_us_per_label(
-            rows, labels[name], record, vocab_size, args.unit_rows, HOST_REPEATS
+    for name, record in records(model).items():
+        mine = figures["records"][name]
+        mine["host_us_per_label"] = host_us_per_label(
+            rows, labels[name], record, vocab_size, args.host_unit_rows, HOST_REPEATS
         )
-        for name, record in records(model).items()
-    }
-    figures["ids_per_label"] = {
-        name: sum(int((row.head_len + row.tail_len).sum()) for row in labels[name])
-        / rows.num_labels
-        for name in labels
-    }
-    return figures
+        entries = sum(int((row.head_len + row.tail_len).sum()) for row in labels[name])
+        mine["ids_per_label"] = entries / rows.num_labels
+    first = figures["records"][next(iter(records(model)))]
+    return {**figures, "host_us_per_label": first["host_us_per_label"]["total"]}
 
 
 def _show(model: str, figures: dict[str, dict[str, Any]]) -> None:
     mine = {name: by_model[model] for name, by_model in figures.items()}
-    limit = mine["limit"]
     print(f"{model}: {mine['num_tokens']:,} tokens")
     print(f"  plain prefill {mine['plain_tokens_per_s']:>12,.0f} tokens/s")
     for name, speed in mine["stock_tokens_per_s"].items():
         print(f"  stock {name:<8}{speed:>12,.0f}")
-    for name, speed in mine["labelled_tokens_per_s"].items():
-        host = mine["host_us_per_label"][name]
+    for name, one in mine["records"].items():
+        host = one["host_us_per_label"]
         parts = ", ".join(f"{part} {us:.2f}" for part, us in host.items() if part != "total")
         print(
-            f"  {name:<14}{speed:>12,.0f}  efficiency {mine['efficiency'][name]:.3f}, over its "
-            f"limit {mine['efficiency_over_limit'][name]:.3f} (least times "
-            f"{mine['efficiency_over_limit_of_least_times'][name]:.3f}); "
-            f"{mine['ids_per_label'][name]:.1f} "
-            f"ids; host {host['total']:.2f} us a label ({parts})"
+            f"  {name:<14}{one['labelled_tokens_per_s']:>12,.0f}  efficiency "
+            f"{one['efficiency']:.3f}, over its limit {one['efficiency_over_limit']:.3f} (least "
+            f"times {one['efficiency_over_limit_of_least_times']:.3f}); "
+            f"{one['ids_per_label']:.1f} ids; host {host['total']:.2f} us a label ({parts})"
         )
-    print(f"  limits: GEMM {limit['gemm']:.3f}, with logsumexp {limit['gemm_and_logsumexp']:.3f}")
+    print(f"  limits: GEMM {mine['limit_gemm']:.3f}, with logsumexp {mine['limit']:.3f}")
     made = mine["generation"]
     print(
-        f"  n = {made['n']:.0f}: {made['tokens_per_s']:,.0f} tokens/s generated, scored and "
-        f"committed; {made['generate_s']:.2f} s of {made['generate_and_score_s']:.2f} s generating"
+        f"  n = {made['n']}: {made['plain_tokens_per_s']:,.0f} tokens/s generated, "
+        f"{made['labelled_tokens_per_s']:,.0f} generated, scored and committed; efficiency "
+        f"{made['efficiency']:.3f}, over its limit of {made['limit']:.3f} "
+        f"{made['efficiency_over_limit']:.3f}"
     )
 
 

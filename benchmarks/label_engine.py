@@ -8,9 +8,8 @@ import argparse
 import functools
 import json
 import pickle
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.label_cases import K, make_folder, make_rows, records, shape_of, teacher_config
+from benchmarks.label_figures import Generated, engine_figures, generation_figures
 from benchmarks.label_units import label_units, make_requests, prompt_requests
 from labeler.teachers.base import RowFailure, RowLabels
 from labeler.teachers.vllm_teacher import VllmTeacher, engine_request
@@ -27,6 +27,12 @@ from schemas.spec import GenerationSpec, RecordSpec
 _CHUNK_ROWS, _CHUNK_ELEMENTS = 256, 2**21
 """Logits that the floor's product gives at once, as the label head has it."""
 _SLICE_ELEMENTS = 2**20
+
+_CALLS = 3
+"""Units that are in work together, as in a label job's teacher actor."""
+
+_SAMPLES = 2
+"""Responses a prompt."""
 
 
 def main() -> None:
@@ -57,53 +63,31 @@ class EngineBenchmark:
         self.teacher = VllmTeacher(config, next(iter(self.records.values())))
         self.rows = make_rows(args.model, args.tokens, args.row_tokens, self.shape.vocab_size)
         self.num_tokens = sum(len(tokens) for tokens in self.rows.token_ids)
-        self.generated: list[dict[str, float]] = []
-        self.num_scored = 0
 
     def measure(self) -> dict[str, Any]:
         """Medians over repeats in which everything takes its turn."""
+        tokens = self.rows.token_ids
         ways: dict[str, Callable[[], float]] = {
-            "plain": lambda: self._stock(None),
-            "stock_flat": lambda: self._stock(True),
-            "stock_dict": lambda: self._stock(False),
-            "floor": self._floor,
+            "plain": lambda: self._prefill(tokens),
+            "stock_flat": lambda: self._prefill(tokens, flat=True),
+            "stock_dict": lambda: self._prefill(tokens, flat=False),
+            "floor": lambda: self._floor(self.rows.num_labels),
         }
         for name, record in self.records.items():
             ways[name] = functools.partial(self._ours, record)
         for name in ("plain", *self.records):  # the first step of each kind is slow
             ways[name]()
         seconds: dict[str, list[float]] = {name: [] for name in ways}
+        generated = []
         for _ in range(self.args.repeats):
             for name, run in ways.items():
                 seconds[name].append(run())
-            self.generated.append(self._generation())
-        return self._figures(seconds)
-
-    def _figures(self, seconds: dict[str, list[float]]) -> dict[str, Any]:
-        speed = {name: self.num_tokens / statistics.median(seconds[name]) for name in seconds}
-        plain, floor = np.array(seconds["plain"]), np.array(seconds["floor"])
-        kinds = list(self.records)
-        limit = float(np.median(plain / (plain + floor)))
-        # By repeat, and only then the median: a slow repeat is slow for plain prefill too.
-        efficiency = {name: float(np.median(plain / np.array(seconds[name]))) for name in kinds}
-        over = {name: float(np.median((plain + floor) / np.array(seconds[name]))) for name in kinds}
+            generated.append(self._generation())
         return {
-            "plain_tokens_per_s": speed["plain"],
-            "labelled_tokens_per_s": {name: speed[name] for name in kinds},
-            "stock_tokens_per_s": {name: speed[f"stock_{name}"] for name in ("flat", "dict")},
-            "limit": {"gemm": self.shape.gemm_limit, "gemm_and_logsumexp": limit},
-            "efficiency": efficiency,
-            "efficiency_over_limit": over,
-            "efficiency_over_limit_of_least_times": {
-                name: float((plain.min() + floor.min()) / min(seconds[name])) for name in kinds
-            },
-            "generation": {
-                name: statistics.median(one[name] for one in self.generated)
-                for name in self.generated[0]
-            },
-            "num_tokens": self.num_tokens,
+            **engine_figures(seconds, list(self.records), self.num_tokens),
+            "limit_gemm": self.shape.gemm_limit,
+            "generation": generation_figures(generated, _SAMPLES),
             "vocab_size": self.shape.vocab_size,
-            "seconds": seconds,
             "provenance": self.teacher.provenance(),
         }
 
@@ -118,7 +102,7 @@ class EngineBenchmark:
             assert len(found[name]) == len(results)
         return found
 
-    def _stock(self, flat: bool | None) -> float:
+    def _prefill(self, token_ids: Sequence[np.ndarray], flat: bool | None = None) -> float:
         """Seconds of prefill: plain (None), or with K candidates in flat lists or dictionaries."""
         from vllm import SamplingParams
 
@@ -132,7 +116,7 @@ class EngineBenchmark:
         )
         # The engine is driven as the teacher drives it, on the thread that owns its cores.
         started = time.perf_counter()
-        requests = [engine_request(tokens, params) for tokens in self.rows.token_ids]
+        requests = [engine_request(tokens, params) for tokens in token_ids]
         outputs = self.teacher._engine.outputs(requests)
         seconds = time.perf_counter() - started
         assert not any(isinstance(output, RowFailure) for output in outputs)
@@ -142,51 +126,55 @@ class EngineBenchmark:
         """Seconds from requests to the last manifest."""
         self.teacher.use_record(record)
         requests = make_requests(self.rows)
-        return self._committed(requests, record, None)
+        return self._committed(requests, record, None)[0]
 
     def _committed(
         self, requests: list[Any], record: RecordSpec, generation: GenerationSpec | None
-    ) -> float:
+    ) -> tuple[float, int]:
+        """Seconds from requests to the last manifest, and the tokens of what is committed."""
         batches = [
             requests[first : first + self.args.unit_rows]
             for first in range(0, len(requests), self.args.unit_rows)
         ]
-        with TemporaryDirectory(dir=self.folder) as folder, ThreadPoolExecutor(2) as pool:
+        with TemporaryDirectory(dir=self.folder) as folder, ThreadPoolExecutor(_CALLS) as pool:
             units = label_units(folder, self.teacher, record, self.shape.vocab_size, generation)
             started = time.perf_counter()
             done = list(pool.map(units.label, batches))
             seconds = time.perf_counter() - started
         assert not sum(unit.num_quarantined for unit in done)
-        self.num_scored = sum(unit.num_tokens for unit in done)
-        return seconds
+        return seconds, sum(unit.num_tokens for unit in done)
 
-    def _floor(self) -> float:
+    def _floor(self, num_labels: int) -> float:
         """Seconds of what no labeller can do without: the head's product, and its normaliser."""
         return self.teacher._on_engine_thread(
-            _head_seconds, self.rows.num_labels, self.shape.hidden_size, self.shape.vocab_size
+            _head_seconds, num_labels, self.shape.hidden_size, self.shape.vocab_size
         )
 
-    def _generation(self) -> dict[str, float]:
-        """Two responses a prompt, generated alone, and generated, scored and committed."""
-        generation = GenerationSpec(n=2, max_tokens=self.args.row_tokens // 4)
+    def _generation(self) -> Generated:
+        """Some responses a prompt: generated alone; and generated, scored and committed."""
+        generation = GenerationSpec(n=_SAMPLES, max_tokens=self.args.row_tokens // 4)
         prompts = [tokens[: self.args.row_tokens // 4] for tokens in self.rows.token_ids]
         prompts = prompts[: self.args.prompts]
         requests = prompt_requests(prompts, generation)
-        samples = [requests[first : first + 2] for first in range(0, len(requests), 2)]
-        seeds = [[sample.seed() for sample in pair] for pair in samples]
+        seeds = [[one.seed() for one in requests[at::_SAMPLES]] for at in range(_SAMPLES)]
         record = next(iter(self.records.values()))
         self.teacher.use_record(record)
         started = time.perf_counter()
-        self.teacher.generate(prompts, generation, seeds)
+        found = self.teacher.generate(prompts, generation, list(zip(*seeds, strict=True)))
         alone_s = time.perf_counter() - started
-        both_s = self._committed(requests, record, generation)
-        return {
-            "tokens_per_s": self.num_scored / both_s,
-            "num_tokens": self.num_scored,
-            "n": generation.n,
-            "generate_s": alone_s,
-            "generate_and_score_s": both_s,
-        }
+        committed_s, num_tokens = self._committed(requests, record, generation)
+        rows, num_labels = [], 0
+        for prompt, responses in zip(prompts, found, strict=True):
+            assert not isinstance(responses, RowFailure)
+            rows += [np.concatenate([prompt, response]) for response in responses]
+            num_labels += sum(map(len, responses))
+        return Generated(
+            num_tokens,
+            alone_s,
+            committed_s,
+            self._prefill(rows),
+            self._floor(num_labels),
+        )
 
 
 def _head_seconds(num_labels: int, hidden_size: int, vocab_size: int) -> float:

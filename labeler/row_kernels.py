@@ -22,7 +22,8 @@ def is_for_numpy(tensor: torch.Tensor) -> bool:
 def dots(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Dot products of rows, float32 [T], of float32 [T, V] each. May overwrite ``one``."""
     if is_for_numpy(one):
-        return torch.from_numpy(np.vecdot(one.numpy(), other.numpy()))
+        with np.errstate(invalid="ignore"):  # 0 * inf is NaN, as it is in torch
+            return torch.from_numpy(np.vecdot(one.numpy(), other.numpy()))
     return one.mul_(other).sum(dim=-1)
 
 

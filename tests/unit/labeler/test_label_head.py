@@ -7,6 +7,7 @@ from label_oracle import Entries, entries_of
 
 from labeler import label_head, row_kernels
 from labeler.label_head import PositionLabels, label_logits
+from labeler.scratch import Scratch
 from labeler.topk import ordered_topk
 from schemas.spec import RecordSpec
 
@@ -122,7 +123,7 @@ def test_a_head_as_wide_as_the_vocabulary_has_no_tail() -> None:
 
 
 @pytest.mark.parametrize("numpy_threads", [0, 1000])
-@pytest.mark.parametrize("vocab_size", [16, 100, 4096, 5003])
+@pytest.mark.parametrize("vocab_size", [16, 100, 4096, 5003, 151_936])
 def test_equal_logits_are_ordered_by_id(
     vocab_size: int, numpy_threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +163,22 @@ def test_a_slice_of_any_size_gives_the_same_labels(monkeypatch: pytest.MonkeyPat
     for one, other in zip(whole, label_logits(logits, targets, record), strict=True):
         if one is not None:
             torch.testing.assert_close(one, other)
+
+
+def test_memory_of_earlier_calls_leaves_no_trace() -> None:
+    scratch = Scratch()
+    records = [RecordSpec(kind="topk", k=10), RecordSpec(kind="threshold", tau=0.1)]
+    for num_rows, vocab_size in ((37, 400), (5, 400), (60, 400), (8, 50)):
+        logits, targets = make_logits(num_rows, vocab_size, 2.0), torch.arange(num_rows) % 50
+        uniforms = np.random.default_rng(num_rows).random((num_rows, 1))
+        for record in records:
+            numbers = uniforms if record.has_draws else None
+            for given in (logits, logits.bfloat16()):
+                fresh = label_logits(given, targets, record, numbers)
+                again = label_logits(given, targets, record, numbers, scratch)
+                for one, other in zip(fresh, again, strict=True):
+                    assert (one is None) == (other is None)
+                    assert one is None or torch.equal(one, other)
 
 
 def test_only_the_columns_of_the_record_are_computed() -> None:

@@ -280,6 +280,25 @@ class TestRounding:
         x = np.linspace(-50, 0, 10_001, dtype=np.float32)
         np.testing.assert_array_equal(round_logprobs(x, 10), x.astype(np.float16))
 
+    def test_all_halves_and_what_is_between_them(self) -> None:
+        halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+        halves = halves[np.isfinite(halves)].astype(np.float64)
+        x = np.concatenate([halves, (halves[:-1] + halves[1:]) / 2]).astype(np.float32)
+        np.testing.assert_array_equal(round_logprobs(x, 10), x.astype(np.float16))
+
+    def test_ties_go_to_even_and_large_numbers_to_infinity(self) -> None:
+        x = np.array([-1.0625, -1.1875, -2.125, 65519.0, 65520.0, 1e30], np.float32)
+        expected = np.array([-1.0, -1.25, -2.0, 65504.0, np.inf, np.inf], np.float16)
+        np.testing.assert_array_equal(round_logprobs(x[:3], 3), expected[:3])
+        with np.errstate(over="ignore"):
+            np.testing.assert_array_equal(round_logprobs(x[3:], 10), expected[3:])
+
+    def test_a_matrix_with_gaps_into_its_place(self) -> None:
+        x = np.random.default_rng(0).normal(-8, 4, (5000, 20)).astype(np.float32)[:, 3:17]
+        place = np.zeros(x.shape, np.float16)
+        assert np.shares_memory(round_logprobs(x, 6, place), place)
+        np.testing.assert_array_equal(place, round_logprobs(x.copy(), 6))
+
     @pytest.mark.parametrize("bits", [1, 4, 10])
     def test_ends(self, bits: int) -> None:
         x = np.array([[0.0, -0.0, -np.inf, -1e30, np.nan, 1.0]], np.float32)
