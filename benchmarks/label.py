@@ -14,8 +14,8 @@ of a realistic shape (`wide`: d = 1024, 28 layers, V = 152k). Printed and left a
   shipped, in a process of its own: unpack, assemble, check, write, commit;
 - `generation`: two responses a prompt; plain is generation alone, labelled is generated, scored and
   committed, and the limit is what plain prefill and floor of the responses add;
-- `records`: these figures by kind of record, and the parts of the host's work. What stands above is
-  of the K most probable ids.
+- `records`: these figures by kind of record, the parts of the host's work, and what the thread that
+  drives the engine spends its time on. What stands above is of the K most probable ids.
 """
 
 import argparse
@@ -105,6 +105,8 @@ def _show(model: str, figures: dict[str, dict[str, Any]]) -> None:
             f"times {one['efficiency_over_limit_of_least_times']:.3f}); "
             f"{one['ids_per_label']:.1f} ids; host {host['total']:.2f} us a label ({parts})"
         )
+        where = ", ".join(f"{part} {us:.1f}" for part, us in one["profile_us"].items())
+        print(f"    us a token on the engine's thread: {where}")
     print(f"  limits: GEMM {mine['limit_gemm']:.3f}, with logsumexp {mine['limit']:.3f}")
     made = mine["generation"]
     print(

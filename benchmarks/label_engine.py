@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks.label_cases import K, make_folder, make_rows, records, shape_of, teacher_config
 from benchmarks.label_figures import Generated, engine_figures, generation_figures
+from benchmarks.label_profile import profile_us
 from benchmarks.label_units import label_units, make_requests, prompt_requests
 from labeler.teachers.base import RowFailure, RowLabels
 from labeler.teachers.vllm_teacher import VllmTeacher, engine_request
@@ -83,8 +84,12 @@ class EngineBenchmark:
             for name, run in ways.items():
                 seconds[name].append(run())
             generated.append(self._generation())
+        figures = engine_figures(seconds, list(self.records), self.num_tokens)
+        for name, record in self.records.items():
+            ours = functools.partial(self._ours, record)
+            figures["records"][name]["profile_us"] = profile_us(self.teacher, ours, self.num_tokens)
         return {
-            **engine_figures(seconds, list(self.records), self.num_tokens),
+            **figures,
             "limit_gemm": self.shape.gemm_limit,
             "generation": generation_figures(generated, _SAMPLES),
             "vocab_size": self.shape.vocab_size,
