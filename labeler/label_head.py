@@ -15,6 +15,7 @@ import torch
 
 from labeler.row_kernels import dots, top_ids
 from labeler.scratch import Buffers, Scratch
+from labeler.slice_workers import SliceWorkers
 from labeler.tail_draws import ONE, Entries, FixedPoint, FixedPointBuffer
 from labeler.topk import ordered_topk
 from schemas.spec import RecordSpec
@@ -23,6 +24,7 @@ from schemas.spec import RecordSpec
 # on a GPU fewer, larger kernels are better.
 _SLICE_ELEMENTS_CPU = 2**20
 _SLICE_ELEMENTS_GPU = 2**27
+_SLICES_OF_A_WORKER = 2
 
 # Below this tail probability, terms of the softmax have begun to underflow in float32.
 _SMALL_TAIL = 1e-30
@@ -95,7 +97,7 @@ def label_logits(
     target_ids: torch.Tensor,
     record: RecordSpec,
     uniforms: np.ndarray | None = None,
-    scratch: Scratch | None = None,
+    workers: SliceWorkers | None = None,
 ) -> PositionLabels:
     """Labels T positions from their full logits.
 
@@ -106,7 +108,8 @@ def label_logits(
         record: which columns to compute, and which entries to keep.
         uniforms: float64 [T, numbers of a position] of ``labeler.teachers.base.row_uniforms``;
             None for kinds without draws.
-        scratch: for callers who come often; None: memory of this call's own.
+        workers: for callers who come often, who want all cores to have their own slices; None: one
+            slice after the other, in memory of this call's own.
 
     Returns:
         The labels, on the device of the logits. A NaN among a row's logits makes that row's
@@ -115,27 +118,34 @@ def label_logits(
     if len(logits) == 0:
         return _empty(logits, record)
     drawn_by = None if uniforms is None else torch.from_numpy(uniforms).to(logits.device)
-    slices = list(_slices(logits))
-    buffers = (scratch or Scratch()).buffers(slices[0].stop, logits, record)
-    parts = [
-        _label_slice(
+
+    def label(rows: slice, scratch: Scratch) -> PositionLabels:
+        buffers = scratch.buffers(rows.stop - rows.start, logits, record)
+        return _label_slice(
             buffers.in_float32(logits[rows]),
             target_ids[rows].long(),
             record,
             None if drawn_by is None else drawn_by[rows],
             buffers,
         )
-        for rows in slices
-    ]
+
+    slices = list(_slices(logits, 1 if workers is None else workers.count))
+    if workers is None:
+        scratch = Scratch()
+        parts = [label(rows, scratch) for rows in slices]
+    else:
+        parts = workers.each(label, slices)
     if len(parts) == 1:
         return parts[0]
     return PositionLabels(*(_cat(columns) for columns in zip(*parts, strict=True)))
 
 
-def _slices(logits: torch.Tensor) -> Iterator[slice]:
+def _slices(logits: torch.Tensor, num_workers: int) -> Iterator[slice]:
     num_rows, vocab_size = logits.shape
     elements = _SLICE_ELEMENTS_CPU if logits.device.type == "cpu" else _SLICE_ELEMENTS_GPU
     step = max(1, elements // vocab_size)
+    if num_workers > 1:  # a few for each, so that a core that is held up can be helped
+        step = max(1, min(step, num_rows // (_SLICES_OF_A_WORKER * num_workers)))
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
 

@@ -33,8 +33,8 @@ import torch
 
 from labeler.audit_logits import audit_logits
 from labeler.audits import audited_labels
-from labeler.label_head import label_logits
-from labeler.scratch import Scratch
+from labeler.label_head import PositionLabels, label_logits
+from labeler.slice_workers import SliceWorkers
 from labeler.teachers.base import RowLabels, span_targets
 from labeler.teachers.packed_labels import Packed, pack, unpack
 from labeler.teachers.rows_in_progress import RowInProgress, Share, deal, deal_audits, joined
@@ -62,6 +62,7 @@ _RUNNER_PARTS = (
     "model_config",
     "discard_request_mask",
     "_sample",
+    "device",
 )
 _STEP_PARAMETERS = ("hidden_states", "num_scheduled_tokens")
 
@@ -201,7 +202,7 @@ class _LabelHead:
         self._runner = runner
         self._on_step = on_step
         self.record = record
-        self._scratch = Scratch()
+        self._workers = SliceWorkers(runner.device)
         self._vocab_size = runner.model_config.get_vocab_size()
         self._stock_step: Callable[..., dict[str, Any]] = runner._get_prompt_logprobs_dict
 
@@ -305,15 +306,29 @@ class _LabelHead:
             if logits is None:
                 continue  # One worker of a tensor-parallel group may get them all.
             numbers = None if uniforms is None else uniforms[part]
-            labels = label_logits(logits, targets[part], self.record, numbers, self._scratch)
+            labels = label_logits(logits, targets[part], self.record, numbers, self._workers)
             packed.append(pack(labels))
             at = torch.from_numpy(np.flatnonzero(audited[part])).to(device)
             if len(at):
-                audits.append(audit_logits(logits[at], labels.entry_ids[at], labels.head_len[at]))
+                audits += self._audits(logits, labels, at)
         if packed:
             deal(Packed(*(torch.cat(part).cpu() for part in zip(*packed, strict=True))), shares)
         if audits:
             deal_audits(torch.cat(audits).cpu(), shares)
+
+    def _audits(
+        self, logits: torch.Tensor, labels: PositionLabels, at: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Audits of the given rows of logits, in order; see ``audit_logits``."""
+
+        def audit(part: slice, _: object) -> torch.Tensor:
+            rows = at[part]
+            return audit_logits(logits[rows], labels.entry_ids[rows], labels.head_len[rows])
+
+        step = -(-len(at) // self._workers.count)
+        return self._workers.each(
+            audit, [slice(first, first + step) for first in range(0, len(at), step)]
+        )
 
     def _finish(self, name: str) -> Any:
         from vllm.v1.outputs import LogprobsTensors

@@ -7,7 +7,7 @@ from label_oracle import Entries, entries_of
 
 from labeler import label_head, row_kernels
 from labeler.label_head import PositionLabels, label_logits
-from labeler.scratch import Scratch
+from labeler.slice_workers import SliceWorkers
 from labeler.topk import ordered_topk
 from schemas.spec import RecordSpec
 
@@ -165,20 +165,30 @@ def test_a_slice_of_any_size_gives_the_same_labels(monkeypatch: pytest.MonkeyPat
             torch.testing.assert_close(one, other)
 
 
-def test_memory_of_earlier_calls_leaves_no_trace() -> None:
-    scratch = Scratch()
+def test_workers_with_memory_of_earlier_calls_change_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(label_head, "_SLICE_ELEMENTS_CPU", 10_000)
+    num_threads = torch.get_num_threads()
+    workers = SliceWorkers(torch.device("cpu"))
+    workers.count = 3
     records = [RecordSpec(kind="topk", k=10), RecordSpec(kind="threshold", tau=0.1)]
-    for num_rows, vocab_size in ((37, 400), (5, 400), (60, 400), (8, 50)):
+    for num_rows, vocab_size in ((137, 400), (1, 400), (260, 400), (8, 50)):
         logits, targets = make_logits(num_rows, vocab_size, 2.0), torch.arange(num_rows) % 50
         uniforms = np.random.default_rng(num_rows).random((num_rows, 1))
         for record in records:
             numbers = uniforms if record.has_draws else None
             for given in (logits, logits.bfloat16()):
-                fresh = label_logits(given, targets, record, numbers)
-                again = label_logits(given, targets, record, numbers, scratch)
+                with torch.inference_mode(num_rows == 137):
+                    fresh = label_logits(given, targets, record, numbers)
+                    again = label_logits(given, targets, record, numbers, workers)
                 for one, other in zip(fresh, again, strict=True):
                     assert (one is None) == (other is None)
                     assert one is None or torch.equal(one, other)
+    with pytest.raises(AssertionError, match="needs uniform numbers"):
+        label_logits(given, targets, records[1], None, workers)
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(num_threads)
 
 
 def test_only_the_columns_of_the_record_are_computed() -> None:
