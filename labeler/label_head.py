@@ -29,6 +29,9 @@ _SLICES_OF_A_WORKER = 2
 # Below this tail probability, terms of the softmax have begun to underflow in float32.
 _SMALL_TAIL = 1e-30
 
+# Below this one, what fixed point has rounded off from a large vocabulary may begin to show.
+_INEXACT_TAIL = 1e-4
+
 
 class PositionLabels(NamedTuple):
     """What is kept of the teacher's distribution at T positions, before rounding.
@@ -189,10 +192,13 @@ def _label_slice(
     normaliser = logits.gather(1, tops.ids) - probs.gather(1, tops.ids).log()
     target_logits = logits.gather(1, target_ids[:, None])
     head = None if record.kind == "sampled" else _head(logits, entries, record)
-    head_probs = None if head is None else _take_head(probs, head)
+    head_probs = None
     if head is None:
         tail_logmass = torch.zeros(len(logits), device=logits.device)
+    elif entries.tail is not None and record.drawn_at == 1.0:
+        tail_logmass = _known_tail_logmass(entries.tail, logits, probs, head.ids, normaliser)
     else:
+        head_probs = _take_head(probs, head)
         tail_logmass = _tail_logmass(logits, probs, head.ids, normaliser)
     # From here on, what is in the buffer is overwritten.
     entropy = _entropy(logits, probs, head, head_probs, normaliser) if record.entropy else None
@@ -304,6 +310,23 @@ def _tail_logmass(
     return logmass.clamp_(max=0.0)
 
 
+def _known_tail_logmass(
+    tail: torch.Tensor,
+    logits: torch.Tensor,
+    probs: torch.Tensor,
+    head_ids: torch.Tensor,
+    normaliser: torch.Tensor,
+) -> torch.Tensor:
+    """The same where the draws have summed up the tail [T], in fixed point; ``probs`` stay."""
+    logmass = torch.where(normaliser.squeeze(1).isnan(), torch.nan, tail.log().clamp_(max=0.0))
+    small = (tail < _INEXACT_TAIL).nonzero().squeeze(1)
+    if len(small):
+        ids = head_ids[small]
+        rest = probs[small].scatter_(1, ids, 0.0)
+        logmass[small] = _tail_logmass(logits[small], rest, ids, normaliser[small])
+    return logmass
+
+
 def _entropy(
     logits: torch.Tensor,
     tail_probs: torch.Tensor,
@@ -311,9 +334,12 @@ def _entropy(
     head_probs: torch.Tensor | None,
     normaliser: torch.Tensor,
 ) -> torch.Tensor:
-    """Entropy in nats [T]: log Z - sum of p times logit. May overwrite ``tail_probs``."""
+    """Entropy in nats [T]: log Z - sum of p times logit. May overwrite ``tail_probs``.
+
+    These are all probabilities where there are no ``head_probs``.
+    """
     mean_logit = dots(tail_probs, logits)
-    if head is not None:
+    if head is not None and head_probs is not None:
         mean_logit += (head_probs * head.logits).sum(dim=-1)
     undefined = mean_logit.isnan().nonzero().squeeze(1)
     if len(undefined):  # An id that the model forbids has 0 * -inf; its share of the entropy is 0.

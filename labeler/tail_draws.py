@@ -40,12 +40,15 @@ class Entries(NamedTuple):
         head_len: int64 [T].
         tail_len: int64 [T].
         counts: uint8 [T, K], how often each was drawn; None where each is drawn once.
+        tail: float32 [T], the sum of all probabilities outside the head, at the temperature of the
+            draws; None where there is no head.
     """
 
     ids: torch.Tensor
     head_len: torch.Tensor
     tail_len: torch.Tensor
     counts: torch.Tensor | None = None
+    tail: torch.Tensor | None = None
 
 
 def block_depth(vocab_size: int) -> int:
@@ -145,7 +148,7 @@ class FixedPoint:
         ids = torch.zeros(len(head), width, dtype=torch.int64, device=head.device)
         ids[:, : head.shape[1]] = head
         ids[row, head_len[row] + place] = self._ids_at(points, ends, row, place)
-        return Entries(ids, head_len, tail_len)
+        return Entries(ids, head_len, tail_len, tail=ends[:, -1].double().div_(ONE).float())
 
     def sampled(self, uniforms: torch.Tensor, width: int) -> Entries:
         """Independent draws, each distinct id once with its count, by rising id.
