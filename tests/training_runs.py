@@ -76,9 +76,13 @@ def losses(run: Path) -> list[float]:
     return [point["loss"] for point in points]
 
 
-def copy_run(run: Path, to: Path) -> Path:
-    """A copy of a run folder as it is now."""
+def back_to_step(run: Path, to: Path, step: int) -> Path:
+    """A copy of a finished run as it was when it had saved a step, with later lines in its logs."""
     shutil.copytree(run, to)
+    for folder in (to / "checkpoints").iterdir():
+        if not folder.name.startswith(f"step_{step}-"):
+            shutil.rmtree(folder)
+    (to / "summary.json").unlink()
     return to
 
 

@@ -1,6 +1,5 @@
 """Says which rows stood in a step that stopped a run: RUN/bad_batch.json."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,13 +8,14 @@ import torch.distributed as dist
 
 from schemas.config import StrictModel
 from schemas.errors import StudentError
+from schemas.storage import Store
 from schemas.tables import key_array
 from schemas.view import View
 from trainer.config import TrainConfig
 from trainer.guards import LOSS, BadStep
 from trainer.loader import RowReader, StepBatch, read_micro_batch
 from trainer.plan import RowTable, view_rows
-from trainer.run_folder import write_atomic
+from trainer.run_folder import BAD_BATCH
 from trainer.step import TrainStep
 
 MOST_PROBED = 64
@@ -80,8 +80,8 @@ class BadBatchReport:
         self._config, self._view, self._rows = config, view, rows
         self._step, self._vocab_size = step, vocab_size
 
-    def write(self, path: Path, bad: BadStep, batch: StepBatch, checkpoint: str) -> StudentError:
-        """Writes the rows of the step to ``path`` on rank 0.
+    def write(self, store: Store, bad: BadStep, batch: StepBatch, checkpoint: str) -> StudentError:
+        """Writes the rows of the step to the run's folder, on rank 0.
 
         Returns:
             The error to stop with, on every rank, once the file is there.
@@ -96,9 +96,9 @@ class BadBatchReport:
             rows=self._describe(batch, alone),
         )
         if dist.get_rank() == 0:
-            write_atomic(path, report.model_dump_json(indent=2).encode())
+            store.write_bytes(BAD_BATCH, report.model_dump_json(indent=2).encode())
         dist.barrier()
-        return StudentError(_summary(bad, report, str(path)))
+        return StudentError(_summary(bad, report, store.path(BAD_BATCH)))
 
     def _run_alone(self, bad: BadStep, batch: StepBatch) -> dict[int, float]:
         """Mean loss per label of single rows, by id, of all ranks; empty after a bad gradient.

@@ -1,27 +1,38 @@
-"""Checkpoints of a run: trusted only when complete and unharmed.
+"""Checkpoints of a run: which are there, which are trusted, which are kept.
 
-``RUN/checkpoints/step_<n>/`` holds what DeepSpeed saves for every rank, the random states of the
-ranks, and ``manifest.json``. The manifest is written last and atomically, with size and hash of
-every other file, so a process that dies at any moment leaves no checkpoint that is trusted by
-mistake. All functions here are collective: every rank calls them and hashes its share of the files.
+``RUN/checkpoints/step_<n>-<attempt>/`` holds what DeepSpeed saves for every rank, the random states
+of the ranks, and ``manifest.json``. The manifest is written last and as a whole, with size and hash
+of every other file, so a process that dies at any moment leaves no checkpoint that is trusted by
+mistake. Every start of the workers has a name of its own, the attempt, and writes to folders of
+that name only: workers that outlive their driver cannot touch what the next ones write, and what
+they finish late is a true checkpoint of the same run.
+
+Written by `trainer.checkpoint_writer`, loaded by `trainer.checkpoint_load`.
 """
 
 import hashlib
-import json
 import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO
 
-import torch
 import torch.distributed as dist
 from pydantic import Field, ValidationError
 
 from schemas.config import StrictModel
-from schemas.errors import ConfigError
+from schemas.errors import StoreError
+from schemas.storage import Store
+from trainer.collective import from_rank_0, gathered, share
+from trainer.config import CheckpointConfig
 from trainer.plan import LoaderState
-from trainer.run_folder import sync_folder, write_atomic
 
 MANIFEST = "manifest.json"
+FOLDER = "checkpoints"
+UNIVERSAL_PREFIX = "universal_"
+BLOCK_BYTES = 1 << 22
+DOWNLOADS = 4
+"""Files that one node downloads at a time."""
 
 
 class TrainProgress(StrictModel):
@@ -33,6 +44,8 @@ class TrainProgress(StrictModel):
         labels: labelled positions among them.
         pending: sums since the last line of metrics.jsonl, by name.
         recent: what the guard measures the next steps against.
+        metrics: what was measured last, by name: ``loss``, ``ce`` and ``kl`` of the last line of
+            metrics.jsonl, and what an evaluation gave. Empty before the first.
     """
 
     step: int
@@ -42,6 +55,7 @@ class TrainProgress(StrictModel):
     final_loss: float
     pending: dict[str, float]
     recent: dict[str, list[float]] = Field(default_factory=dict)
+    metrics: dict[str, float] = Field(default_factory=dict)
 
 
 class CheckpointFile(StrictModel):
@@ -61,160 +75,167 @@ class CheckpointManifest(StrictModel):
     files: list[CheckpointFile]
 
 
-def save_checkpoint(
-    engine: Any, root: Path, progress: TrainProgress, label_sets: list[str], keep: int
-) -> None:
-    """Saves the run as it is now, and removes all but the newest ``keep`` checkpoints.
+def checkpoint_name(step: int, attempt: str) -> str:
+    """Name of the folder that the workers of an attempt save a step to."""
+    return f"step_{step}-{attempt}"
+
+
+def list_checkpoints(store: Store) -> list[tuple[int, str]]:
+    """Step and name of every checkpoint folder, newest first, trusted or not."""
+    found = []
+    for rel in store.folders(FOLDER):
+        name = rel.rpartition("/")[2]
+        step = name.removeprefix("step_").partition("-")[0]
+        if name.startswith("step_") and step.isdecimal():
+            found.append((int(step), name))
+    return sorted(found, reverse=True)
+
+
+def read_manifest(store: Store, name: str) -> tuple[CheckpointManifest | None, str]:
+    """The manifest of a checkpoint, or None and why there is none."""
+    try:
+        data = store.read_bytes(f"{FOLDER}/{name}/{MANIFEST}")
+        return CheckpointManifest.model_validate_json(data), ""
+    except StoreError:
+        return None, "it was not finished"
+    except ValidationError:
+        return None, f"its {MANIFEST} is not readable"
+
+
+def find_checkpoint(
+    store: Store, cache: Path, is_node_leader: bool
+) -> tuple[Path | None, CheckpointManifest | None, list[str]]:
+    """The newest checkpoint that verifies, byte by byte. Collective.
+
+    On a file system that all ranks share, each hashes a part of the files where they lie. From any
+    other store one rank of every node downloads them, and they are hashed on the way.
 
     Args:
-        engine: the DeepSpeed engine.
-        root: ``RUN/checkpoints``.
-        label_sets: fingerprints of the label sets that are trained on.
-    """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    folder = root / f"step_{progress.step}"
-    if rank == 0:
-        _remove(folder)  # what a killed process may have left
-    dist.barrier()
-    engine.save_checkpoint(str(root), tag=folder.name, save_latest=False)
-    torch.save(_random_state(), folder / f"random_state_{rank}.pt")
-    dist.barrier()
-    files = _gathered(
-        [_describe(folder, path) for path in _share(_files(folder), rank, world_size)]
-    )
-    if rank == 0:
-        manifest = CheckpointManifest(
-            world_size=world_size,
-            label_sets=label_sets,
-            progress=progress,
-            files=sorted(files, key=lambda file: file.path),
-        )
-        write_atomic(folder / MANIFEST, manifest.model_dump_json(indent=2).encode())
-        for _, old in _by_step(root)[keep:]:
-            _remove(old)
-    dist.barrier()
-
-
-def find_checkpoint(root: Path) -> tuple[Path | None, CheckpointManifest | None, list[str]]:
-    """The newest checkpoint that verifies, byte by byte.
+        store: the run's folder.
+        cache: folder of this node for what is downloaded.
+        is_node_leader: whether this rank downloads.
 
     Returns:
-        Its folder and manifest, or None twice; and a line for each newer one that was passed over.
+        Its folder on this machine and its manifest, or None twice; and a line for each newer one
+        that was passed over.
     """
     passed_over: list[str] = []
-    dist.barrier()
-    for _, folder in _broadcast(_by_step(root)):
-        manifest, problem = _verify(folder)
-        if problem is None:
-            return folder, manifest, passed_over
-        passed_over.append(f"checkpoint {folder} is passed over: {problem}")
+    for _, name in from_rank_0(list_checkpoints(store) if dist.get_rank() == 0 else None):
+        manifest, problem = from_rank_0(read_manifest(store, name) if dist.get_rank() == 0 else 0)
+        folder = Path(store.path(FOLDER, name)) if store.is_local else cache / name
+        if manifest is not None:
+            problems = []
+            if store.is_local:
+                problems = [damage(folder, file) for file in share(manifest.files)]
+            elif is_node_leader:
+                problems = _download(store, name, manifest, folder)
+            problem = next(filter(None, gathered(problems)), "")
+            if not problem:
+                return folder, manifest, passed_over
+        passed_over.append(f"checkpoint {store.path(FOLDER, name)} is passed over: {problem}")
     return None, None, passed_over
 
 
-def load_checkpoint(engine: Any, folder: Path, manifest: CheckpointManifest) -> None:
-    """Brings weights, optimizer and random states back.
+def keep_only(
+    store: Store, name: str, manifest: CheckpointManifest, config: CheckpointConfig
+) -> None:
+    """Removes the checkpoints that are not to be kept, after one was finished.
 
-    Raises:
-        ConfigError: the checkpoint was saved by another number of workers.
+    Kept are this one, the newest of those before it up to ``keep`` in all, and the ``keep_best``
+    best. What lies after it was passed over when the run went on, or never finished.
     """
-    world_size = dist.get_world_size()
-    if manifest.world_size != world_size:
-        raise ConfigError(
-            f"checkpoint {folder} was saved by {manifest.world_size} workers, but "
-            f"ray.num_workers = {world_size}; go on with ray.num_workers={manifest.world_size}, "
-            "or choose a new run folder: run=..."
-        )
-    groups = [_hyperparameters(group) for group in engine.optimizer.param_groups]
-    engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
-    # The configuration says what they are, whatever was saved.
-    for group, hyperparameters in zip(engine.optimizer.param_groups, groups, strict=True):
-        group.update(hyperparameters)
-    _set_random_state(torch.load(folder / f"random_state_{dist.get_rank()}.pt"))
+    step = manifest.progress.step
+    before: dict[int, str] = {}
+    for old_step, old in list_checkpoints(store):
+        if old_step < step and store.exists(f"{FOLDER}/{old}/{MANIFEST}"):
+            before.setdefault(old_step, old)
+    kept = {name, *list(before.values())[: config.keep - 1]}
+    if config.keep_best:
+        kept.update(_best(store, name, manifest, list(before.values()), config))
+    for _, old in list_checkpoints(store):
+        if old not in kept:
+            remove_checkpoint(store, old)
+    for rel in store.folders(FOLDER):
+        copy = rel.rpartition("/")[2]
+        if copy.startswith(UNIVERSAL_PREFIX) and copy.removeprefix(UNIVERSAL_PREFIX) not in kept:
+            store.delete(rel)
 
 
-def _verify(folder: Path) -> tuple[CheckpointManifest | None, str | None]:
-    try:
-        manifest = CheckpointManifest.model_validate_json((folder / MANIFEST).read_bytes())
-    except FileNotFoundError:
-        return None, "it was not finished"
-    except (ValidationError, json.JSONDecodeError):
-        return None, f"its {MANIFEST} is not readable"
-    problems = []
-    for file in _share(manifest.files, dist.get_rank(), dist.get_world_size()):
-        path = folder / file.path
-        if not path.exists():
-            problems.append(f"{file.path} is missing")
-        elif path.stat().st_size != file.size_bytes:
-            problems.append(
-                f"{file.path} has {path.stat().st_size} bytes, expected {file.size_bytes}"
-            )
-        elif _sha256(path) != file.sha256:
-            problems.append(f"{file.path} is damaged: its bytes do not match their hash")
-    problems = _gathered(problems)
-    return manifest, problems[0] if problems else None
-
-
-def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key != "params"}
-
-
-def _random_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def _by_step(root: Path) -> list[tuple[int, Path]]:
-    """Checkpoint folders, newest first, trusted or not."""
-    folders = [path for path in root.glob("step_*") if path.name[5:].isdecimal()]
-    return sorted(((int(path.name[5:]), path) for path in folders), reverse=True)
-
-
-def _remove(folder: Path) -> None:
+def remove_checkpoint(store: Store, name: str) -> None:
     """Removes a checkpoint, its manifest first, so that half a checkpoint is never trusted."""
-    if folder.exists():
-        (folder / MANIFEST).unlink(missing_ok=True)
-        sync_folder(folder)
-        shutil.rmtree(folder)
+    store.delete(f"{FOLDER}/{name}/{MANIFEST}")
+    store.delete(f"{FOLDER}/{name}")
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+def damage(folder: Path, file: CheckpointFile) -> str:
+    """What is wrong with a file on this machine; empty where nothing is."""
+    try:
+        size = (folder / file.path).stat().st_size
+    except FileNotFoundError:
+        return f"{file.path} is missing"
+    if size != file.size_bytes:
+        return f"{file.path} has {size} bytes, expected {file.size_bytes}"
+    return _compare(file, describe(folder, folder / file.path))
 
 
-def _share(items: list[Any], rank: int, world_size: int) -> list[Any]:
-    return items[rank::world_size]
-
-
-def _describe(folder: Path, path: Path) -> CheckpointFile:
+def describe(folder: Path, path: Path) -> CheckpointFile:
+    """Size and hash of a file on this machine."""
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return CheckpointFile(
-        path=path.relative_to(folder).as_posix(),
-        size_bytes=path.stat().st_size,
-        sha256=_sha256(path),
+        path=path.relative_to(folder).as_posix(), size_bytes=path.stat().st_size, sha256=sha256
     )
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _compare(expected: CheckpointFile, found: CheckpointFile) -> str:
+    if found.size_bytes != expected.size_bytes:
+        return f"{expected.path} has {found.size_bytes} bytes, expected {expected.size_bytes}"
+    if found.sha256 != expected.sha256:
+        return f"{expected.path} is damaged: its bytes do not match their hash"
+    return ""
 
 
-def _gathered(items: list[Any]) -> list[Any]:
-    """The items of all ranks, on all ranks, in the order of the ranks."""
-    per_rank: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(per_rank, items)
-    return [item for part in per_rank for item in part]
+def _best(
+    store: Store,
+    name: str,
+    manifest: CheckpointManifest,
+    before: list[str],
+    config: CheckpointConfig,
+) -> list[str]:
+    manifests = {name: manifest}
+    manifests.update((old, found) for old in before if (found := read_manifest(store, old)[0]))
+    values = {
+        key: found.progress.metrics[config.best_metric]
+        for key, found in manifests.items()
+        if config.best_metric in found.progress.metrics
+    }
+    ranked = sorted(values, key=lambda key: values[key], reverse=config.best_is == "highest")
+    return ranked[: config.keep_best]
 
 
-def _broadcast(value: Any) -> Any:
-    """Rank 0's value on all ranks."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+def _download(store: Store, name: str, manifest: CheckpointManifest, folder: Path) -> list[str]:
+    """Copies a checkpoint to this node. Returns what is wrong with each file."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+    def one(file: CheckpointFile) -> str:
+        path = folder / file.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with store.open(f"{FOLDER}/{name}/{file.path}") as source, path.open("wb") as target:
+                sha256, size = copy_hashed(source, target.write)
+        except (StoreError, FileNotFoundError):
+            return f"{file.path} is missing"
+        return _compare(file, CheckpointFile(path=file.path, size_bytes=size, sha256=sha256))
+
+    with ThreadPoolExecutor(DOWNLOADS) as pool:
+        return list(pool.map(one, manifest.files))
+
+
+def copy_hashed(source: IO[bytes], write: Callable[[bytes], object]) -> tuple[str, int]:
+    """Copies a stream. Returns the hash and the number of its bytes."""
+    sha256, size = hashlib.sha256(), 0
+    while block := source.read(BLOCK_BYTES):
+        write(block)
+        sha256.update(block)
+        size += len(block)
+    return sha256.hexdigest(), size

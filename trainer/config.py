@@ -4,7 +4,7 @@ Needs neither torch, Ray nor DeepSpeed, so that a configuration is checked befor
 imported. Every default of the trainer is on a field here and nowhere else.
 """
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -235,10 +235,30 @@ class DeepSpeedConfig(StrictModel):
     )
 
 
+class WorkerRange(StrictModel):
+    """As many workers as there is room for; the run is fitted to it whenever it starts again."""
+
+    min: int = Field(1, ge=1, description="fewer are waited for")
+    max: int = Field(ge=1, description="more are not started")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"ray.num_workers: min = {self.min} is above max = {self.max}")
+        return self
+
+
 class RayConfig(StrictModel):
     """Where the workers run."""
 
-    num_workers: int = Field(1, ge=1, description="data-parallel ranks")
+    num_workers: Annotated[int, Field(ge=1)] | WorkerRange = Field(
+        1,
+        description="data-parallel ranks, a number or {min, max}; the order of rows and the "
+        "losses do not depend on it",
+    )
+    resize_check_s: float = Field(
+        60.0, gt=0.0, description="with {min, max}: how often the cluster is asked for more room"
+    )
     cpus_per_worker: int = Field(1, ge=1, description="CPUs and torch threads of one worker")
     use_gpu: bool = Field(False, description="one GPU for every worker")
     address: str = Field("", description="Ray address; empty: RAY_ADDRESS, else this machine alone")
@@ -246,12 +266,38 @@ class RayConfig(StrictModel):
         3, ge=0, description="lost workers to recover from; each resumes from the last checkpoint"
     )
 
+    @property
+    def min_workers(self) -> int:
+        """The fewest ranks that train."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers.min
+
+    @property
+    def max_workers(self) -> int:
+        """The most ranks that train."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers.max
+
 
 class CheckpointConfig(StrictModel):
     """What is kept so that a killed run goes on where it was."""
 
     every_steps: int = Field(200, ge=1)
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep_best: int = Field(
+        0, ge=0, description="checkpoints kept besides for the best values of best_metric"
+    )
+    best_metric: str = Field(
+        "loss",
+        description="what was measured last when a checkpoint was saved: loss, ce or kl of the "
+        "training, or what an evaluation during it gives",
+    )
+    best_is: Literal["lowest", "highest"] = Field(
+        "lowest", description="which value of best_metric is best"
+    )
+    asynchronous: bool = Field(
+        True,
+        description="train on while a checkpoint is written, at the price of host memory for a "
+        "copy of weights and optimizer",
+    )
 
 
 class GuardConfig(StrictModel):
@@ -274,6 +320,9 @@ class LogConfig(StrictModel):
 
     every_steps: int = Field(10, ge=1, description="steps averaged in one line of metrics.jsonl")
     tensorboard: bool = Field(True, description="also write TensorBoard events where installed")
+    rows: bool = Field(
+        False, description="also write rows.jsonl: the keys of the rows of every step, in order"
+    )
 
 
 class TrainConfig(StrictModel):

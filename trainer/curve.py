@@ -1,12 +1,14 @@
 """The learning curve: metrics.jsonl, and TensorBoard events where that is installed."""
 
-import json
-import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from schemas.config import StrictModel
-from trainer.run_folder import write_atomic
+from schemas.storage import Store
+from trainer.run_folder import METRICS, TENSORBOARD
+from trainer.step_lines import StepLines
 
 
 class Point(StrictModel):
@@ -36,45 +38,54 @@ class Point(StrictModel):
 
 
 class Curve:
-    """Writes points. Only one process may have it open."""
+    """Writes points. Only one process may have it open.
 
-    def __init__(self, metrics: Path, tensorboard: Path | None, done: int) -> None:
+    On a local file system every point is durable at once. On an object store, which cannot append,
+    all are when ``flush`` returns; it is called before every checkpoint, so that no point before
+    one is lost.
+    """
+
+    def __init__(self, store: Store, tensorboard: bool, done: int) -> None:
         """
         Args:
-            metrics: ``RUN/metrics.jsonl``.
-            tensorboard: folder of event files; None: write none.
+            store: the run's folder.
+            tensorboard: whether to write event files.
             done: steps of the checkpoint that the run goes on from; later points of a process that
                 was killed are removed, since they come again.
         """
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        kept = [line for line in lines if _step(line) <= done]
-        write_atomic(metrics, "".join(f"{line}\n" for line in kept).encode())
-        self._file = metrics.open("a")
-        self._events = _summary_writer(tensorboard, done) if tensorboard is not None else None
+        self._store = store
+        self._lines = StepLines(store, METRICS, done)
+        self._folder = Path(store.path(TENSORBOARD) if store.is_local else tempfile.mkdtemp())
+        self._events = _summary_writer(self._folder, done) if tensorboard else None
 
     def append(self, point: Point) -> None:
-        """Adds a point, durably."""
-        self._file.write(point.model_dump_json() + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Adds a point."""
+        self._lines.append(point.model_dump_json())
+        if self._store.is_local:
+            self._lines.flush()
         if self._events is not None:
             for name, value in point.model_dump(exclude={"step"}).items():
                 self._events.add_scalar(f"train/{name}", value, point.step)
             self._events.flush()
 
+    def flush(self) -> None:
+        """Makes all points durable."""
+        self._lines.flush()
+        if self._store.is_local or self._events is None:
+            return
+        for path in self._folder.rglob("*"):
+            if path.is_file():
+                rel = f"{TENSORBOARD}/{path.relative_to(self._folder).as_posix()}"
+                self._store.write_bytes(rel, path.read_bytes())
+
     def close(self) -> None:
         """Closes the files."""
-        self._file.close()
         if self._events is not None:
             self._events.close()
-
-
-def _step(line: str) -> float:
-    """Step of a line; infinity for one that was cut short."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError):
-        return float("inf")
+        self.flush()
+        self._lines.close()
+        if not self._store.is_local:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _summary_writer(folder: Path, done: int) -> Any:

@@ -1,6 +1,7 @@
 """The trained student as an ordinary Hugging Face folder."""
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import torch
 import torch.distributed as dist
 
 from schemas.config import dump_toml
+from schemas.storage import Store
 from trainer.config import TrainConfig
-from trainer.run_folder import sync_folder
+from trainer.run_folder import STUDENT, sync_folder
 
 CARD = """---
 library_name: transformers
@@ -63,16 +65,22 @@ def model_card(
     )
 
 
-def export_student(engine: Any, tokenizer: Any, folder: Path, card: str) -> None:
-    """Writes the student to ``folder``, all of it or nothing. Collective; rank 0 writes.
+def export_student(engine: Any, tokenizer: Any, store: Store, card: str) -> None:
+    """Writes the student to the run's folder. Collective; rank 0 writes.
+
+    On a local file system all of it or nothing; on an object store file by file, with the summary
+    of the run after it.
 
     Args:
         engine: the DeepSpeed engine around a ``StudentWithHead``.
         tokenizer: the student's.
+        store: the run's folder.
         card: text of README.md.
     """
     weights = _whole_weights(engine.module.model)
     if dist.get_rank() == 0:
+        scratch = None if store.is_local else tempfile.mkdtemp()
+        folder = Path(scratch or store.path(), STUDENT)
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         engine.module.model.save_pretrained(partial, state_dict=weights)
@@ -81,6 +89,9 @@ def export_student(engine: Any, tokenizer: Any, folder: Path, card: str) -> None
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         sync_folder(folder.parent)
+        if scratch is not None:
+            store.fs.put(f"{folder}/", f"{store.path(STUDENT)}/", recursive=True)
+            shutil.rmtree(scratch)
     dist.barrier()
 
 

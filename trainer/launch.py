@@ -6,16 +6,15 @@ anything: the configuration, the view and its shards, the vocabulary, the run fo
 
 import contextlib
 import os
-import shutil
 from typing import Any
 
 from schemas.errors import StudentError, TutelageError
 from schemas.view import View
 from trainer.board import Board, Watcher
-from trainer.config import StudentConfig, TrainConfig
+from trainer.config import RayConfig, StudentConfig, TrainConfig
 from trainer.deepspeed_config import build_deepspeed_config
 from trainer.plan import count_steps, read_row_table
-from trainer.ray_train import make_trainer, ray_cluster
+from trainer.ray_train import RAY_NOTES, make_trainer, ray_cluster
 from trainer.run_folder import RunFolder, TrainSummary
 
 
@@ -33,7 +32,7 @@ def run_train_job(config: TrainConfig, progress: bool = True) -> TrainSummary:
         TutelageError: the one line that says what is wrong.
     """
     # Its contradictions, before anything else.
-    build_deepspeed_config(config, num_parameters=1, world_size=config.ray.num_workers)
+    build_deepspeed_config(config, num_parameters=1, world_size=config.ray.max_workers)
     view = View.open(config.view)
     folder = RunFolder(config.run)
     label_sets = [label_set.fingerprint for label_set in view.label_sets]
@@ -51,7 +50,7 @@ def run_train_job(config: TrainConfig, progress: bool = True) -> TrainSummary:
         progress,
         f"{len(rows):,} rows, {int(rows.num_tokens.sum()):,} tokens, {num_steps:,} steps of "
         f"{config.data.sequences_per_step} x {config.data.max_tokens} tokens on "
-        f"{config.ray.num_workers} workers"
+        f"{_workers(config.ray)} workers"
         + (f"; {rows.num_dropped:,} longer rows are left out" if rows.num_dropped else ""),
     )
     folder.start(config, view.view_hash, label_sets)
@@ -113,16 +112,15 @@ def _train(
 
     board = ray.remote(num_cpus=0)(Board).remote()
     job = TrainJob(config, os.getcwd(), folder.claim(), view_hash, num_steps, board)
-    storage = (folder.path / "ray").resolve()
     watcher = Watcher(lambda seen: ray.get(board.news.remote(seen)))
     try:
         with watcher if progress else contextlib.nullcontext():
-            failure = _fit(make_trainer(config, train_worker, job, str(storage)))
+            failure = _fit(make_trainer(config, train_worker, job, folder.store))
         known: TutelageError | None = ray.get(board.error.remote())
     except RayError as error:
         raise StudentError(f"the Ray cluster was lost: {_unforeseen(error, config)}") from error
     finally:
-        shutil.rmtree(storage, ignore_errors=True)  # Ray's own notes; ours are in the run folder
+        folder.store.delete(RAY_NOTES)
     if known is not None:
         raise known from failure
     if failure is not None:
@@ -150,6 +148,12 @@ def _unforeseen(failure: Exception, config: TrainConfig) -> str:
         f"worker {rank} failed: {reason[:500]}. The run continues from its last checkpoint when "
         f"started again; Ray's logs of this session have the whole trace ({config.run})"
     )
+
+
+def _workers(ray: RayConfig) -> str:
+    if ray.min_workers == ray.max_workers:
+        return str(ray.max_workers)
+    return f"{ray.min_workers} to {ray.max_workers}"
 
 
 def _say(progress: bool, text: str) -> None:

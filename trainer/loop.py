@@ -2,8 +2,12 @@
 
 import contextlib
 import os
+import shutil
+import tempfile
 import time
+import uuid
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -11,7 +15,10 @@ import torch.distributed as dist
 
 from schemas.errors import ConfigError, TutelageError
 from schemas.view import View
-from trainer.checkpoint import TrainProgress, find_checkpoint, load_checkpoint, save_checkpoint
+from trainer.checkpoint import FOLDER, TrainProgress, checkpoint_name, find_checkpoint
+from trainer.checkpoint_load import load_checkpoint
+from trainer.checkpoint_writer import CheckpointWriter
+from trainer.collective import from_rank_0
 from trainer.config import TrainConfig
 from trainer.curve import Curve
 from trainer.export import export_student, model_card
@@ -19,7 +26,8 @@ from trainer.guards import BadStep, Guard
 from trainer.loader import Loader, common_record
 from trainer.loss_checks import approximation
 from trainer.plan import LoaderState, read_row_table
-from trainer.reporting import Reporter, no_sums
+from trainer.reporting import Reporter, no_sums, ratio
+from trainer.row_log import RowLog
 from trainer.run_folder import RunFolder, TrainSummary
 from trainer.schedule import lr_factor
 
@@ -84,14 +92,23 @@ class Worker:
         student = StudentWithHead(model, self._config.deepspeed.gradient_checkpointing)
         self._engine = build_engine(student, self._config)
         self._last_checkpoint = ""
+        self._attempt = from_rank_0(uuid.uuid4().hex[:8])
         self._progress = self._resume()
         self._resumed_from = self._progress.step
+        self._writer = CheckpointWriter(
+            self._folder.store,
+            self._attempt,
+            self._config,
+            lambda: self._folder.check_owner(job.owner),
+        )
         self._guard = Guard(self._config.guard, self._progress.recent)
         self._step = TrainStep(self._engine, self._config, self._guard)
         self._bad_batch = BadBatchReport(
             self._config, self._view, self._rows, self._step, self._vocab_size
         )
-        self._reporter = Reporter(job.board, self._open_curve(), self._progress.step, job.num_steps)
+        self._reporter = Reporter(
+            job.board, self._open_curve(), self._open_row_log(), self._resumed_from, job.num_steps
+        )
 
     def run(self) -> None:
         """Trains to the last step, exports the student, and writes the summary."""
@@ -108,6 +125,7 @@ class Worker:
             while self._progress.step < self._job.num_steps:
                 self._advance(loader)
                 self._keep()
+            self._writer.wait()
         finally:
             loader.close()
         self._finish()
@@ -121,8 +139,9 @@ class Worker:
             result = self._step.run(batch, step, self._lr(step))
         except BadStep as bad:
             self._folder.check_owner(self._job.owner)
-            checkpoint = self._last_checkpoint
-            raise self._bad_batch.write(self._folder.bad_batch, bad, batch, checkpoint) from None
+            self._writer.wait()
+            checkpoint, store = self._last_checkpoint, self._folder.store
+            raise self._bad_batch.write(store, bad, batch, checkpoint) from None
         seconds = time.perf_counter() - before
         self._progress = self._reporter.add(self._progress, batch, result, seconds, loader.wait_s)
         self._reporter.post(self._progress)
@@ -131,19 +150,17 @@ class Worker:
             self._progress = self._reporter.point(self._progress, self._lr(step), result.grad_norm)
 
     def _keep(self) -> None:
-        """Saves a checkpoint where one is due."""
+        """Saves a checkpoint where one is due; stops where the last one could not be written."""
+        self._writer.check()
         step, every = self._progress.step, self._config.checkpoint.every_steps
         if step % every and step != self._job.num_steps:
             return
         self._folder.check_owner(self._job.owner)
-        save_checkpoint(
-            self._engine,
-            self._folder.checkpoints,
-            self._progress.model_copy(update={"recent": self._guard.recent}),
-            self._label_sets,
-            self._config.checkpoint.keep,
-        )
-        self._last_checkpoint = str(self._folder.checkpoints / f"step_{step}")
+        self._reporter.flush()
+        progress = self._progress.model_copy(update={"recent": self._guard.recent})
+        self._writer.save(self._engine, progress, self._label_sets)
+        name = checkpoint_name(step, self._attempt)
+        self._last_checkpoint = self._folder.store.path(FOLDER, name)
 
     def _finish(self) -> None:
         done = self._progress
@@ -157,7 +174,7 @@ class Worker:
             done.final_loss,
             approximation(self._config.loss, common_record(self._view)),
         )
-        export_student(self._engine, self._tokenizer, self._folder.student, card)
+        export_student(self._engine, self._tokenizer, self._folder.store, card)
         self._reporter.close()
         if self._rank == 0:
             self._folder.finish(self._summary())
@@ -177,15 +194,22 @@ class Worker:
             seconds=time.perf_counter() - self._started,
             tokens_per_s=self._reporter.tokens_per_s,
             data_wait_share=self._reporter.data_wait_share,
+            checkpoint_wait_share=ratio(
+                self._writer.blocked_s, self._writer.blocked_s + self._reporter.seconds
+            ),
+            checkpoint_hidden_share=self._writer.hidden_share,
             rows_dropped=self._rows.num_dropped,
             view_hash=self._view.view_hash,
             label_sets=self._label_sets,
-            exported=str(self._folder.student),
+            exported=self._folder.student,
         )
 
     def _resume(self) -> TrainProgress:
         """Brings back the newest good checkpoint; the start of the run where there is none."""
-        folder, manifest, passed_over = find_checkpoint(self._folder.checkpoints)
+        store = self._folder.store
+        is_node_leader = os.environ.get("LOCAL_RANK", "0") == "0"  # set by Ray Train
+        cache = Path(tempfile.gettempdir(), f"tutelage-{self._attempt}")
+        folder, manifest, passed_over = find_checkpoint(store, cache, is_node_leader)
         for line in passed_over:
             self._note(line)
         if folder is None or manifest is None:
@@ -199,17 +223,31 @@ class Worker:
                 final_loss=0.0,
                 pending=no_sums(),
             )
-        load_checkpoint(self._engine, folder, manifest)
-        self._last_checkpoint = str(folder)
-        self._note(f"going on from step {manifest.progress.step} of {self._job.num_steps}")
+        is_leader = self._rank == 0 if store.is_local else is_node_leader
+        load_checkpoint(self._engine, folder, manifest, is_leader)
+        self._last_checkpoint = store.path(FOLDER, folder.name)
+        dist.barrier()
+        if is_node_leader:
+            shutil.rmtree(cache, ignore_errors=True)
+        was = manifest.world_size
+        self._note(
+            f"going on from step {manifest.progress.step} of {self._job.num_steps}"
+            + (f", now on {self._world_size} workers instead of {was}" * (was != self._world_size))
+        )
         return manifest.progress
 
     def _open_curve(self) -> Curve | None:
         """The learning curve, on rank 0."""
         if self._rank != 0:
             return None
-        tensorboard = self._folder.tensorboard if self._config.log.tensorboard else None
-        return Curve(self._folder.metrics, tensorboard, self._progress.step)
+        return Curve(self._folder.store, self._config.log.tensorboard, self._progress.step)
+
+    def _open_row_log(self) -> RowLog | None:
+        """Which rows every step reads, on rank 0, where that is asked for."""
+        if self._rank != 0 or not self._config.log.rows:
+            return None
+        store, data = self._folder.store, self._config.data
+        return RowLog(store, self._view, data, self._progress.step)
 
     def _note(self, text: str) -> None:
         if self._rank == 0:

@@ -10,11 +10,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from schemas.errors import ConfigError
+from schemas.storage import Store
 from trainer.config import RayConfig, TrainConfig
 
 START_ATTEMPTS = 10
 """Times that Ray Train tries to place the workers; each waits a minute for nodes. Its default is to
 try for ever."""
+
+RAY_NOTES = "ray"
+"""Folder in the run's for what Ray Train writes; ours is beside it."""
 
 IDLE_CALLBACKS = ("PlacementGroupCleanerCallback", "DatasetsCallback")
 """Parts of Ray Train 2.60 that a run on this machine alone is better without. The cleaner asks the
@@ -51,16 +55,18 @@ def ray_cluster(config: RayConfig, say: Callable[[str], None]) -> Iterator[None]
             ray.shutdown()
 
 
-def make_trainer(config: TrainConfig, worker: Callable[[Any], None], job: Any, storage: str) -> Any:
+def make_trainer(config: TrainConfig, worker: Callable[[Any], None], job: Any, store: Store) -> Any:
     """A Ray Train trainer that runs ``worker(job)`` on every rank.
 
     Args:
-        storage: absolute path of a folder for Ray Train's own notes.
+        store: the run's folder, where Ray Train keeps notes of its own meanwhile.
     """
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     is_local = not _address(config.ray)
+    notes = store.path(RAY_NOTES)
 
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
@@ -79,20 +85,28 @@ def make_trainer(config: TrainConfig, worker: Callable[[Any], None], job: Any, s
             timeout_s=config.deepspeed.timeout_s,
         ),
         scaling_config=ScalingConfig(
-            num_workers=config.ray.num_workers,
+            num_workers=_scale(config.ray),
             use_gpu=config.ray.use_gpu,
             resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=config.ray.resize_check_s,
         ),
         run_config=RunConfig(
             # Ray restores a run of a name that it knows; checkpoints here are our own.
             name=f"train-{uuid.uuid4().hex[:12]}",
-            storage_path=storage,
+            storage_path=os.path.abspath(notes) if store.is_local else notes,
+            storage_filesystem=None if store.is_local else PyFileSystem(FSSpecHandler(store.fs)),
             failure_config=FailureConfig(
                 max_failures=config.ray.max_failures,
                 controller_failure_limit=START_ATTEMPTS,
             ),
         ),
     )
+
+
+def _scale(config: RayConfig) -> int | tuple[int, int]:
+    if config.min_workers == config.max_workers:
+        return config.max_workers
+    return config.min_workers, config.max_workers
 
 
 def _address(config: RayConfig) -> str:
@@ -124,13 +138,13 @@ def _connect(config: RayConfig) -> None:
 
 def _missing_resources(config: RayConfig, there: dict[str, float]) -> str:
     """What the workers need and the cluster does not have; empty where it has everything."""
-    wanted = {"CPU": config.num_workers * config.cpus_per_worker}
+    wanted = {"CPU": config.min_workers * config.cpus_per_worker}
     if config.use_gpu:
-        wanted["GPU"] = config.num_workers
+        wanted["GPU"] = config.min_workers
     for name, number in wanted.items():
         if there.get(name, 0) < number:
             return (
-                f"ray.num_workers = {config.num_workers} need {number} {name}s, but there are "
+                f"ray.num_workers = {config.min_workers} need {number} {name}s, but there are "
                 f"{there.get(name, 0):g}"
             )
     return ""

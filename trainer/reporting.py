@@ -7,6 +7,7 @@ from trainer.board import Progress
 from trainer.checkpoint import TrainProgress
 from trainer.curve import Curve, Point
 from trainer.loader import StepBatch
+from trainer.row_log import RowLog
 from trainer.step import StepResult
 
 SUMS = ("loss", "ce", "kl", "weight", "tokens", "seconds", "wait_s")
@@ -23,15 +24,23 @@ def no_sums() -> dict[str, float]:
 class Reporter:
     """Adds up steps. Every rank has one, since checkpoints hold the sums; rank 0's also writes."""
 
-    def __init__(self, board: Any, curve: Curve | None, start_step: int, num_steps: int) -> None:
+    def __init__(
+        self,
+        board: Any,
+        curve: Curve | None,
+        row_log: RowLog | None,
+        start_step: int,
+        num_steps: int,
+    ) -> None:
         """
         Args:
             board: handle of the ``trainer.board.Board`` actor.
             curve: rank 0's, None on the others.
+            row_log: likewise, where it is asked for.
             start_step: where this process began.
             num_steps: of the whole run.
         """
-        self._board, self._curve = board, curve
+        self._board, self._curve, self._row_log = board, curve, row_log
         self._start_step, self._num_steps = start_step, num_steps
         self._here = no_sums()  # of this process alone
         self._posted_at = 0.0
@@ -40,6 +49,11 @@ class Reporter:
     def tokens_per_s(self) -> float:
         """Of all workers, since this process began."""
         return ratio(self._here["tokens"], self._here["seconds"])
+
+    @property
+    def seconds(self) -> float:
+        """That steps took since this process began."""
+        return self._here["seconds"]
 
     @property
     def data_wait_share(self) -> float:
@@ -65,6 +79,8 @@ class Reporter:
             "wait_s": wait_s,
         }
         self._here = {name: self._here[name] + sums[name] for name in SUMS}
+        if self._row_log is not None:
+            self._row_log.append(old.step + 1, batch.packs)
         if result.warning:
             self.note(f"warning: {result.warning}")
         return old.model_copy(
@@ -93,7 +109,14 @@ class Reporter:
         )
         if self._curve is not None:
             self._curve.append(point)
-        return progress.model_copy(update={"final_loss": point.loss, "pending": no_sums()})
+        measured = {"loss": point.loss, "ce": point.ce, "kl": point.kl}
+        return progress.model_copy(
+            update={
+                "final_loss": point.loss,
+                "pending": no_sums(),
+                "metrics": progress.metrics | measured,
+            }
+        )
 
     def post(self, progress: TrainProgress) -> None:
         """Tells the person who waits how far the run is; to be called before ``point``."""
@@ -118,10 +141,17 @@ class Reporter:
         if self._curve is not None:
             self._board.note.remote(text)
 
+    def flush(self) -> None:
+        """Makes all that was written durable."""
+        for file in (self._curve, self._row_log):
+            if file is not None:
+                file.flush()
+
     def close(self) -> None:
-        """Closes the curve."""
-        if self._curve is not None:
-            self._curve.close()
+        """Closes the files."""
+        for file in (self._curve, self._row_log):
+            if file is not None:
+                file.close()
 
 
 def ratio(part: float, whole: float) -> float:

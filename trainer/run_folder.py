@@ -7,13 +7,15 @@ RUN/
   owner                the process that may write here: the one that was started last
   metrics.jsonl        the learning curve
   bad_batch.json       the rows of a step that stopped the run
+  rows.jsonl           with log.rows: which rows every step read
   tensorboard/         the same for TensorBoard
   checkpoints/         see trainer.checkpoint
   student/             the trained student, an ordinary Hugging Face folder
   summary.json         written last: the run is finished
 ```
 
-The folder must be on a file system that all workers share.
+The folder is any fsspec URL, or a path on a file system that all workers share. On an object store
+there is no appending, so that the learning curve is written anew when a checkpoint is saved.
 """
 
 import json
@@ -25,10 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from schemas.config import StrictModel, dump_toml
-from schemas.errors import ConfigError, DamagedError, StudentError
+from schemas.errors import ConfigError, DamagedError, StoreError, StudentError
+from schemas.storage import Store
 from trainer.config import TrainConfig
 
 RunIdentity = dict[str, Any]
+
+METRICS, ROWS, BAD_BATCH = "metrics.jsonl", "rows.jsonl", "bad_batch.json"
+TENSORBOARD, STUDENT = "tensorboard", "student"
 
 _FREE_KEYS = {
     "run",
@@ -40,18 +46,14 @@ _FREE_KEYS = {
     "data.prefetch_steps",
     "deepspeed.timeout_s",
     "deepspeed.gradient_checkpointing",
-    "ray.address",
-    "ray.cpus_per_worker",
-    "ray.max_failures",
-    "checkpoint.every_steps",
-    "checkpoint.keep",
-    "guard.spikes",
-    "guard.spike_factor",
-    "guard.window_steps",
-    "log.every_steps",
-    "log.tensorboard",
 }
 """Keys that may change between a run and its continuation: none changes what is trained."""
+
+_FREE_SECTIONS = ("ray", "checkpoint", "guard", "log")
+"""Sections of such keys."""
+
+_BOUND_KEYS = {"ray.use_gpu"}
+"""Keys in them that do."""
 
 
 class TrainSummary(StrictModel):
@@ -65,6 +67,8 @@ class TrainSummary(StrictModel):
         final_loss: mean loss per label over the last logged steps.
         seconds: of the last process that trained, from its start to the export.
         data_wait_share: share of the training time spent waiting for data.
+        checkpoint_wait_share: share of the training time spent waiting for checkpoints, on rank 0.
+        checkpoint_hidden_share: share of the time that checkpoints took which was not waited for.
         rows_dropped: rows of the view left out because they are longer than data.max_tokens.
         exported: folder of the trained student.
     """
@@ -80,6 +84,8 @@ class TrainSummary(StrictModel):
     seconds: float
     tokens_per_s: float
     data_wait_share: float
+    checkpoint_wait_share: float = 0.0
+    checkpoint_hidden_share: float = 0.0
     rows_dropped: int
     view_hash: str
     label_sets: list[str]
@@ -87,15 +93,18 @@ class TrainSummary(StrictModel):
 
 
 class RunFolder:
-    """Paths and the small files of a run."""
+    """The small files of a run, and where the others are.
 
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
-        self.checkpoints = self.path / "checkpoints"
-        self.metrics = self.path / "metrics.jsonl"
-        self.tensorboard = self.path / "tensorboard"
-        self.student = self.path / "student"
-        self.bad_batch = self.path / "bad_batch.json"
+    Attributes:
+        url: as it was given.
+        store: the folder.
+        student: path or URL of the trained student.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.store = Store(url)
+        self.student = f"{url.rstrip('/')}/{STUDENT}"
 
     def finished(
         self, config: TrainConfig, view_hash: str, label_sets: list[str]
@@ -109,15 +118,15 @@ class RunFolder:
         # Where nothing was saved, there is nothing that another configuration could spoil.
         if found is None or not self._has_results():
             return None
-        _refuse_another_run(self.path, found, run_identity(config, view_hash, label_sets))
+        _refuse_another_run(self.url, found, run_identity(config, view_hash, label_sets))
         return self.summary()
 
     def start(self, config: TrainConfig, view_hash: str, label_sets: list[str]) -> None:
         """Writes down what the run stands for."""
         identity = run_identity(config, view_hash, label_sets)
         if not self._has_results():
-            write_atomic(self.path / "config.toml", dump_toml(config).encode())
-        write_atomic(self.path / "run.json", _json(identity))
+            self.store.write_bytes("config.toml", dump_toml(config).encode())
+        self.store.write_bytes("run.json", _json(identity))
 
     def summary(self) -> TrainSummary | None:
         """What the run came to; None while it is not finished."""
@@ -134,7 +143,7 @@ class RunFolder:
             What to show to ``check_owner``.
         """
         owner = f"{uuid.uuid4().hex} {socket.gethostname()} {os.getpid()}"
-        write_atomic(self.path / "owner", owner.encode())
+        self.store.write_bytes("owner", owner.encode())
         return owner
 
     def check_owner(self, owner: str) -> None:
@@ -144,41 +153,41 @@ class RunFolder:
             StudentError: the folder was claimed by a later start, or is not there on this machine.
         """
         try:
-            found = (self.path / "owner").read_text()
-        except FileNotFoundError as error:
+            found = self.store.read_bytes("owner").decode()
+        except StoreError as error:
             raise StudentError(
-                f"run folder {self.path} is not there on {socket.gethostname()}; put it on a file "
-                "system that all nodes share"
+                f"run folder {self.url} is not there on {socket.gethostname()}; put it on a file "
+                "system that all nodes share, or on an object store"
             ) from error
         if found != owner:
             _, host, pid = found.split()
             raise StudentError(
-                f"{self.path} was started again by process {pid} on {host}, so this one stops"
+                f"{self.url} was started again by process {pid} on {host}, so this one stops"
             )
 
     def finish(self, summary: TrainSummary) -> None:
         """Writes the summary, which says that the run is finished."""
-        write_atomic(self.path / "summary.json", _json(summary.model_dump(mode="json")))
+        self.store.write_bytes("summary.json", _json(summary.model_dump(mode="json")))
 
     def _has_results(self) -> bool:
-        return self.checkpoints.exists() or (self.path / "summary.json").exists()
+        return bool(self.store.folders("checkpoints")) or self.store.exists("summary.json")
 
     def _read_json(self, name: str) -> Any:
-        path = self.path / name
-        try:
-            return json.loads(path.read_bytes())
-        except FileNotFoundError:
+        if not self.store.exists(name):
             return None
+        try:
+            return json.loads(self.store.read_bytes(name))
         except ValueError as error:
             raise DamagedError(
-                f"{path} is not readable as JSON ({error}); start again in a new run folder"
+                f"{self.store.path(name)} is not readable as JSON ({error}); start again in a new "
+                "run folder"
             ) from error
 
 
 def run_identity(config: TrainConfig, view_hash: str, label_sets: list[str]) -> RunIdentity:
     """Everything that decides what a run trains, flat: key to value."""
     flat = _flatten(config.model_dump(mode="json"))
-    identity = {key: value for key, value in flat.items() if key not in _FREE_KEYS}
+    identity = {key: value for key, value in flat.items() if not _is_free(key)}
     return {**identity, "view hash": view_hash, "label sets": label_sets}
 
 
@@ -204,12 +213,17 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def _refuse_another_run(path: Path, found: RunIdentity, wanted: RunIdentity) -> None:
+def _is_free(key: str) -> bool:
+    in_free_section = key.partition(".")[0] in _FREE_SECTIONS
+    return key in _FREE_KEYS or (in_free_section and key not in _BOUND_KEYS)
+
+
+def _refuse_another_run(path: str, found: RunIdentity, wanted: RunIdentity) -> None:
     missing = object()
     differing = [
         f"{key} (there {found.get(key)!r}, now {wanted.get(key)!r})"
         for key in sorted(found.keys() | wanted.keys())
-        if found.get(key, missing) != wanted.get(key, missing)
+        if not _is_free(key) and found.get(key, missing) != wanted.get(key, missing)
     ]
     if differing:
         raise ConfigError(

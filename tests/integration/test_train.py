@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from teacher_requests import ENGINE, label, labelled
 from teacher_requests import config as teacher_config
-from training_runs import losses, make_config, make_view
+from training_runs import back_to_step, losses, make_config, make_view
 
 from schemas.config import dump_toml
 from schemas.errors import ConfigError, DamagedError, StudentError
@@ -90,7 +90,7 @@ def test_a_run_leaves_what_it_says(
     assert summary.steps == STEPS == len(losses(run))
     assert summary.final_loss == losses(run)[-1]
     assert summary.resumed_from_step == 0
-    kept = sorted(int(path.name[5:]) for path in (run / "checkpoints").iterdir())
+    kept = sorted(step_of(path / "manifest.json") for path in (run / "checkpoints").iterdir())
     assert kept == [16, 20, 24]
 
 
@@ -255,12 +255,31 @@ def test_a_lost_worker_is_replaced(
     assert losses(run) == losses(reference[0])
 
 
-def test_another_number_of_workers_is_refused(
-    tmp_path: Path, reference: tuple[Path, TrainSummary], view: View, tokenizer: Path
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_another_number_of_workers_goes_on(
+    tmp_path: Path,
+    reference: tuple[Path, TrainSummary],
+    view: View,
+    tokenizer: Path,
+    zero_stage: int,
+    capsys: Any,
 ) -> None:
-    changed = config(reference[0], view, tokenizer, ray={"num_workers": 1})
-    with pytest.raises(ConfigError, match=r"ray\.num_workers \(there 2, now 1\)"):
-        run_train_job(changed)
+    short: dict[str, Any] = {
+        "data": {"steps": 6},
+        "deepspeed": {"zero_stage": zero_stage},
+        "log": {"rows": True},
+    }
+    whole = tmp_path / "whole"
+    run_train_job(config(whole, view, tokenizer, **short))
+    expected = losses(reference[0])[:6]
+    assert losses(whole) == pytest.approx(expected, abs=1e-5)
+    run = back_to_step(whole, tmp_path / "run", 4)
+    alone = config(run, view, tokenizer, **short, ray={"num_workers": {"min": 1, "max": 1}})
+    summary = run_train_job(alone)
+    assert (summary.world_size, summary.resumed_from_step) == (1, 4)
+    assert "now on 1 workers instead of 2" in capsys.readouterr().err
+    assert losses(run) == pytest.approx(expected, abs=1e-5)
+    assert (run / "rows.jsonl").read_text() == (whole / "rows.jsonl").read_text()
 
 
 def test_divergence_stops_the_run(tmp_path: Path, view: View, tokenizer: Path) -> None:
@@ -389,7 +408,7 @@ def descendants(ancestor: int) -> Iterator[tuple[int, str]]:
 
 
 def step_of(manifest: Path) -> int:
-    return int(manifest.parent.name[5:])
+    return int(manifest.parent.name.removeprefix("step_").partition("-")[0])
 
 
 def assert_same_weights(found: Path, expected: Path) -> None:

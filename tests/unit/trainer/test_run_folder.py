@@ -1,12 +1,14 @@
 """The run folder: one run only, and a learning curve without repeats."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from training_runs import losses, make_config
 
 from schemas.errors import ConfigError, DamagedError, StudentError
+from schemas.storage import Store
 from trainer.curve import Curve, Point
 from trainer.run_folder import RunFolder, TrainSummary, write_atomic
 
@@ -49,7 +51,7 @@ def started(run: Path) -> RunFolder:
     """The folder of a run that has saved a checkpoint."""
     folder = RunFolder(str(run))
     folder.start(make_config(run, "view", "tokenizer"), "hash", ["set"])
-    folder.checkpoints.mkdir()
+    (run / "checkpoints" / "step_1").mkdir(parents=True)
     return folder
 
 
@@ -82,11 +84,11 @@ def test_another_run_is_refused(
 
 def test_a_run_that_saved_nothing_may_be_mended(tmp_path: Path) -> None:
     folder = started(tmp_path)
-    folder.checkpoints.rmdir()
+    shutil.rmtree(tmp_path / "checkpoints")
     changed = make_config(tmp_path, "view", "tokenizer", optimizer={"lr": 0.5})
     assert folder.finished(changed, "hash", ["set"]) is None
     folder.start(changed, "hash", ["set"])
-    folder.checkpoints.mkdir()
+    (tmp_path / "checkpoints" / "step_1").mkdir(parents=True)
     assert folder.finished(changed, "hash", ["set"]) is None
 
 
@@ -95,7 +97,7 @@ def test_what_does_not_change_the_training_may_change(tmp_path: Path) -> None:
         tmp_path,
         "moved/view",
         "tokenizer",
-        ray={"address": "auto", "cpus_per_worker": 2},
+        ray={"address": "auto", "cpus_per_worker": 2, "num_workers": {"min": 2, "max": 5}},
         checkpoint={"keep": 9},
         data={"prefetch_steps": 5},
     )
@@ -122,14 +124,14 @@ def test_only_the_process_started_last_may_write(tmp_path: Path) -> None:
 
 
 def test_points_after_the_checkpoint_come_again(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    curve = Curve(path, None, 0)
+    path, store = tmp_path / "metrics.jsonl", Store(str(tmp_path))
+    curve = Curve(store, tensorboard=False, done=0)
     for step in (1, 2, 3):
         curve.append(point(step))
     curve.close()
     with path.open("a") as file:
         file.write('{"step": 4, "lo')  # a line that a killed process began
-    curve = Curve(path, None, 2)
+    curve = Curve(store, tensorboard=False, done=2)
     curve.append(point(3))
     curve.close()
     assert losses(tmp_path) == [1.0, 1 / 2, 1 / 3]
