@@ -76,6 +76,17 @@ def losses(run: Path) -> list[float]:
     return [point["loss"] for point in points]
 
 
+def make_world(folder: Path, record: RecordSpec) -> tuple[View, Path]:
+    """A view with its labels beside it, and the tokenizer of its teacher and student."""
+    from conftest import make_tokenizer
+    from transformers import AutoTokenizer
+
+    tokenizer = folder / "tokenizer"
+    make_tokenizer(tokenizer)
+    vocabulary = AutoTokenizer.from_pretrained(tokenizer).get_vocab()
+    return make_view(folder, record, vocabulary), tokenizer
+
+
 def back_to_step(run: Path, to: Path, step: int) -> Path:
     """A copy of a finished run as it was when it had saved a step, with later lines in its logs."""
     shutil.copytree(run, to)

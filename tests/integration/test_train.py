@@ -1,6 +1,5 @@
 """Training on real Ray Train and DeepSpeed: exact on any split, and after any interruption."""
 
-import contextlib
 import os
 import re
 import signal
@@ -8,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 from teacher_requests import ENGINE, label, labelled
 from teacher_requests import config as teacher_config
+from processes import descendants, send, training_ranks
 from training_runs import back_to_step, losses, make_config, make_view
 
 from schemas.config import dump_toml
@@ -227,9 +226,7 @@ def test_killed_and_damaged_then_run_again(
         cwd=Path(__file__).parents[2],
     )
     wait_for_step(run, 13)
-    for pid in [process.pid, *(pid for pid, _ in descendants(process.pid))]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    send([process.pid, *(pid for pid, _ in descendants(process.pid))], signal.SIGKILL)
     process.wait()
     newest = max((run / "checkpoints").glob("*/manifest.json"), key=step_of).parent
     victim = newest / "mp_rank_00_model_states.pt"
@@ -385,26 +382,7 @@ def wait_for_step(run: Path, step: int, timeout_s: float = 240) -> None:
 def kill_a_worker(run: Path, step: int) -> None:
     """Kills one training process that this test process has started, once the run is at a step."""
     wait_for_step(run, step)
-    mine = [pid for pid, name in descendants(os.getpid()) if "RayTrainWorker" in name]
-    os.kill(mine[-1], signal.SIGKILL)
-
-
-def descendants(ancestor: int) -> Iterator[tuple[int, str]]:
-    """Process id and command line of all processes below one."""
-    parents, names = {}, {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            status = (path / "stat").read_text()
-            names[int(path.name)] = (path / "cmdline").read_text()
-            parents[int(path.name)] = int(status.rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    for pid, name in names.items():
-        above: int | None = pid
-        while above in parents and above != ancestor:
-            above = parents[above]
-        if above == ancestor and pid != ancestor:
-            yield pid, name
+    os.kill(training_ranks()[-1], signal.SIGKILL)
 
 
 def step_of(manifest: Path) -> int:
