@@ -32,8 +32,6 @@ from trainer.run_folder import TrainSummary
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_S = 120.0
-NUM_FILES = 5
-"""Of a checkpoint of two ranks under stage 1 or 2, before its manifest."""
 
 
 @dataclass
@@ -100,6 +98,14 @@ class Trial:
             self._driver.wait()
             self._driver = None
 
+    @property
+    def num_files(self) -> int:
+        """Of a checkpoint, before its manifest: of all ranks random states, what ZeRO splits."""
+        ranks = self.config.ray.max_workers
+        return {0: 1 + ranks, 1: 1 + 2 * ranks, 2: 1 + 2 * ranks, 3: 3 * ranks}[
+            self.config.deepspeed.zero_stage
+        ]
+
     def stop(self) -> None:
         """The driver and all its workers."""
         self.kill_driver()
@@ -154,18 +160,18 @@ def _kill_driver(trial: Trial) -> None:
     trial.note("the driver", on_disk(trial.run))
 
 
-def _kill_in_save(moment: Callable[[Path, set[str]], bool], name: str) -> Callable[[Trial], None]:
+def _kill_in_save(moment: Callable[[Trial, set[str]], bool], name: str) -> Callable[[Trial], None]:
     def kill(trial: Trial) -> None:
         before = {folder.name for folder in (trial.run / "checkpoints").iterdir()}
         deadline, looked = time.monotonic() + PATIENCE_S, 0.0
         while time.monotonic() < deadline:
             if time.monotonic() - looked > 0.5:  # Ray may have replaced them
                 ranks, looked = trial.ranks(), time.monotonic()
-            if not moment(trial.run, before):
+            if not moment(trial, before):
                 time.sleep(0.0005)
                 continue
             send(ranks, signal.SIGSTOP)
-            if moment(trial.run, before):
+            if moment(trial, before):
                 when = on_disk(trial.run)
                 send(ranks, signal.SIGKILL)
                 trial.note(f"all ranks, {name}", when)
@@ -199,22 +205,27 @@ def _cut_shard(trial: Trial) -> None:
     trial.note("driver and ranks; a label shard cut short, refused, mended", on_disk(trial.run))
 
 
+def _is_about_to_remove(trial: Trial, before: set[str]) -> bool:
+    names = {folder.name for folder in finished(trial.run)}
+    return len(names) > trial.config.checkpoint.keep and bool(names - before)
+
+
 FAULTS: dict[str, Callable[[Trial], None]] = {
     "rank": _kill_rank,
     "all ranks": _kill_all_ranks,
     "driver": _kill_driver,
     "first file": _kill_in_save(
-        lambda run, before: any(0 < size < NUM_FILES for size in unfinished(run, before)),
+        lambda trial, before: any(
+            0 < size < trial.num_files for size in unfinished(trial.run, before)
+        ),
         "between the files of a save",
     ),
     "all files": _kill_in_save(
-        lambda run, before: NUM_FILES in unfinished(run, before),
+        lambda trial, before: trial.num_files in unfinished(trial.run, before),
         "between the files of a save and its manifest",
     ),
     "manifest": _kill_in_save(
-        lambda run, before: (
-            len(names := {folder.name for folder in finished(run)}) > 2 and bool(names - before)
-        ),
+        _is_about_to_remove,
         "between the manifest of a save and the removal of old ones",
     ),
     "checkpoint": _cut_checkpoint,

@@ -1,12 +1,7 @@
 """Training on real Ray Train and DeepSpeed: exact on any split, and after any interruption."""
 
-import os
+import random
 import re
-import signal
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +10,9 @@ import pytest
 from teacher_requests import ENGINE, label, labelled
 from teacher_requests import config as teacher_config
 from processes import descendants, send, training_ranks
+from training_faults import Trial, loss_difference, samples, step_of
 from training_runs import back_to_step, losses, make_config, make_view
 
-from schemas.config import dump_toml
 from schemas.errors import ConfigError, DamagedError, StudentError
 from schemas.spec import RecordSpec
 from schemas.view import View
@@ -46,6 +41,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "schedule": {"kind": "constant", "warmup_steps": 2},
     "ray": {"num_workers": 2},
     "checkpoint": {"every_steps": 4, "keep": 3},
+    "log": {"rows": True},
 }
 
 
@@ -89,7 +85,7 @@ def test_a_run_leaves_what_it_says(
     assert summary.steps == STEPS == len(losses(run))
     assert summary.final_loss == losses(run)[-1]
     assert summary.resumed_from_step == 0
-    kept = sorted(step_of(path / "manifest.json") for path in (run / "checkpoints").iterdir())
+    kept = sorted(step_of(path) for path in (run / "checkpoints").iterdir())
     assert kept == [16, 20, 24]
 
 
@@ -214,42 +210,19 @@ def test_losses_do_not_depend_on_workers_or_stage(
 
 
 def test_killed_and_damaged_then_run_again(
-    tmp_path: Path, reference: tuple[Path, TrainSummary], view: View, tokenizer: Path, capsys: Any
-) -> None:
-    """All processes of the job are killed; then the newest checkpoint is cut short, too."""
-    run = tmp_path / "run"
-    job = config(run, view, tokenizer)
-    (tmp_path / "train.toml").write_text(dump_toml(job))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cluster", "train", str(tmp_path / "train.toml")],
-        env={**os.environ, "RAY_ADDRESS": ""},
-        cwd=Path(__file__).parents[2],
-    )
-    wait_for_step(run, 13)
-    send([process.pid, *(pid for pid, _ in descendants(process.pid))], signal.SIGKILL)
-    process.wait()
-    newest = max((run / "checkpoints").glob("*/manifest.json"), key=step_of).parent
-    victim = newest / "mp_rank_00_model_states.pt"
-    victim.write_bytes(victim.read_bytes()[:-100])
-
-    summary = run_train_job(job)
-    assert summary.steps == STEPS
-    assert summary.resumed_from_step == step_of(newest / "manifest.json") - 4
-    assert losses(run) == losses(reference[0])
-    assert_same_weights(Path(summary.exported), Path(reference[1].exported))
-    assert f"checkpoint {newest} is passed over" in capsys.readouterr().err
-
-
-def test_a_lost_worker_is_replaced(
     tmp_path: Path, reference: tuple[Path, TrainSummary], view: View, tokenizer: Path
 ) -> None:
-    run = tmp_path / "run"
-    killer = threading.Thread(target=kill_a_worker, args=(run, 6))
-    killer.start()
-    summary = run_train_job(config(run, view, tokenizer))
-    killer.join()
-    assert summary.resumed_from_step > 0
-    assert losses(run) == losses(reference[0])
+    """A short version of tests/fault/training."""
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    trial = Trial("short", config(tmp_path / "run", view, tokenizer), random.Random(seed))
+    for what, after_step in (("rank", 5), ("all files", 8), ("checkpoint", 12)):
+        trial.fault(what, after_step)
+    summary = trial.finish()
+    assert summary.steps == STEPS
+    assert samples(trial.run) == samples(reference[0])
+    assert loss_difference(trial.run, reference[0]) == 0.0
+    assert_same_weights(Path(summary.exported), Path(reference[1].exported))
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])
@@ -367,26 +340,6 @@ def spoil_embedding(folder: Path, tokenizer: Path, token: int) -> None:
     with torch.no_grad():
         model.model.embed_tokens.weight[token] = float("nan")
     model.save_pretrained(folder)
-
-
-def wait_for_step(run: Path, step: int, timeout_s: float = 240) -> None:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        metrics = run / "metrics.jsonl"
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"{run} did not reach step {step} in {timeout_s} s")
-
-
-def kill_a_worker(run: Path, step: int) -> None:
-    """Kills one training process that this test process has started, once the run is at a step."""
-    wait_for_step(run, step)
-    os.kill(training_ranks()[-1], signal.SIGKILL)
-
-
-def step_of(manifest: Path) -> int:
-    return int(manifest.parent.name.removeprefix("step_").partition("-")[0])
 
 
 def assert_same_weights(found: Path, expected: Path) -> None:
