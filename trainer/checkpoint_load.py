@@ -71,7 +71,19 @@ def _load_universal(engine: Any, folder: Path) -> None:
         engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
     finally:
         engine._config.load_universal_checkpoint = False
+    _separate_step_counts(engine.optimizer.optimizer)
     _load_what_is_not_trained(engine, folder)
+
+
+def _separate_step_counts(optimizer: torch.optim.Optimizer) -> None:
+    """Gives each state a count of its own.
+
+    DeepSpeed 0.19 gives all states of stage 3 one tensor, which torch then counts up once for each
+    group in every step. Can go when a run over two groups loses nothing without it.
+    """
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
 
 
 def _load_what_is_not_trained(engine: Any, folder: Path) -> None:
