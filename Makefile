@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 PYTORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-fast check format install clean
+.PHONY: demo test test-fast fault check format install clean
 
 demo: $(INSTALLED)  ## the whole way on this machine: corpus, labels, two students, comparison
 	$(BIN)/tutelage demo
@@ -17,6 +17,9 @@ test: $(INSTALLED)  ## every test, the fast ones first
 
 test-fast: $(INSTALLED)  ## no engine, no cluster
 	$(BIN)/python -m pytest tests/unit tests/property
+
+fault: $(INSTALLED)  ## kills and damage, at seeded moments
+	$(BIN)/python -m pytest tests/fault
 
 check: $(INSTALLED)  ## lint, format, types, import contracts
 	$(BIN)/ruff check .

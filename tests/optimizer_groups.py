@@ -37,4 +37,11 @@ def main(config_path: str) -> None:
             {key: value for key, value in group.items() if key != "params"}
             for group in engine.optimizer.param_groups
         ]
-        print(json.dumps({"saved_by": manifest.world_size, "groups": groups}))
+        steps = [state["step"] for state in engine.optimizer.optimizer.state.values()]
+        found_groups = {
+            "saved_by": manifest.world_size,
+            "groups": groups,
+            "steps": [float(step) for step in steps],
+            "separate_steps": len({id(step) for step in steps}) == len(steps) > 1,
+        }
+        print(json.dumps(found_groups))

@@ -58,6 +58,7 @@ def _cluster() -> Iterator[None]:
     import ray
 
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+    ray.shutdown()
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
@@ -148,6 +149,8 @@ def assert_groups_keep_their_own(trial: Trial) -> None:
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["saved_by"] == 2
+    assert found["separate_steps"]
+    assert len(set(found["steps"])) == 1
     matrices, norms = found["groups"]
     assert matrices["weight_decay"] == 0.5
     assert norms["weight_decay"] == 0.0
