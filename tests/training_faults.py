@@ -58,6 +58,7 @@ class Trial:
         self._driver: subprocess.Popen[bytes] | None = None
         self._log = self.run.with_name(f"{self.run.name}.log").open("ab")
         self.faults: list[Fault] = []
+        self._seen_resumed = 0
 
     def start(self, **ray_section: object) -> None:
         """Starts a driver, beside whatever is left of the one before."""
@@ -83,7 +84,10 @@ class Trial:
         """
         if self._driver is None:
             self.start()
-        self._wait_for_step(after_step + self._rng.randrange(3))
+        if self.faults:
+            self.wait_until(lambda: self._num_resumed() > self._seen_resumed)
+        step = after_step + self._rng.randrange(3)
+        self.wait_until(lambda: last_step(self.run) >= step)
         FAULTS[what](self)
 
     def finish(self) -> TrainSummary:
@@ -130,16 +134,22 @@ class Trial:
     def note(self, what: str, when: str) -> None:
         """Adds a line to the table."""
         self.faults.append(Fault(what, f"step {last_step(self.run)}, {when}", self.name))
+        self._seen_resumed = self._num_resumed()
 
     def _log_path(self) -> Path:
         return Path(self._log.name)
 
-    def _wait_for_step(self, step: int) -> None:
+    def _num_resumed(self) -> int:
+        return self.said().count("going on from step")
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Waits for what a living driver will bring about."""
         deadline = time.monotonic() + PATIENCE_S
-        while last_step(self.run) < step:
-            assert time.monotonic() < deadline, f"{self.run} did not reach {step}: {self.said()}"
-            assert self._driver is None or self._driver.poll() is None, self.said()
-            time.sleep(0.002)
+        while not condition():
+            assert time.monotonic() < deadline, f"{self.run}: {self.said()}"
+            assert self._driver is not None, self.said()
+            assert self._driver.poll() is None, self.said()
+            time.sleep(0.005)
 
 
 def _kill_rank(trial: Trial) -> None:
@@ -190,8 +200,7 @@ def _cut_checkpoint(trial: Trial) -> None:
     victim.write_bytes(victim.read_bytes()[:-100])
     trial.note(f"driver and ranks; {victim.name} cut short", on_disk(trial.run))
     trial.start()
-    trial._wait_for_step(step_of(newest) + 1)
-    assert f"{newest.name} is passed over: {victim.name} has" in trial.said()
+    trial.wait_until(lambda: f"{newest.name} is passed over: {victim.name} has" in trial.said())
 
 
 def _cut_shard(trial: Trial) -> None:

@@ -216,7 +216,7 @@ def test_killed_and_damaged_then_run_again(
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     trial = Trial("short", config(tmp_path / "run", view, tokenizer), random.Random(seed))
-    for what, after_step in (("rank", 5), ("all files", 8), ("checkpoint", 12)):
+    for what, after_step in (("rank", 9), ("all files", 12), ("checkpoint", 16)):
         trial.fault(what, after_step)
     summary = trial.finish()
     assert summary.steps == STEPS

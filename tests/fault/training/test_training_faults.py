@@ -105,7 +105,7 @@ def test_killed_ten_times_on_the_same_workers(
     trial = Trial("2 workers, ZeRO-2", make("killed", deepspeed={"zero_stage": 2}), rng(seed, 1))
     trials.append(trial)
     for number, what in enumerate(CHAIN):
-        trial.fault(what, after_step=2 + 4 * number)
+        trial.fault(what, after_step=5 + 4 * number)
     summary = trial.finish()
     assert summary.steps == STEPS
     assert samples(trial.run) == samples(undisturbed)
