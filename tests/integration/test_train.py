@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from teacher_requests import ENGINE, label, labelled
 from teacher_requests import config as teacher_config
-from processes import descendants, send, training_ranks
 from training_faults import Trial, loss_difference, samples, step_of
 from training_runs import back_to_step, losses, make_config, make_view
 
