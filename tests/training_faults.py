@@ -31,7 +31,7 @@ from trainer.launch import run_train_job
 from trainer.run_folder import TrainSummary
 
 ROOT = Path(__file__).parents[1]
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 
 
 @dataclass
