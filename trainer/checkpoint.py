@@ -46,6 +46,7 @@ class TrainProgress(StrictModel):
         recent: what the guard measures the next steps against.
         metrics: what was measured last, by name: ``loss``, ``ce`` and ``kl`` of the last line of
             metrics.jsonl, and what an evaluation gave. Empty before the first.
+        base_digest: of the frozen weights, which checkpoints do not hold; empty: nothing is frozen.
     """
 
     step: int
@@ -56,6 +57,7 @@ class TrainProgress(StrictModel):
     pending: dict[str, float]
     recent: dict[str, list[float]] = Field(default_factory=dict)
     metrics: dict[str, float] = Field(default_factory=dict)
+    base_digest: str = ""
 
 
 class CheckpointFile(StrictModel):

@@ -5,6 +5,7 @@
 
 import logging
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,13 +36,26 @@ def build_engine(student: StudentWithHead, config: TrainConfig) -> Any:
 
     _no_compiled_ops(deepspeed)
     num_parameters = sum(parameter.numel() for parameter in student.parameters())
+    is_frozen = any(not parameter.requires_grad for parameter in student.parameters())
     engine, *_ = deepspeed.initialize(
         model=student,
         optimizer=build_optimizer(student, config.optimizer, fused=config.ray.use_gpu),
         config=build_deepspeed_config(config, num_parameters, dist.get_world_size()),
         dist_init_required=False,
     )
+    if is_frozen:
+        _keep_only_what_is_trained(engine)
     return engine
+
+
+def _keep_only_what_is_trained(engine: Any) -> None:
+    """Leaves frozen weights out of checkpoints.
+
+    They are built again from where the configuration says; `trainer.lora.base_digest` proves that
+    it is the same place.
+    """
+    engine.save_checkpoint = partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+    engine.load_checkpoint = partial(engine.load_checkpoint, load_module_strict=False)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, fused: bool) -> torch.optim.AdamW:

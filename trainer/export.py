@@ -11,6 +11,7 @@ import torch.distributed as dist
 from schemas.config import dump_toml
 from schemas.storage import Store
 from trainer.config import TrainConfig
+from trainer.lora import merged, scalings
 from trainer.run_folder import STUDENT, sync_folder
 
 CARD = """---
@@ -71,6 +72,8 @@ def export_student(engine: Any, tokenizer: Any, store: Store, card: str) -> None
     On a local file system all of it or nothing; on an object store file by file, with the summary
     of the run after it.
 
+    Adapters are merged into the weights, so that the folder is an ordinary model.
+
     Args:
         engine: the DeepSpeed engine around a ``StudentWithHead``.
         tokenizer: the student's.
@@ -79,6 +82,7 @@ def export_student(engine: Any, tokenizer: Any, store: Store, card: str) -> None
     """
     weights = _whole_weights(engine.module.model)
     if dist.get_rank() == 0:
+        weights = merged(weights, scalings(engine.module.model))
         scratch = None if store.is_local else tempfile.mkdtemp()
         folder = Path(scratch or store.path(), STUDENT)
         partial = folder.with_name(f".{folder.name}.partial")

@@ -75,6 +75,7 @@ class Worker:
     def __init__(self, job: TrainJob) -> None:
         from trainer.bad_batch import BadBatchReport
         from trainer.engine import build_engine, prepare_process
+        from trainer.lora import base_digest
         from trainer.step import TrainStep
         from trainer.student import StudentWithHead, build_student
 
@@ -89,6 +90,7 @@ class Worker:
         self._rows = read_row_table(self._view, self._config.data)
         model, self._tokenizer = build_student(self._config.student)
         self._vocab_size = model.get_output_embeddings().weight.shape[0]
+        self._base_digest = base_digest(model)
         student = StudentWithHead(model, self._config.deepspeed.gradient_checkpointing)
         self._engine = build_engine(student, self._config)
         self._last_checkpoint = ""
@@ -206,6 +208,8 @@ class Worker:
 
     def _resume(self) -> TrainProgress:
         """Brings back the newest good checkpoint; the start of the run where there is none."""
+        from trainer.lora import check_base
+
         store = self._folder.store
         is_node_leader = os.environ.get("LOCAL_RANK", "0") == "0"  # set by Ray Train
         cache = Path(tempfile.gettempdir(), f"tutelage-{self._attempt}")
@@ -222,7 +226,9 @@ class Worker:
                 labels=0,
                 final_loss=0.0,
                 pending=no_sums(),
+                base_digest=self._base_digest,
             )
+        check_base(self._config.student, self._base_digest, manifest.progress.base_digest)
         is_leader = self._rank == 0 if store.is_local else is_node_leader
         load_checkpoint(self._engine, folder, manifest, is_leader)
         self._last_checkpoint = store.path(FOLDER, folder.name)

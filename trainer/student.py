@@ -29,6 +29,7 @@ from schemas.errors import StudentError
 from trainer.config import LossConfig, StudentConfig
 from trainer.distillation_head import DistillationHead
 from trainer.fused_head import LogitTransform
+from trainer.lora import add_adapters
 from trainer.targets import SparseTargets
 
 # Still read by transformers 5, which moved them into rope_parameters.
@@ -74,7 +75,7 @@ class StudentWithHead(nn.Module):
 
 
 def build_student(config: StudentConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads or initialises the student and its tokenizer.
+    """Loads or initialises the student and its tokenizer, with adapters where asked for.
 
     The same configuration gives the same weights on every rank and machine: a random student is
     drawn on the CPU in float32 from its own seed, then cast.
@@ -92,6 +93,8 @@ def build_student(config: StudentConfig) -> tuple[PreTrainedModel, PreTrainedTok
     else:
         model = _random_model(config, tokenizer)
     check_student(model)
+    if config.lora is not None:
+        add_adapters(model, config.lora, config.seed)
     return model.train(), tokenizer
 
 

@@ -1,0 +1,73 @@
+"""Training of adapters alone: without ZeRO and with all of it, interrupted, exported."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import losses, make_config, make_view
+
+from schemas.errors import ConfigError
+from schemas.spec import RecordSpec
+from trainer.config import TrainConfig
+from trainer.launch import run_train_job
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+SECTIONS = {
+    "data": {"sequences_per_step": 3, "steps": 6},
+    "ray": {"num_workers": 2},
+    "checkpoint": {"every_steps": 3, "keep": 2},
+}
+
+
+def test_adapters_train_alike_with_and_without_zero(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """The losses agree; an interrupted run goes on; the export is the base with what was learned"""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    vocabulary = AutoTokenizer.from_pretrained(tiny_model_dir).get_vocab()
+    view = make_view(tmp_path, RecordSpec(kind="topk", k=4), vocabulary)
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+
+    def job(name: str, stage: int) -> TrainConfig:
+        student = {"path": str(base), "config": {}, "tokenizer": "", "lora": {"rank": 4}}
+        sections = {**SECTIONS, "student": student, "deepspeed": {"zero_stage": stage}}
+        return make_config(tmp_path / name, view.url, "", **sections)
+
+    run_train_job(job("plain", 0))
+    expected = losses(tmp_path / "plain")
+    run = tmp_path / "split"
+    run_train_job(job("split", 3))
+    assert losses(run) == pytest.approx(expected, abs=1e-5)
+    assert names_saved(tmp_path / "plain" / "checkpoints" / "step_6") == {"lora_A", "lora_B"}
+
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "step_6")
+    whole = losses(run)
+    summary = run_train_job(job("split", 3))
+    assert summary.resumed_from_step == 3
+    assert losses(run) == whole
+
+    frozen = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    learned, info = AutoModelForCausalLM.from_pretrained(summary.exported, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    changed = {
+        name for name, value in learned.state_dict().items() if not torch.equal(value, frozen[name])
+    }
+    assert changed == {name for name in frozen if "_proj" in name}
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "plain" / "student").state_dict()
+    for name, value in learned.state_dict().items():
+        assert torch.allclose(value, other[name], atol=1e-5), name
+
+    (run / "summary.json").unlink()
+    AutoModelForCausalLM.from_config(learned.config).save_pretrained(base)
+    with pytest.raises(ConfigError, match="put the base back"):
+        run_train_job(job("split", 3))
+
+
+def names_saved(checkpoint: Path) -> set[str]:
+    """What kinds of weights are in the file of the model's states."""
+    states = torch.load(checkpoint / "mp_rank_00_model_states.pt", weights_only=False)
+    return {name.split(".")[-3] for name in states["module"]}
