@@ -249,7 +249,8 @@ class DeepSpeedConfig(StrictModel):
     timeout_s: int = Field(1800, ge=1, description="a collective that takes longer is an error")
     native: dict[str, Any] = Field(
         default_factory=dict,
-        description="DeepSpeed configuration passed through; contradictions with ours are errors",
+        description="DeepSpeed configuration passed through, optimizer and scheduler too; "
+        "contradictions with ours are errors",
     )
 
 

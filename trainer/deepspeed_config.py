@@ -12,11 +12,10 @@ from typing import Any
 
 from schemas.errors import ConfigError
 from trainer.config import TrainConfig
+from trainer.native_options import check_native_optimizer
 from trainer.plan import num_micro_batches
 
 _OURS_INSTEAD = {
-    "optimizer": "[optimizer]",
-    "scheduler": "[schedule]",
     "amp": 'deepspeed.precision = "bf16"',
     "bfloat16": 'deepspeed.precision = "bf16"',
     "data_efficiency": "[data]",
@@ -54,7 +53,9 @@ def build_deepspeed_config(
     Raises:
         ConfigError: ``deepspeed.native`` contradicts another key; names both.
     """
-    native = config.deepspeed.native
+    native = dict(config.deepspeed.native)
+    check_native_optimizer(config)
+    native.pop("scheduler", None)  # trainer.schedule evaluates it
     fixed = _fixed(config, world_size)
     for key, replacement in _OURS_INSTEAD.items():
         if _lookup(native, key) not in (None, {}):

@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from schemas.errors import ConfigError
 from trainer.config import OptimizerConfig, TrainConfig
 from trainer.deepspeed_config import build_deepspeed_config
+from trainer.native_options import native_section
 from trainer.student import StudentWithHead
 
 
@@ -37,12 +39,20 @@ def build_engine(student: StudentWithHead, config: TrainConfig) -> Any:
     _no_compiled_ops(deepspeed)
     num_parameters = sum(parameter.numel() for parameter in student.parameters())
     is_frozen = any(not parameter.requires_grad for parameter in student.parameters())
-    engine, *_ = deepspeed.initialize(
-        model=student,
-        optimizer=build_optimizer(student, config.optimizer, fused=config.ray.use_gpu),
-        config=build_deepspeed_config(config, num_parameters, dist.get_world_size()),
-        dist_init_required=False,
-    )
+    native = native_section(config, "optimizer")
+    optimizer = None if native else build_optimizer(student, config.optimizer, config.ray.use_gpu)
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=student,
+            optimizer=optimizer,
+            model_parameters=_native_groups(student) if native else None,
+            config=build_deepspeed_config(config, num_parameters, dist.get_world_size()),
+            dist_init_required=False,
+        )
+    except TypeError as error:
+        if not native:
+            raise
+        raise ConfigError(f"deepspeed.native.optimizer.params: {error}") from error
     if is_frozen:
         _keep_only_what_is_trained(engine)
     return engine
@@ -58,12 +68,28 @@ def _keep_only_what_is_trained(engine: Any) -> None:
     engine.load_checkpoint = partial(engine.load_checkpoint, load_module_strict=False)
 
 
+def _native_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer that DeepSpeed makes: norms and biases do not decay."""
+    decaying, plain = _groups(model)
+    groups: list[dict[str, Any]] = [
+        {"params": decaying},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """What is trained: matrices, and norms and biases."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+
+
 def build_optimizer(model: nn.Module, config: OptimizerConfig, fused: bool) -> torch.optim.AdamW:
     """AdamW in two groups: matrices, which decay, and norms and biases, which do not."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decaying, plain = _groups(model)
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": decaying, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

@@ -29,7 +29,7 @@ from trainer.plan import LoaderState, read_row_table
 from trainer.reporting import Reporter, no_sums, ratio
 from trainer.row_log import RowLog
 from trainer.run_folder import RunFolder, TrainSummary
-from trainer.schedule import lr_factor
+from trainer.schedule import LearningRate
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ class Worker:
             self._config,
             lambda: self._folder.check_owner(job.owner),
         )
+        self._lr = LearningRate(self._config, job.num_steps)
         self._guard = Guard(self._config.guard, self._progress.recent)
         self._step = TrainStep(self._engine, self._config, self._guard)
         self._bad_batch = BadBatchReport(
@@ -258,11 +259,6 @@ class Worker:
     def _note(self, text: str) -> None:
         if self._rank == 0:
             self._job.board.note.remote(text)
-
-    def _lr(self, step: int) -> float:
-        """Learning rate of a step, counted from 1."""
-        factor = lr_factor(self._config.schedule, step - 1, self._job.num_steps)
-        return self._config.optimizer.lr * factor
 
 
 def _open_view(job: TrainJob) -> View:

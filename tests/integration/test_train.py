@@ -208,6 +208,24 @@ def test_losses_do_not_depend_on_workers_or_stage(
         assert_same_weights(Path(summary.exported), Path(reference[1].exported))
 
 
+def test_deepspeed_makes_the_optimizer(
+    tmp_path: Path, reference: tuple[Path, TrainSummary], view: View, tokenizer: Path
+) -> None:
+    """The same optimizer, from the native section, trains the same."""
+    shape = {"lr": 0.01, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+    native = {"optimizer": {"type": "AdamW", "params": {**shape, "torch_adam": True}}}
+    job = config(
+        tmp_path / "run",
+        view,
+        tokenizer,
+        data={"steps": 8},
+        optimizer={"lr": 1e-4},  # the default: the native section says it all
+        deepspeed={"zero_stage": 2, "native": native},
+    )
+    run_train_job(job)
+    assert losses(tmp_path / "run") == pytest.approx(losses(reference[0])[:8], abs=1e-5)
+
+
 def test_killed_and_damaged_then_run_again(
     tmp_path: Path, reference: tuple[Path, TrainSummary], view: View, tokenizer: Path
 ) -> None:

@@ -92,8 +92,7 @@ def test_a_native_option_that_agrees_is_fine() -> None:
         ({"gradient_clipping": 0.1}, "gradient_clipping = 0.1", "deepspeed.gradient_clipping"),
         ({"train_batch_size": 3}, "train_batch_size = 3", "data.sequences_per_step"),
         ({"bf16": {"enabled": True}}, "bf16.enabled = True", "deepspeed.precision"),
-        ({"optimizer": {"type": "Adam"}}, "native.optimizer", "[optimizer]"),
-        ({"scheduler": {"type": "WarmupLR"}}, "native.scheduler", "[schedule]"),
+        ({"amp": {"enabled": True}}, "native.amp", "deepspeed.precision"),
     ],
 )
 def test_a_contradiction_names_both_sides(native: dict[str, Any], theirs: str, ours: str) -> None:
@@ -106,3 +105,48 @@ def test_a_contradiction_names_both_sides(native: dict[str, Any], theirs: str, o
 def test_buckets_are_no_larger_than_the_model() -> None:
     zero = build_deepspeed_config(config(zero_stage=2), 100_000, WORLD)["zero_optimization"]
     assert zero["reduce_bucket_size"] == 100_000
+
+
+ADAGRAD = {"type": "Adagrad", "params": {"lr": 0.01}}
+
+
+def both(section: str, values: dict[str, Any], native: dict[str, Any]) -> TrainConfig:
+    content = config(native=native).model_dump(mode="json")
+    content[section] = {**content[section], **values}
+    return TrainConfig.model_validate(content)
+
+
+def test_a_native_optimizer_reaches_deepspeed_and_a_scheduler_does_not() -> None:
+    native = {"optimizer": ADAGRAD, "scheduler": {"type": "WarmupLR", "params": {}}}
+    built = build_deepspeed_config(config(native=native), 1000, WORLD)
+    assert built["optimizer"] == ADAGRAD
+    assert "scheduler" not in built
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "native", "message"),
+    [
+        (
+            "optimizer",
+            {"lr": 0.5},
+            {"optimizer": ADAGRAD},
+            r"takes the place of \[optimizer\].* lr",
+        ),
+        (
+            "schedule",
+            {"warmup_steps": 5},
+            {"scheduler": {"type": "WarmupLR"}},
+            r"takes the place of \[schedule\].* warmup_steps",
+        ),
+        ("optimizer", {}, {"optimizer": {"type": "OneBitAdam"}}, "'OneBitAdam' is not supported"),
+        ("optimizer", {}, {"optimizer": {"type": "SGD", "params": {}}}, r"params\.lr = None"),
+        ("optimizer", {}, {"optimizer": {"type": "SGD", "lr": 1.0}}, r"found \['lr'\]"),
+        ("schedule", {}, {"scheduler": {"type": "Cosine"}}, "expected one of WarmupLR"),
+        ("schedule", {}, {"scheduler": {"type": "OneCycle"}}, "cycle_momentum = false"),
+    ],
+)
+def test_native_optimizer_and_scheduler_are_checked(
+    section: str, values: dict[str, Any], native: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_deepspeed_config(both(section, values, native), 1000, WORLD)
