@@ -87,7 +87,10 @@ def _separate_step_counts(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _load_what_is_not_trained(engine: Any, folder: Path) -> None:
-    """Frozen parameters and buffers, which DeepSpeed leaves as they were built."""
+    """Frozen parameters and buffers, which DeepSpeed leaves as they were built.
+
+    The frozen base of adapters is in no checkpoint, and was proved to be the one that it was.
+    """
     module = engine.module
     loaded = {
         name
@@ -99,7 +102,8 @@ def _load_what_is_not_trained(engine: Any, folder: Path) -> None:
         return
     path = sorted(folder.glob("*_model_states.pt"))[0]
     saved = torch.load(path, map_location="cpu", weights_only=False)["module"]
-    module.load_state_dict({name: saved[name] for name in wanted}, strict=False)
+    there = {name: saved[name] for name in wanted if name in saved}
+    module.load_state_dict(there, strict=False)
 
 
 def _universal_copy(folder: Path, manifest: CheckpointManifest, is_leader: bool) -> Path:
