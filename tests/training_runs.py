@@ -69,9 +69,15 @@ def make_config(run: Path, view: str, tokenizer: str, **sections: dict[str, Any]
     return validated(whole, TrainConfig, "test")
 
 
+def curve(run: Path, kind: str) -> list[dict[str, Any]]:
+    """The points of a run's learning curve of one kind: "train" or "eval"."""
+    points = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [point for point in points if point["kind"] == kind]
+
+
 def losses(run: Path) -> list[float]:
     """The learning curve of a run, which must have one point for each step."""
-    points = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    points = curve(run, "train")
     assert [point["step"] for point in points] == list(range(1, len(points) + 1))
     return [point["loss"] for point in points]
 

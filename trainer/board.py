@@ -4,6 +4,7 @@ Ray Train's own reports are barriers and reach the driver late; errors arrive wr
 remote tracebacks. A board, an actor without a CPU, holds the latest of each instead.
 """
 
+import shutil
 import sys
 import threading
 import time
@@ -12,6 +13,9 @@ from typing import Any
 
 from schemas.config import StrictModel
 from schemas.errors import TutelageError
+
+CLEAR_LINE = "\r\x1b[2K"
+"""To the start of a terminal's line, and nothing in it."""
 
 
 class Progress(StrictModel):
@@ -39,6 +43,15 @@ class Progress(StrictModel):
             f"{self.tokens_per_s:,.0f} tokens/s  {self.data_wait_share:.1%} waiting for data  "
             f"{_duration(self.seconds_left)} left"
         )
+
+    def bar(self, width: int) -> str:
+        """The same after a bar, in one line of a terminal of this width."""
+        text, done = self.line(), self.step / max(self.num_steps, 1)
+        room = min(width - len(text) - 10, 40)
+        if room < 5:
+            return text[: width - 1]
+        filled = round(done * room)
+        return f"{done:4.0%} [{'#' * filled}{'.' * (room - filled)}]  {text}"
 
 
 class Board:
@@ -71,7 +84,10 @@ class Board:
 
 
 class Watcher:
-    """Prints a board's news while a run goes on. A context manager."""
+    """Shows a board's news while a run goes on. A context manager.
+
+    On a terminal a bar stays in the last line; elsewhere a line comes every few seconds.
+    """
 
     INTERVAL_S = 1.0
     LINE_EVERY_S = 5.0
@@ -84,6 +100,7 @@ class Watcher:
         self._news, self._num_notes = news, 0
         self._shown: Progress | None = None
         self._shown_at = 0.0
+        self._is_terminal = sys.stderr.isatty()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
@@ -107,7 +124,13 @@ class Watcher:
             return
         self._num_notes += len(notes)
         for text in notes:
-            show(text)
+            show(f"{CLEAR_LINE}{text}" if self._is_terminal else text)
+        if self._is_terminal:
+            if progress is not None:
+                width = shutil.get_terminal_size().columns
+                end = "\n" if final else ""
+                print(CLEAR_LINE + progress.bar(width), end=end, file=sys.stderr, flush=True)
+            return
         due = final or time.monotonic() - self._shown_at >= self.LINE_EVERY_S
         if progress is not None and progress != self._shown and due:
             self._shown, self._shown_at = progress, time.monotonic()

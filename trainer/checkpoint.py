@@ -25,6 +25,7 @@ from schemas.errors import StoreError
 from schemas.storage import Store
 from trainer.collective import from_rank_0, gathered, share
 from trainer.config import CheckpointConfig
+from trainer.early_stop import EvalState
 from trainer.plan import LoaderState
 
 MANIFEST = "manifest.json"
@@ -46,6 +47,7 @@ class TrainProgress(StrictModel):
         recent: what the guard measures the next steps against.
         metrics: what was measured last, by name: ``loss``, ``ce`` and ``kl`` of the last line of
             metrics.jsonl, and what an evaluation gave. Empty before the first.
+        evaluation: where early stopping stands.
         base_digest: of the frozen weights, which checkpoints do not hold; empty: nothing is frozen.
     """
 
@@ -57,6 +59,7 @@ class TrainProgress(StrictModel):
     pending: dict[str, float]
     recent: dict[str, list[float]] = Field(default_factory=dict)
     metrics: dict[str, float] = Field(default_factory=dict)
+    evaluation: EvalState = Field(default_factory=EvalState)
     base_digest: str = ""
 
 

@@ -334,10 +334,35 @@ class GuardConfig(StrictModel):
     window_steps: int = Field(50, ge=10, description="steps that the median is taken over")
 
 
+class EvalConfig(StrictModel):
+    """Measuring the student on held-out rows while it trains."""
+
+    view: str = Field(description="URL of the view with the held-out rows")
+    every_steps: int = Field(200, ge=1, description="and after the last step")
+    max_rows: int = Field(
+        256, ge=0, description="rows to use, spread evenly over the view; 0: all of them"
+    )
+    metric: Literal["ce", "kl"] = Field(
+        "ce", description="what early stopping looks at; kl: the lower bound of KL to the teacher"
+    )
+    patience: int = Field(
+        0, ge=0, description="evaluations without an improvement that end the run; 0: none do"
+    )
+    min_improvement: float = Field(
+        0.0, ge=0.0, description="nats per label by which a value has to be lower to count"
+    )
+
+
 class LogConfig(StrictModel):
     """The learning curve."""
 
     every_steps: int = Field(10, ge=1, description="steps averaged in one line of metrics.jsonl")
+    wandb_project: str = Field(
+        "", description="Weights & Biases project to log to as well; needs the package wandb"
+    )
+    mlflow_uri: str = Field(
+        "", description="MLflow tracking URI to log to as well; needs the package mlflow"
+    )
     tensorboard: bool = Field(True, description="also write TensorBoard events where installed")
     rows: bool = Field(
         False, description="also write rows.jsonl: the keys of the rows of every step, in order"
@@ -358,4 +383,5 @@ class TrainConfig(StrictModel):
     ray: RayConfig = RayConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
+    eval: EvalConfig | None = Field(None, description="no evaluation where it is left out")
     log: LogConfig = LogConfig()

@@ -1,4 +1,4 @@
-"""The learning curve: metrics.jsonl, and TensorBoard events where that is installed."""
+"""The learning curve: metrics.jsonl, and TensorBoard and trackers of experiments beside it."""
 
 import shutil
 import tempfile
@@ -7,8 +7,10 @@ from typing import Any
 
 from schemas.config import StrictModel
 from schemas.storage import Store
+from trainer.config import TrainConfig
 from trainer.run_folder import METRICS, TENSORBOARD
 from trainer.step_lines import StepLines
+from trainer.trackers import open_trackers
 
 
 class Point(StrictModel):
@@ -24,8 +26,11 @@ class Point(StrictModel):
         grad_norm: global gradient norm of the last of the steps, before clipping.
         tokens_per_s: of all workers.
         data_wait_share: share of the time that training waited for data.
+        peak_rss_bytes: most memory that any worker's process ever held.
+        peak_gpu_bytes: most memory that tensors on any worker's GPU ever took; 0 without GPUs.
     """
 
+    kind: str = "train"
     step: int
     tokens: int
     loss: float
@@ -35,6 +40,29 @@ class Point(StrictModel):
     grad_norm: float
     tokens_per_s: float
     data_wait_share: float
+    peak_rss_bytes: int
+    peak_gpu_bytes: int
+
+
+class EvalPoint(StrictModel):
+    """One line of metrics.jsonl with ``kind`` "eval": the student on the held-out rows.
+
+    Attributes:
+        step: global steps done.
+        ce: cross-entropy of the tokens in the text, nats per label.
+        kl: a lower bound of KL(teacher || student), nats per label: over the cached ids and one
+            bucket for all others (the ghost target at temperature 1). None for labels that are
+            tokens alone.
+        labels: labelled positions that were looked at.
+        seconds: that it took.
+    """
+
+    kind: str = "eval"
+    step: int
+    ce: float
+    kl: float | None
+    labels: int
+    seconds: float
 
 
 class Curve:
@@ -45,28 +73,34 @@ class Curve:
     one is lost.
     """
 
-    def __init__(self, store: Store, tensorboard: bool, done: int) -> None:
+    def __init__(self, store: Store, config: TrainConfig, done: int) -> None:
         """
         Args:
             store: the run's folder.
-            tensorboard: whether to write event files.
+            config: of the run; ``log`` says who else gets the points.
             done: steps of the checkpoint that the run goes on from; later points of a process that
                 was killed are removed, since they come again.
         """
         self._store = store
         self._lines = StepLines(store, METRICS, done)
         self._folder = Path(store.path(TENSORBOARD) if store.is_local else tempfile.mkdtemp())
-        self._events = _summary_writer(self._folder, done) if tensorboard else None
+        self._events = _summary_writer(self._folder, done) if config.log.tensorboard else None
+        self._trackers = open_trackers(config)
 
-    def append(self, point: Point) -> None:
+    def append(self, point: Point | EvalPoint) -> None:
         """Adds a point."""
         self._lines.append(point.model_dump_json())
         if self._store.is_local:
             self._lines.flush()
+        values = point.model_dump(exclude={"kind", "step"}, exclude_none=True)
         if self._events is not None:
-            for name, value in point.model_dump(exclude={"step"}).items():
-                self._events.add_scalar(f"train/{name}", value, point.step)
+            for name, value in values.items():
+                self._events.add_scalar(f"{point.kind}/{name}", value, point.step)
             self._events.flush()
+        for tracker in self._trackers:
+            tracker.log(
+                {f"{point.kind}/{name}": value for name, value in values.items()}, point.step
+            )
 
     def flush(self) -> None:
         """Makes all points durable."""
@@ -82,6 +116,8 @@ class Curve:
         """Closes the files."""
         if self._events is not None:
             self._events.close()
+        for tracker in self._trackers:
+            tracker.close()
         self.flush()
         self._lines.close()
         if not self._store.is_local:

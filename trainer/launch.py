@@ -16,6 +16,7 @@ from trainer.deepspeed_config import build_deepspeed_config
 from trainer.plan import count_steps, read_row_table
 from trainer.ray_train import RAY_NOTES, make_trainer, ray_cluster
 from trainer.run_folder import RunFolder, TrainSummary
+from trainer.trackers import check_trackers
 
 
 def run_train_job(config: TrainConfig, progress: bool = True) -> TrainSummary:
@@ -33,6 +34,7 @@ def run_train_job(config: TrainConfig, progress: bool = True) -> TrainSummary:
     """
     # Its contradictions, before anything else.
     build_deepspeed_config(config, num_parameters=1, world_size=config.ray.max_workers)
+    check_trackers(config.log)
     view = View.open(config.view)
     folder = RunFolder(config.run)
     label_sets = [label_set.fingerprint for label_set in view.label_sets]
@@ -59,15 +61,23 @@ def run_train_job(config: TrainConfig, progress: bool = True) -> TrainSummary:
     summary = folder.summary()
     if summary is None:
         raise StudentError(f"the run in {config.run} ended without a summary; run it again")
-    _say(
-        progress,
-        f"trained {summary.steps} steps, loss {summary.final_loss:.4f}: {summary.exported}",
-    )
+    _say(progress, _what_it_came_to(config, summary))
     return summary
+
+
+def _what_it_came_to(config: TrainConfig, summary: TrainSummary) -> str:
+    """The last line that a person sees."""
+    steps = f"{summary.steps} steps" + (", stopped early" if summary.stopped_early else "")
+    loss = f"loss {summary.final_loss:.4f}"
+    if config.eval is not None and summary.best_eval is not None:
+        best = f"{summary.best_eval:.4f} at step {summary.best_eval_step}"
+        loss += f", lowest held-out {config.eval.metric} {best}"
+    return f"trained {steps}, {loss}: {summary.exported}"
 
 
 def _check_labels(config: TrainConfig, view: View) -> str:
     """Refuses labels that the student or the loss cannot use; says where the loss is not exact."""
+    from trainer.held_out import eval_loss
     from trainer.loader import common_record
     from trainer.loss_checks import approximation, check_loss
     from trainer.student import load_tokenizer
@@ -77,7 +87,13 @@ def _check_labels(config: TrainConfig, view: View) -> str:
     check_loss(config.loss, record)
     tokenizer = load_tokenizer(config.student.tokenizer or config.student.path)
     vocab_size = _vocab_size(config.student, tokenizer)
-    for label_set in view.label_sets:
+    views = [view]
+    if config.eval is not None:
+        held_out = View.open(config.eval.view)
+        held_out.check_shards()
+        eval_loss(held_out, config.eval, config.loss)
+        views.append(held_out)
+    for label_set in [label_set for view in views for label_set in view.label_sets]:
         check_vocabularies(tokenizer, vocab_size, label_set)
     return approximation(config.loss, record)
 

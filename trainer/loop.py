@@ -75,6 +75,7 @@ class Worker:
     def __init__(self, job: TrainJob) -> None:
         from trainer.bad_batch import BadBatchReport
         from trainer.engine import build_engine, prepare_process
+        from trainer.held_out import HeldOut
         from trainer.lora import base_digest
         from trainer.step import TrainStep
         from trainer.student import StudentWithHead, build_student
@@ -109,6 +110,9 @@ class Worker:
         self._bad_batch = BadBatchReport(
             self._config, self._view, self._rows, self._step, self._vocab_size
         )
+        self._held_out = (
+            HeldOut(self._config, self._step, self._vocab_size) if self._config.eval else None
+        )
         self._reporter = Reporter(
             job.board, self._open_curve(), self._open_row_log(), self._resumed_from, job.num_steps
         )
@@ -125,7 +129,7 @@ class Worker:
             self._world_size,
         )
         try:
-            while self._progress.step < self._job.num_steps:
+            while not self._is_over:
                 self._advance(loader)
                 self._keep()
             self._writer.wait()
@@ -148,15 +152,39 @@ class Worker:
         seconds = time.perf_counter() - before
         self._progress = self._reporter.add(self._progress, batch, result, seconds, loader.wait_s)
         self._reporter.post(self._progress)
-        if step % self._config.log.every_steps == 0 or step == self._job.num_steps:
+        self._evaluate()
+        if step % self._config.log.every_steps == 0 or self._is_over:
             self._folder.check_owner(self._job.owner)
             self._progress = self._reporter.point(self._progress, self._lr(step), result.grad_norm)
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether the last step is done, or the held-out rows have long got no better."""
+        is_early = self._progress.evaluation.is_over(self._config.eval)
+        return is_early or self._progress.step >= self._job.num_steps
+
+    def _evaluate(self) -> None:
+        """Measures the student on the held-out rows where that is due."""
+        step, config = self._progress.step, self._config.eval
+        if self._held_out is None or config is None:
+            return
+        if step % config.every_steps and step != self._job.num_steps:
+            return
+        point = self._held_out.measure(step)
+        self._folder.check_owner(self._job.owner)
+        self._progress = self._reporter.evaluated(self._progress, point, config)
+        if self._is_over and step < self._job.num_steps:
+            best = self._progress.evaluation
+            self._note(
+                f"stopping early: eval.{config.metric} was lowest, {best.best:.4f}, at step "
+                f"{best.best_step}, {best.without_improvement} evaluations ago"
+            )
 
     def _keep(self) -> None:
         """Saves a checkpoint where one is due; stops where the last one could not be written."""
         self._writer.check()
         step, every = self._progress.step, self._config.checkpoint.every_steps
-        if step % every and step != self._job.num_steps:
+        if step % every and not self._is_over:
             return
         self._folder.check_owner(self._job.owner)
         self._reporter.flush()
@@ -192,6 +220,9 @@ class Worker:
             steps=done.step,
             tokens=done.tokens,
             labels=done.labels,
+            stopped_early=done.step < self._job.num_steps,
+            best_eval=done.evaluation.best,
+            best_eval_step=done.evaluation.best_step,
             resumed_from_step=self._resumed_from,
             final_loss=done.final_loss,
             seconds=time.perf_counter() - self._started,
@@ -247,7 +278,7 @@ class Worker:
         """The learning curve, on rank 0."""
         if self._rank != 0:
             return None
-        return Curve(self._folder.store, self._config.log.tensorboard, self._progress.step)
+        return Curve(self._folder.store, self._config, self._progress.step)
 
     def _open_row_log(self) -> RowLog | None:
         """Which rows every step reads, on rank 0, where that is asked for."""

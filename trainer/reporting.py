@@ -1,11 +1,17 @@
 """What a worker says of its steps: the learning curve on disk, and progress for who waits."""
 
+import resource
+import sys
 import time
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from trainer.board import Progress
 from trainer.checkpoint import TrainProgress
-from trainer.curve import Curve, Point
+from trainer.config import EvalConfig
+from trainer.curve import Curve, EvalPoint, Point
 from trainer.loader import StepBatch
 from trainer.row_log import RowLog
 from trainer.step import StepResult
@@ -14,6 +20,9 @@ SUMS = ("loss", "ce", "kl", "weight", "tokens", "seconds", "wait_s")
 """What is added up between two points of the learning curve. Seconds are those of one rank."""
 
 POST_EVERY_S = 1.0
+
+RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
+"""What getrusage counts in."""
 
 
 def no_sums() -> dict[str, float]:
@@ -94,7 +103,8 @@ class Reporter:
         )
 
     def point(self, progress: TrainProgress, lr: float, grad_norm: float) -> TrainProgress:
-        """Writes a point of the learning curve. Returns the progress after it."""
+        """Writes a point of the learning curve. Returns the progress after it. Collective."""
+        rss, gpu = peak_memory()
         sums = progress.pending
         point = Point(
             step=progress.step,
@@ -106,6 +116,8 @@ class Reporter:
             grad_norm=grad_norm,
             tokens_per_s=ratio(sums["tokens"], sums["seconds"]),
             data_wait_share=ratio(sums["wait_s"], sums["seconds"]),
+            peak_rss_bytes=rss,
+            peak_gpu_bytes=gpu,
         )
         if self._curve is not None:
             self._curve.append(point)
@@ -115,6 +127,26 @@ class Reporter:
                 "final_loss": point.loss,
                 "pending": no_sums(),
                 "metrics": progress.metrics | measured,
+            }
+        )
+
+    def evaluated(
+        self, progress: TrainProgress, point: EvalPoint, config: EvalConfig
+    ) -> TrainProgress:
+        """Writes what an evaluation gave. Returns the progress after it."""
+        if self._curve is not None:
+            self._curve.append(point)
+        measured = {"eval_ce": point.ce}
+        text = f"step {point.step}: held-out cross-entropy {point.ce:.4f}"
+        if point.kl is not None:
+            measured["eval_kl"] = point.kl
+            text += f", KL to the teacher at least {point.kl:.4f}"
+        self.note(text)
+        value = measured[f"eval_{config.metric}"]
+        return progress.model_copy(
+            update={
+                "metrics": progress.metrics | measured,
+                "evaluation": progress.evaluation.after(point.step, value, config),
             }
         )
 
@@ -152,6 +184,17 @@ class Reporter:
         for file in (self._curve, self._row_log):
             if file is not None:
                 file.close()
+
+
+def peak_memory() -> tuple[int, int]:
+    """Most bytes that any rank's process and any rank's GPU tensors ever took. Collective."""
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT_BYTES
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    peaks = torch.tensor([rss, gpu], dtype=torch.int64, device=device)
+    dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+    rss, gpu = peaks.tolist()
+    return rss, gpu
 
 
 def ratio(part: float, whole: float) -> float:

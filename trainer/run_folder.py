@@ -49,7 +49,7 @@ _FREE_KEYS = {
 }
 """Keys that may change between a run and its continuation: none changes what is trained."""
 
-_FREE_SECTIONS = ("ray", "checkpoint", "guard", "log")
+_FREE_SECTIONS = ("ray", "checkpoint", "guard", "eval", "log")
 """Sections of such keys."""
 
 _BOUND_KEYS = {"ray.use_gpu"}
@@ -63,6 +63,9 @@ class TrainSummary(StrictModel):
         run: its folder.
         tokens: tokens of the rows trained on, counted once per epoch.
         labels: labelled positions among them.
+        stopped_early: whether ``eval.patience`` ended it before its last step.
+        best_eval: lowest value of ``eval.metric``, nats per label; None without evaluation.
+        best_eval_step: the step that it was measured at.
         resumed_from_step: step of the checkpoint that the last process went on from; 0: none.
         final_loss: mean loss per label over the last logged steps.
         seconds: of the last process that trained, from its start to the export.
@@ -79,6 +82,9 @@ class TrainSummary(StrictModel):
     steps: int
     tokens: int
     labels: int
+    stopped_early: bool
+    best_eval: float | None
+    best_eval_step: int
     resumed_from_step: int
     final_loss: float
     seconds: float

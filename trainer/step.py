@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer.config import TrainConfig
+from trainer.config import LossConfig, TrainConfig
 from trainer.engine import gradient_norm
 from trainer.guards import BadStep, Guard
 from trainer.loader import MicroBatch, StepBatch
@@ -68,7 +68,7 @@ class TrainStep:
                 where its norm is known by then (float32 without ZeRO).
         """
         engine = self._engine
-        weight = self._sum_over_ranks([sum(m.weight for m in batch.micro_batches)])[0]
+        weight = self.sum_over_ranks([sum(m.weight for m in batch.micro_batches)])[0]
         scale = self._world_size / weight if weight else 0.0
         parts: list[torch.Tensor] = []
         for group in engine.optimizer.param_groups:
@@ -79,7 +79,7 @@ class TrainStep:
             parts.append(torch.stack([sums["loss"], sums["ce"], sums["kl"]]).double())
             if number < len(batch.micro_batches):
                 engine.step()
-        loss, ce, kl = self._sum_over_ranks(torch.stack(parts).sum(0))
+        loss, ce, kl = self.sum_over_ranks(torch.stack(parts).sum(0))
         try:
             warning = self._guard.check_loss(step, loss, weight)
             norm, more = self._update(step)
@@ -88,8 +88,14 @@ class TrainStep:
             raise
         return StepResult(loss, ce, kl, weight, norm, warning or more)
 
-    def forward(self, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of one micro-batch and its parts; see ``StudentWithHead.forward``."""
+    def forward(
+        self, batch: MicroBatch, loss: LossConfig | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of one micro-batch and its parts; see ``StudentWithHead.forward``.
+
+        Args:
+            loss: the target; None: the one that is trained on.
+        """
         device = self._engine.device
         input_ids = batch.input_ids.to(device, non_blocking=True)
         position_ids = batch.position_ids.to(device, non_blocking=True)
@@ -98,7 +104,7 @@ class TrainStep:
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
         targets = batch.targets.to(device, non_blocking=True)
         result: tuple[torch.Tensor, dict[str, torch.Tensor]] = self._engine(
-            input_ids, position_ids, targets, self._config.loss
+            input_ids, position_ids, targets, loss or self._config.loss
         )
         return result
 
@@ -122,7 +128,8 @@ class TrainStep:
         norm = float(self._engine.get_global_grad_norm())
         return norm, self._guard.check_gradient(step, norm)
 
-    def _sum_over_ranks(self, values: list[float] | torch.Tensor) -> list[float]:
+    def sum_over_ranks(self, values: list[float] | torch.Tensor) -> list[float]:
+        """The float64 sums of a few numbers over all ranks."""
         total = torch.as_tensor(values, dtype=torch.float64, device=self._engine.device)
         dist.all_reduce(total)
         return total.tolist()

@@ -20,7 +20,7 @@ def plot_curves(out: Path, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for student, label in STUDENTS.items():
         lines = (out / student / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        points = [json.loads(line) for line in lines]
+        points = [point for point in map(json.loads, lines) if point["kind"] == "train"]
         axes.plot([p["tokens"] / 1e3 for p in points], [p["ce"] for p in points], label=label)
     axes.set_xlabel("training tokens (thousands)")
     axes.set_ylabel("cross-entropy to the real token (nats)")

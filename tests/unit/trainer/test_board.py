@@ -21,6 +21,16 @@ def test_a_line_says_how_far_and_how_long() -> None:
     )
 
 
+def test_a_bar_fits_its_terminal() -> None:
+    assert PROGRESS.bar(120).startswith(" 20% [")
+    assert PROGRESS.bar(120).endswith(PROGRESS.line())
+    for width in (20, 80, 100, 120, 200):
+        assert len(PROGRESS.bar(width)) < width
+    whole = PROGRESS.model_copy(update={"step": 600})
+    assert "100% [####" in whole.bar(140)
+    assert ".]" not in whole.bar(140)
+
+
 def test_the_first_error_is_kept() -> None:
     board = Board()
     assert board.error() is None

@@ -21,6 +21,9 @@ def summary(run: Path) -> TrainSummary:
         steps=12,
         tokens=100,
         labels=90,
+        stopped_early=False,
+        best_eval=None,
+        best_eval_step=0,
         resumed_from_step=0,
         final_loss=0.1,
         seconds=1.0,
@@ -44,6 +47,8 @@ def point(step: int) -> Point:
         grad_norm=1.0,
         tokens_per_s=1.0,
         data_wait_share=0.0,
+        peak_rss_bytes=1,
+        peak_gpu_bytes=0,
     )
 
 
@@ -125,13 +130,13 @@ def test_only_the_process_started_last_may_write(tmp_path: Path) -> None:
 
 def test_points_after_the_checkpoint_come_again(tmp_path: Path) -> None:
     path, store = tmp_path / "metrics.jsonl", Store(str(tmp_path))
-    curve = Curve(store, tensorboard=False, done=0)
+    curve = Curve(store, make_config(tmp_path / "run", "view", "tokenizer"), done=0)
     for step in (1, 2, 3):
         curve.append(point(step))
     curve.close()
     with path.open("a") as file:
         file.write('{"step": 4, "lo')  # a line that a killed process began
-    curve = Curve(store, tensorboard=False, done=2)
+    curve = Curve(store, make_config(tmp_path / "run", "view", "tokenizer"), done=2)
     curve.append(point(3))
     curve.close()
     assert losses(tmp_path) == [1.0, 1 / 2, 1 / 3]

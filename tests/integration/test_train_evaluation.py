@@ -1,0 +1,48 @@
+"""Evaluation while training: the right numbers, and the end where they get no better."""
+
+from pathlib import Path
+
+import pytest
+from training_runs import curve, losses, make_config, make_view
+
+from schemas.spec import RecordSpec
+from trainer.evaluate import EvaluateConfig, run_evaluate
+from trainer.launch import run_train_job
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def test_a_student_that_learns_nothing_is_stopped(
+    tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    vocabulary = AutoTokenizer.from_pretrained(tiny_model_dir).get_vocab()
+    view = make_view(tmp_path, RecordSpec(kind="topk", k=4), vocabulary)
+    job = make_config(
+        tmp_path / "run",
+        view.url,
+        "",
+        student={"path": str(tiny_model_dir), "config": {}},
+        data={"sequences_per_step": 3, "steps": 24},
+        optimizer={"lr": 1e-12},
+        ray={"num_workers": 2},
+        eval={"view": view.url, "every_steps": 2, "max_rows": 0, "patience": 2,
+              "min_improvement": 1e-4},
+    )  # fmt: skip
+    summary = run_train_job(job)
+    assert (summary.steps, summary.stopped_early, summary.best_eval_step) == (6, True, 2)
+    assert len(losses(tmp_path / "run")) == 6
+    points = curve(tmp_path / "run", "eval")
+    assert [point["step"] for point in points] == [2, 4, 6]
+    assert {point["labels"] for point in points} == {view.num_labels}
+    student = summary.exported
+    dense = run_evaluate(
+        EvaluateConfig(view=view.url, teacher=str(tiny_model_dir), students={"s": student}), False
+    )
+    assert points[-1]["ce"] == pytest.approx(dense.models["s"].cross_entropy, abs=1e-4)
+    assert points[-1]["kl"] > 0.0
+    point = curve(tmp_path / "run", "train")[-1]
+    assert point["peak_rss_bytes"] > 10**8
+    assert "stopping early: eval.ce was lowest" in capsys.readouterr().err
+    assert run_train_job(job) == summary
