@@ -42,7 +42,7 @@ def make_view(
     return build_view(str(folder / "view"), [(label_set, "run")])
 
 
-def make_config(run: Path, view: str, tokenizer: str, **sections: dict[str, Any]) -> TrainConfig:
+def make_config(run: Path, view: Any, tokenizer: str, **sections: dict[str, Any]) -> TrainConfig:
     """A run of twelve steps of a tiny Llama; ``sections`` change single values."""
     content: dict[str, dict[str, Any]] = {
         "student": {

@@ -369,11 +369,20 @@ class LogConfig(StrictModel):
     )
 
 
+class WeightedView(StrictModel):
+    """One view of a mixture."""
+
+    view: str = Field(description="URL of the view")
+    weight: float = Field(gt=0.0, description="its share of the tokens, relative to the others'")
+
+
 class TrainConfig(StrictModel):
     """One training run: ``tutelage train train.toml``."""
 
     run: str = Field(description="folder of checkpoints, metrics and the exported student")
-    view: str = Field(description="URL of the view that holds the rows to train on")
+    view: str | list[WeightedView] = Field(
+        description="URL of the view that holds the rows to train on, or several with weights"
+    )
     student: StudentConfig
     loss: LossConfig = LossConfig()
     data: DataConfig
@@ -385,3 +394,16 @@ class TrainConfig(StrictModel):
     guard: GuardConfig = GuardConfig()
     eval: EvalConfig | None = Field(None, description="no evaluation where it is left out")
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _mixture_has_a_length(self) -> Self:
+        if isinstance(self.view, str):
+            return self
+        if not self.view:
+            raise ValueError("view is an empty list; name at least one view")
+        if self.data.steps is None:
+            raise ValueError(
+                "data.epochs has no meaning for a mixture of views, which end at different times; "
+                "give data.steps"
+            )
+        return self

@@ -13,6 +13,7 @@ from schemas.view import View
 from trainer.board import Board, Watcher
 from trainer.config import RayConfig, StudentConfig, TrainConfig
 from trainer.deepspeed_config import build_deepspeed_config
+from trainer.mixture import open_view
 from trainer.plan import count_steps, read_row_table
 from trainer.ray_train import RAY_NOTES, make_trainer, ray_cluster
 from trainer.run_folder import RunFolder, TrainSummary
@@ -35,7 +36,7 @@ def run_train_job(config: TrainConfig, progress: bool = True) -> TrainSummary:
     # Its contradictions, before anything else.
     build_deepspeed_config(config, num_parameters=1, world_size=config.ray.max_workers)
     check_trackers(config.log)
-    view = View.open(config.view)
+    view = open_view(config.view)
     folder = RunFolder(config.run)
     label_sets = [label_set.fingerprint for label_set in view.label_sets]
     finished = folder.finished(config, view.view_hash, label_sets)

@@ -25,6 +25,7 @@ from trainer.export import export_student, model_card
 from trainer.guards import BadStep, Guard
 from trainer.loader import Loader, common_record
 from trainer.loss_checks import approximation
+from trainer.mixture import open_view
 from trainer.plan import LoaderState, read_row_table
 from trainer.reporting import Reporter, no_sums, ratio
 from trainer.row_log import RowLog
@@ -298,10 +299,10 @@ def _open_view(job: TrainJob) -> View:
     Raises:
         ConfigError: it is another one by now.
     """
-    view = View.open(job.config.view)
+    view = open_view(job.config.view)
     if view.view_hash != job.view_hash:
         raise ConfigError(
-            f"view {job.config.view} has hash {view.view_hash} here, {job.view_hash} where the run "
+            f"view {view.url} has hash {view.view_hash} here, {job.view_hash} where the run "
             "was started; it was replaced meanwhile, or is not on storage that all workers share"
         )
     return view

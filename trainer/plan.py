@@ -23,8 +23,9 @@ its releases, which it does not do for ``Generator.permutation``.
 import hashlib
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice, zip_longest
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import count, islice, pairwise, zip_longest
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +35,7 @@ from schemas.errors import ConfigError
 from schemas.tables import key_array
 from schemas.view import View
 from trainer.config import DataConfig
+from trainer.mixture import MixedView, place_of, taken
 from trainer.packing import Packer
 
 PACKER_VERSION = 2
@@ -74,6 +76,8 @@ class RowTable:
         groups: (label set of the view, shard, row group number) of every row group.
         num_dropped: rows left out for being longer than ``data.max_tokens``.
         order_key: hash of which rows these are, in order; what their labels are plays no part.
+        parts: of a mixture the rows of each view, which have ids in this order; else empty.
+        shares: of a mixture the share of each view.
     """
 
     num_tokens: Int32s
@@ -84,6 +88,8 @@ class RowTable:
     groups: list[tuple[int, str, int]]
     num_dropped: int
     order_key: str
+    parts: tuple["RowTable", ...] = ()
+    shares: tuple[Fraction, ...] = ()
 
     def __len__(self) -> int:
         return len(self.num_tokens)
@@ -117,7 +123,7 @@ def read_row_table(view: View, data: DataConfig) -> RowTable:
     )[fits]
     starts = np.flatnonzero(np.r_[True, (places[1:] != places[:-1]).any(axis=1)])
     sizes = np.diff(np.r_[starts, len(places)])
-    return RowTable(
+    whole = RowTable(
         num_tokens=lengths[fits],
         num_labels=_numpy(table, "num_labels", np.int32)[fits],
         weight=_numpy(table, "weight", np.float32)[fits],
@@ -125,8 +131,9 @@ def read_row_table(view: View, data: DataConfig) -> RowTable:
         row=_numpy(table, "row", np.int32)[fits],
         groups=[(int(s), shards[c], int(g)) for s, c, g in places[starts].tolist()],
         num_dropped=num_dropped,
-        order_key=hashlib.sha256(key_array(table, "row_key")[fits].tobytes()).hexdigest()[:32],
+        order_key=_order_key(table, fits),
     )
+    return _with_parts(whole, view, fits) if isinstance(view, MixedView) else whole
 
 
 def epoch_steps(rows: RowTable, data: DataConfig, epoch: int) -> Iterator[list[Int64s]]:
@@ -156,12 +163,60 @@ def run_steps(
         The state after the step, and the step. Ends after ``data.epochs`` epochs; never where
         ``data.steps`` is given.
     """
+    if rows.parts:
+        yield from _mixed_steps(rows, data, start)
+        return
     epoch, done = start.epoch, start.step
     while data.epochs is None or epoch < data.epochs:
         steps = epoch_steps(rows, data, epoch)
         for number, step in enumerate(islice(steps, done, None), start=done + 1):
             yield start.model_copy(update={"epoch": epoch, "step": number}), step
         epoch, done = epoch + 1, 0
+
+
+def _mixed_steps(
+    rows: RowTable, data: DataConfig, start: LoaderState
+) -> Iterator[tuple[LoaderState, list[Int64s]]]:
+    """Global steps of a mixture, from ``start`` on; they never end, and are of one epoch."""
+    lanes = data.sequences_per_step
+    firsts = np.cumsum([0, *map(len, rows.parts)])
+    done = taken(start.step * lanes, rows.shares)
+    streams = [
+        islice(_packs(part, data), skip, None) for part, skip in zip(rows.parts, done, strict=True)
+    ]
+    for step in count(start.step):
+        chosen = [place_of(step * lanes + lane, rows.shares)[0] for lane in range(lanes)]
+        packs = [next(streams[part]) + firsts[part] for part in chosen]
+        yield start.model_copy(update={"step": step + 1}), packs
+
+
+def _packs(rows: RowTable, data: DataConfig) -> Iterator[Int64s]:
+    """The packs of one view of a mixture, epoch after epoch."""
+    for epoch in count():
+        for step in epoch_steps(rows, data, epoch):
+            yield from (pack for pack in step if len(pack))
+
+
+def _with_parts(whole: RowTable, view: MixedView, fits: np.ndarray) -> RowTable:
+    """The table of a mixture: that of all rows, and those of each view."""
+    bounds = np.cumsum([0, *view.num_rows_of])
+    kept = [fits[first:last] for first, last in pairwise(bounds)]
+    parts, start = [], 0
+    for number, (mask, first) in enumerate(zip(kept, bounds, strict=False)):
+        stop = start + int(mask.sum())
+        if start == stop:
+            raise ConfigError(f"view number {number + 1} of {view.url} has no row that fits")
+        mine = slice(start, stop)
+        names = ("num_tokens", "num_labels", "weight", "group", "row")
+        columns = {name: getattr(whole, name)[mine] for name in names}
+        key = _order_key(view.table.slice(first, len(mask)), mask)
+        parts.append(replace(whole, **columns, order_key=key))
+        start = stop
+    return replace(whole, parts=tuple(parts), shares=view.shares)
+
+
+def _order_key(table: pa.Table, fits: np.ndarray) -> str:
+    return hashlib.sha256(key_array(table, "row_key")[fits].tobytes()).hexdigest()[:32]
 
 
 def count_steps(rows: RowTable, data: DataConfig) -> int:
