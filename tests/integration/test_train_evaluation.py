@@ -1,4 +1,4 @@
-"""Evaluation while training: the right numbers, and the end where they get no better."""
+"""Evaluation while training on a mixture: the right numbers, and the end where they stand still."""
 
 from pathlib import Path
 
@@ -19,9 +19,11 @@ def test_a_student_that_learns_nothing_is_stopped(
 
     vocabulary = AutoTokenizer.from_pretrained(tiny_model_dir).get_vocab()
     view = make_view(tmp_path, RecordSpec(kind="topk", k=4), vocabulary)
+    other = make_view(tmp_path / "other", RecordSpec(kind="topk", k=4), vocabulary, 24, seed=1)
+    mixture = [{"view": view.url, "weight": 1.0}, {"view": other.url, "weight": 1.0}]
     job = make_config(
         tmp_path / "run",
-        view.url,
+        mixture,
         "",
         student={"path": str(tiny_model_dir), "config": {}},
         data={"sequences_per_step": 3, "steps": 24},
