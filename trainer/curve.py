@@ -10,7 +10,7 @@ from schemas.storage import Store
 from trainer.config import TrainConfig
 from trainer.run_folder import METRICS, TENSORBOARD
 from trainer.step_lines import StepLines
-from trainer.trackers import open_trackers
+from trainer.trackers import Trackers, open_trackers
 
 
 class Point(StrictModel):
@@ -85,10 +85,10 @@ class Curve:
         self._lines = StepLines(store, METRICS, done)
         self._folder = Path(store.path(TENSORBOARD) if store.is_local else tempfile.mkdtemp())
         self._events = _summary_writer(self._folder, done) if config.log.tensorboard else None
-        self._trackers = open_trackers(config)
+        self._trackers = Trackers(open_trackers(config))
 
-    def append(self, point: Point | EvalPoint) -> None:
-        """Adds a point."""
+    def append(self, point: Point | EvalPoint) -> list[str]:
+        """Adds a point. Returns what went wrong with trackers, a line each; mostly nothing."""
         self._lines.append(point.model_dump_json())
         if self._store.is_local:
             self._lines.flush()
@@ -97,10 +97,8 @@ class Curve:
             for name, value in values.items():
                 self._events.add_scalar(f"{point.kind}/{name}", value, point.step)
             self._events.flush()
-        for tracker in self._trackers:
-            tracker.log(
-                {f"{point.kind}/{name}": value for name, value in values.items()}, point.step
-            )
+        named = {f"{point.kind}/{name}": value for name, value in values.items()}
+        return self._trackers.log(named, point.step)
 
     def flush(self) -> None:
         """Makes all points durable."""
@@ -116,8 +114,7 @@ class Curve:
         """Closes the files."""
         if self._events is not None:
             self._events.close()
-        for tracker in self._trackers:
-            tracker.close()
+        self._trackers.close()
         self.flush()
         self._lines.close()
         if not self._store.is_local:

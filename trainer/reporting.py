@@ -119,8 +119,7 @@ class Reporter:
             peak_rss_bytes=rss,
             peak_gpu_bytes=gpu,
         )
-        if self._curve is not None:
-            self._curve.append(point)
+        self._write(point)
         measured = {"loss": point.loss, "ce": point.ce, "kl": point.kl}
         return progress.model_copy(
             update={
@@ -134,8 +133,7 @@ class Reporter:
         self, progress: TrainProgress, point: EvalPoint, config: EvalConfig
     ) -> TrainProgress:
         """Writes what an evaluation gave. Returns the progress after it."""
-        if self._curve is not None:
-            self._curve.append(point)
+        self._write(point)
         measured = {"eval_ce": point.ce}
         text = f"step {point.step}: held-out cross-entropy {point.ce:.4f}"
         if point.kl is not None:
@@ -172,6 +170,11 @@ class Reporter:
         """A line for the person who waits, once."""
         if self._curve is not None:
             self._board.note.remote(text)
+
+    def _write(self, point: Point | EvalPoint) -> None:
+        if self._curve is not None:
+            for line in self._curve.append(point):
+                self.note(f"warning: {line}")
 
     def flush(self) -> None:
         """Makes all that was written durable."""

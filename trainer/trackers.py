@@ -1,9 +1,11 @@
 """Trackers of experiments beside metrics.jsonl: Weights & Biases and MLflow, where installed."""
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +18,8 @@ _INSTALL = {"wandb": "pip install wandb", "mlflow": "pip install mlflow-skinny"}
 
 class Tracker(Protocol):
     """Somewhere else that points of the learning curve go to."""
+
+    NAME: str
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Adds the values of a step; those of a step that comes again replace or follow the old."""
@@ -57,6 +61,34 @@ def open_trackers(config: TrainConfig) -> list[Tracker]:
     return trackers
 
 
+class Trackers:
+    """Several trackers. One that fails while training goes on is left, and said to be."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = list(trackers)
+
+    def log(self, values: dict[str, float], step: int) -> list[str]:
+        """Hands the values of a step on. Returns a line for each tracker that failed."""
+        problems = []
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(values, step)
+            except Exception as error:  # noqa: BLE001  (a server that is away must not end a run)
+                self._trackers.remove(tracker)
+                reason = " ".join(str(error).split())[:200]
+                problems.append(
+                    f"{tracker.NAME} gets no more points from step {step} on ({reason}); "
+                    "metrics.jsonl has them all"
+                )
+        return problems
+
+    def close(self) -> None:
+        """Ends the runs there; what fails then loses nothing that metrics.jsonl has not."""
+        for tracker in self._trackers:
+            with contextlib.suppress(Exception):
+                tracker.close()
+
+
 def _wanted(config: LogConfig) -> list[str]:
     values = {"wandb": config.wandb_project, "mlflow": config.mlflow_uri}
     return [package for package, value in values.items() if value]
@@ -69,6 +101,8 @@ def _run_id(config: TrainConfig) -> str:
 
 class _WandbRun:
     """A run of Weights & Biases; WANDB_MODE and the like are honoured."""
+
+    NAME = "Weights & Biases"
 
     def __init__(self, config: TrainConfig) -> None:
         wandb: Any = importlib.import_module("wandb")
@@ -93,6 +127,7 @@ class _WandbRun:
 class _MlflowRun:
     """A run of MLflow, found again by a tag when training goes on."""
 
+    NAME = "MLflow"
     EXPERIMENT = "tutelage"
     TAG = "tutelage.run"
 
