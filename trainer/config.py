@@ -6,7 +6,7 @@ imported. Every default of the trainer is on a field here and nowhere else.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from schemas.config import StrictModel
 
@@ -376,11 +376,18 @@ class WeightedView(StrictModel):
     weight: float = Field(gt=0.0, description="its share of the tokens, relative to the others'")
 
 
+# Told apart before either is checked, so that an error is about the one that is meant.
+_OneOrMore = Annotated[
+    Annotated[str, Tag("url")] | Annotated[list[WeightedView], Tag("mixture")],
+    Discriminator(lambda value: "mixture" if isinstance(value, list) else "url"),
+]
+
+
 class TrainConfig(StrictModel):
     """One training run: ``tutelage train train.toml``."""
 
     run: str = Field(description="folder of checkpoints, metrics and the exported student")
-    view: str | list[WeightedView] = Field(
+    view: _OneOrMore = Field(
         description="URL of the view that holds the rows to train on, or several with weights"
     )
     student: StudentConfig
