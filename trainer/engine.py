@@ -58,12 +58,22 @@ def build_engine(student: StudentWithHead, config: TrainConfig) -> Any:
     return engine
 
 
+def _without_frozen(
+    module: nn.Module, state: dict[str, Any], prefix: str, _: dict[str, Any]
+) -> None:
+    """Takes frozen weights out of a state dict; DeepSpeed leaves the second name of tied ones."""
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            state.pop(prefix + name, None)
+
+
 def _keep_only_what_is_trained(engine: Any) -> None:
     """Leaves frozen weights out of checkpoints.
 
     They are built again from where the configuration says; `trainer.lora.base_digest` proves that
     it is the same place.
     """
+    engine.module.register_state_dict_post_hook(_without_frozen)
     engine.save_checkpoint = partial(engine.save_checkpoint, exclude_frozen_parameters=True)
     engine.load_checkpoint = partial(engine.load_checkpoint, load_module_strict=False)
 
