@@ -26,7 +26,7 @@ class BadRow(StrictModel):
     """One row of the step.
 
     Attributes:
-        view_row: number in the view.
+        view_row: number in the view; in a mixture counted through all its views.
         row_key: hexadecimal.
         shard, row_group, row: where it lies in ``label_set``, a URL.
         lane, rank, micro_batch: where it was in the step, each counted from 0.

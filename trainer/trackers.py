@@ -115,9 +115,10 @@ class _WandbRun:
             dir=str(folder) if folder.is_dir() else None,
             config=config.model_dump(mode="json"),
         )
+        # A metric of our own as the x axis: theirs refuses to go back, as a resumed run does.
+        self._run.define_metric("*", step_metric="step")
 
     def log(self, values: dict[str, float], step: int) -> None:
-        # A metric of our own as the x axis: theirs refuses to go back, as a resumed run does.
         self._run.log({**values, "step": step})
 
     def close(self) -> None:
