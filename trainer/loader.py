@@ -8,6 +8,8 @@ returns to them. Time that the training waits for it is measured where it waits.
 Shapes: B packed sequences of a micro-batch, L their padded length.
 """
 
+import functools
+import os
 import queue
 import threading
 import time
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -34,6 +37,9 @@ from trainer.targets import SparseTargets, build_targets
 
 PAD_MULTIPLE = 64
 """Sequences are padded to a multiple of it, so that few different shapes occur."""
+
+DECAY_MS = 10_000
+"""Arrow returns memory to the system this long after it was freed; see `keep_freed_pages`."""
 
 TOKEN_COLUMNS = ("row_key", "content_key", "token_ids", "label_spans")
 TEACHER_COLUMNS = (
@@ -228,6 +234,22 @@ def lay_out(
     return input_ids, position_ids.reshape(shape)
 
 
+@functools.cache
+def keep_freed_pages() -> None:
+    """Has Arrow hold on to freed memory for seconds, from now on in this process.
+
+    Its default allocator gives pages back after 10 ms and takes fresh ones for the next row group,
+    which took 0.5 us of CPU time a token at 64 ids a label, of 1.1 (two busy virtual cores); with
+    this it is 0.15. Where there is no jemalloc, or ``ARROW_DEFAULT_MEMORY_POOL`` says what to use,
+    nothing is changed.
+    """
+    if "ARROW_DEFAULT_MEMORY_POOL" in os.environ:
+        return
+    if "jemalloc" in pa.supported_memory_backends():
+        pa.jemalloc_set_decay_ms(DECAY_MS)
+        pa.set_memory_pool(pa.jemalloc_memory_pool())
+
+
 class RowReader:
     """Rows by their id, from decoded row groups that are kept up to a number of bytes.
 
@@ -241,6 +263,7 @@ class RowReader:
         Raises:
             ConfigError: the view promises different records of its label sets.
         """
+        keep_freed_pages()
         self.record = common_record(view)
         self._label_sets, self.rows = view.label_sets, rows
         self._loss, self._columns = loss, loss_columns(loss, self.record)

@@ -1,8 +1,12 @@
 """What the loader hands to the training, against the rows that were committed."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from training_runs import make_config, make_view
@@ -212,3 +216,24 @@ def test_the_order_does_not_depend_on_what_the_labels_are(tmp_path: Path) -> Non
 
 def job_data() -> DataConfig:
     return DataConfig(max_tokens=64, sequences_per_step=2, epochs=1)
+
+
+def test_freed_memory_stays_with_arrow_unless_told_otherwise():
+    code = (
+        "import pyarrow as pa\n"
+        "from trainer.loader import keep_freed_pages\n"
+        "keep_freed_pages()\n"
+        "print(pa.default_memory_pool().backend_name)"
+    )
+
+    def backend(**asked: str) -> str:
+        environment = {k: v for k, v in os.environ.items() if k != "ARROW_DEFAULT_MEMORY_POOL"}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(
+            command, env={**environment, **asked}, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    if "jemalloc" in pa.supported_memory_backends():
+        assert backend() == "jemalloc"
+    assert backend(ARROW_DEFAULT_MEMORY_POOL="system") == "system"
