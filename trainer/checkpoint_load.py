@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 
+from schemas.errors import ConfigError
 from trainer.checkpoint import (
     MANIFEST,
     UNIVERSAL_PREFIX,
@@ -37,6 +38,10 @@ from trainer.checkpoint import (
     describe,
 )
 from trainer.run_folder import sync_folder, write_atomic
+
+
+TWO_MOMENTS = frozenset({"adam", "adamw", "lamb"})
+"""Optimizers of which each parameter's state is a step and two moments."""
 
 
 def load_checkpoint(
@@ -48,12 +53,17 @@ def load_checkpoint(
         engine: the DeepSpeed engine, as it was built.
         folder: the checkpoint on this machine, verified.
         is_leader: whether this rank converts, of those that see the same folder.
+
+    Raises:
+        ConfigError: the number of workers changed, and the universal form has no place for the
+            state of the optimizer.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     groups = [_hyperparameters(group) for group in engine.optimizer.param_groups]
     if manifest.world_size == world_size or engine.zero_optimization_stage() == 0:
         engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
     else:
+        check_universal(engine.optimizer_name(), manifest.world_size)
         _load_universal(engine, _universal_copy(folder, manifest, is_leader))
     # The configuration says what they are, whatever was saved.
     for group, hyperparameters in zip(engine.optimizer.param_groups, groups, strict=True):
@@ -63,6 +73,24 @@ def load_checkpoint(
     else:
         progress = manifest.progress
         torch.manual_seed((progress.loader.seed << 40) + (progress.step << 16) + rank)
+
+
+def check_universal(optimizer: str, saved_by: int) -> None:
+    """Refuses optimizers whose state is not the two moments of Adam, which DeepSpeed looks for.
+
+    Args:
+        optimizer: its name, in any case.
+        saved_by: number of workers that saved the checkpoint.
+
+    Raises:
+        ConfigError: of such an optimizer.
+    """
+    if optimizer.lower() not in TWO_MOMENTS:
+        raise ConfigError(
+            f"a checkpoint that {saved_by} workers saved under ZeRO cannot go on with another "
+            f"number, as its optimizer is {optimizer} and DeepSpeed converts only "
+            f"{', '.join(sorted(TWO_MOMENTS))}; set ray.num_workers = {saved_by}"
+        )
 
 
 def _load_universal(engine: Any, folder: Path) -> None:

@@ -150,3 +150,12 @@ def test_native_optimizer_and_scheduler_are_checked(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         build_deepspeed_config(both(section, values, native), 1000, WORLD)
+
+
+def test_only_what_deepspeed_converts_goes_on_with_other_workers() -> None:
+    from trainer.checkpoint_load import check_universal
+
+    check_universal("AdamW", saved_by=2)  # torch's own
+    check_universal("adam", saved_by=2)
+    with pytest.raises(ConfigError, match=r"optimizer is Lion.*ray\.num_workers = 2"):
+        check_universal("Lion", saved_by=2)
