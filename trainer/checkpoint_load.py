@@ -39,7 +39,6 @@ from trainer.checkpoint import (
 )
 from trainer.run_folder import sync_folder, write_atomic
 
-
 TWO_MOMENTS = frozenset({"adam", "adamw", "lamb"})
 """Optimizers of which each parameter's state is a step and two moments."""
 
