@@ -1,7 +1,5 @@
 """Says which rows stood in a step that stopped a run: RUN/bad_batch.json."""
 
-from typing import Any
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -11,6 +9,7 @@ from schemas.errors import StudentError
 from schemas.storage import Store
 from schemas.tables import key_array
 from schemas.view import View
+from trainer.collective import gathered
 from trainer.config import TrainConfig
 from trainer.guards import LOSS, BadStep
 from trainer.loader import RowReader, StepBatch, read_micro_batch
@@ -98,7 +97,7 @@ class BadBatchReport:
         if dist.get_rank() == 0:
             store.write_bytes(BAD_BATCH, report.model_dump_json(indent=2).encode())
         dist.barrier()
-        return StudentError(_summary(bad, report, store.path(BAD_BATCH)))
+        return StudentError(summary(bad, report, store.path(BAD_BATCH)))
 
     def _run_alone(self, bad: BadStep, batch: StepBatch) -> dict[int, float]:
         """Mean loss per label of single rows, by id, of all ranks; empty after a bad gradient.
@@ -112,13 +111,13 @@ class BadBatchReport:
         found: dict[int, float] = {}
         try:
             # As many forward passes on every rank, since ZeRO-3 gathers parameters in each.
-            for number in range(max(_gathered(len(mine)))):
+            for number in range(max(gathered([len(mine)]))):
                 ids = mine[number : number + 1]
                 loss = self._loss_of(reader, ids)
                 found.update(dict.fromkeys(ids, loss))
         finally:
             reader.close()
-        return {row: loss for part in _gathered(found) for row, loss in part.items()}
+        return {row: loss for part in gathered([found]) for row, loss in part.items()}
 
     def _candidates(self, bad: BadStep, batch: StepBatch) -> list[int]:
         """Ids of this rank's rows to run alone."""
@@ -161,7 +160,7 @@ class BadBatchReport:
         return sorted(described, key=lambda row: (row.is_finite is not False, -(row.loss or 0.0)))
 
 
-def _summary(bad: BadStep, report: BadBatch, path: str) -> str:
+def summary(bad: BadStep, report: BadBatch, path: str) -> str:
     """One line: what happened, which rows, where to go on from."""
     value = f"{bad.value}" if bad.median is None else f"{bad.value:.4g}"
     what = f"the {bad.what} of step {bad.step} is {value}"
@@ -206,10 +205,3 @@ def _badness(loss: float) -> float:
 
 def _finite(value: float) -> float | None:
     return value if abs(value) < float("inf") else None
-
-
-def _gathered(value: Any) -> list[Any]:
-    """The values of all ranks."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

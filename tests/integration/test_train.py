@@ -308,13 +308,6 @@ def test_rows_that_give_no_number_are_named(tmp_path: Path, view: View, tokenize
     assert found.checkpoint in str(error.value)
 
 
-def test_a_spike_stops_where_that_is_asked_for(tmp_path: Path, view: View, tokenizer: Path) -> None:
-    steep = {"optimizer": {"lr": 3.0}, "schedule": {"warmup_steps": 18}}
-    guard = {"spikes": "stop", "spike_factor": 1.5}
-    with pytest.raises(StudentError, match=r"times the median.*guard\.spikes=warn"):
-        run_train_job(config(tmp_path / "run", view, tokenizer, **steep, guard=guard))
-
-
 def test_a_flipped_byte_names_its_shard(tmp_path: Path, view: View, tokenizer: Path) -> None:
     damaged = make_view(tmp_path, RecordSpec(kind="topk", k=4), view.label_sets[0].vocabulary())
     shard = next((tmp_path / "labels" / "shards").iterdir())
