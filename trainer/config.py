@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from schemas.config import StrictModel
+from trainer.student_config import StudentConfig
 
 LossKind = Literal[
     "hard",
@@ -24,53 +25,6 @@ LossKind = Literal[
 
 # The kinds of loss that a field means something for; the other fields of it mean it for all.
 _OWN_LOSS_FIELDS: dict[str, str] = {"beta": "jsd", "skew": "skew_kl"}
-
-
-class LoraConfig(StrictModel):
-    """Low-rank adapters (arXiv 2106.09685) through peft; all other weights stay as they are."""
-
-    rank: int = Field(16, ge=1, description="r: columns of each adapter")
-    alpha: float = Field(32.0, gt=0.0, description="adapters are scaled by alpha / rank")
-    rank_stabilised: bool = Field(
-        False, description="scale by alpha / sqrt(rank) instead (arXiv 2312.03732)"
-    )
-    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="on what goes into an adapter")
-    target_modules: list[str] | Literal["all-linear"] = Field(
-        "all-linear",
-        description="names of linear layers, or their ends; all-linear: all but the head",
-    )
-
-
-class StudentConfig(StrictModel):
-    """The model to train: an existing checkpoint, or a fresh one from a Hugging Face config."""
-
-    path: str = Field("", description="checkpoint folder or hub name; empty: build from `config`")
-    config: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Hugging Face config fields incl. model_type, for random initialisation",
-    )
-    seed: int = Field(0, description="seed of random initialisation, of adapters too")
-    tokenizer: str = Field("", description="folder or hub name; empty: the one in `path`")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="type of the weights as built; deepspeed.precision sets the compute"
-    )
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
-    lora: LoraConfig | None = Field(
-        None, description="train adapters alone; the exported student has them merged"
-    )
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if bool(self.path) == bool(self.config):
-            raise ValueError(
-                "student.path and student.config: exactly one of them says what the student is, "
-                f"found {'both' if self.path else 'neither'}"
-            )
-        if self.config and "model_type" not in self.config:
-            raise ValueError('student.config needs model_type, for example model_type = "llama"')
-        if self.config and not self.tokenizer:
-            raise ValueError("student.tokenizer is needed when the student is built from a config")
-        return self
 
 
 class LossConfig(StrictModel):
@@ -304,10 +258,10 @@ class CheckpointConfig(StrictModel):
     keep_best: int = Field(
         0, ge=0, description="checkpoints kept besides for the best values of best_metric"
     )
-    best_metric: str = Field(
+    best_metric: Literal["loss", "ce", "kl", "eval_ce", "eval_kl"] = Field(
         "loss",
         description="what was measured last when a checkpoint was saved: loss, ce or kl of the "
-        "training, or what an evaluation during it gives",
+        "training, or the held-out values of [eval]",
     )
     best_is: Literal["lowest", "highest"] = Field(
         "lowest", description="which value of best_metric is best"
@@ -401,6 +355,16 @@ class TrainConfig(StrictModel):
     guard: GuardConfig = GuardConfig()
     eval: EvalConfig | None = Field(None, description="no evaluation where it is left out")
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Self:
+        wanted = self.checkpoint.best_metric
+        if wanted.startswith("eval_") and self.eval is None:
+            raise ValueError(
+                f'checkpoint.best_metric = "{wanted}" is measured by [eval], which is left out; '
+                "give it a view of held-out rows"
+            )
+        return self
 
     @model_validator(mode="after")
     def _mixture_has_a_length(self) -> Self:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from schemas.errors import ConfigError
 from schemas.view import View
-from trainer.config import EvalConfig, LossConfig, TrainConfig
+from trainer.config import LossConfig, TrainConfig
 from trainer.curve import EvalPoint
 from trainer.loader import Loader, common_record
 from trainer.plan import LoaderState, RowTable, count_steps, read_row_table
@@ -33,7 +33,7 @@ class HeldOut:
         assert config.eval is not None
         self._step, self._vocab_size = step, vocab_size
         self._view = View.open(config.eval.view)
-        loss = eval_loss(self._view, config.eval, config.loss)
+        loss = eval_loss(self._view, config)
         self._has_teacher = loss.kind != "hard"
         # The same lanes as in training, so that the sums do not depend on the number of workers.
         data = config.data.model_copy(
@@ -80,20 +80,26 @@ class HeldOut:
         return self._step.sum_over_ranks(total)
 
 
-def eval_loss(view: View, config: EvalConfig, trained: LossConfig) -> LossConfig:
+def eval_loss(view: View, config: TrainConfig) -> LossConfig:
     """What to measure: the ghost target is a lower bound of the KL for every kind of label.
 
     Raises:
-        ConfigError: ``eval.metric`` is "kl", and the labels are tokens alone.
+        ConfigError: the KL to the teacher is asked for, and the labels are tokens alone.
     """
+    assert config.eval is not None
     has_teacher = common_record(view).kind != "tokens"
-    if config.metric == "kl" and not has_teacher:
+    askers = {
+        "eval.metric": config.eval.metric == "kl",
+        "checkpoint.best_metric": config.checkpoint.best_metric == "eval_kl",
+    }
+    asking = [key for key, asks in askers.items() if asks]
+    if asking and not has_teacher:
         raise ConfigError(
-            f'eval.metric = "kl" needs a teacher, but the labels of {view.url} are tokens alone; '
-            'use eval.metric = "ce" or a view with a teacher\'s labels'
+            f"{' and '.join(asking)} ask for the KL to a teacher, but the labels of {view.url} are "
+            "tokens alone; ask for the cross-entropy, or evaluate on a view with a teacher's labels"
         )
     sizes: dict[str, Any] = {
-        name: getattr(trained, name) for name in ("chunk_tokens", "head_memory_bytes")
+        name: getattr(config.loss, name) for name in ("chunk_tokens", "head_memory_bytes")
     }
     return LossConfig(kind="ghost" if has_teacher else "hard", **sizes)
 

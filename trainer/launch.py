@@ -11,12 +11,13 @@ from typing import Any
 from schemas.errors import StudentError, TutelageError
 from schemas.view import View
 from trainer.board import Board, Watcher
-from trainer.config import RayConfig, StudentConfig, TrainConfig
+from trainer.config import RayConfig, TrainConfig
 from trainer.deepspeed_config import build_deepspeed_config
 from trainer.mixture import open_view
 from trainer.plan import count_steps, read_row_table
 from trainer.ray_train import RAY_NOTES, make_trainer, ray_cluster
 from trainer.run_folder import RunFolder, TrainSummary
+from trainer.student_config import StudentConfig
 from trainer.trackers import check_trackers
 
 
@@ -92,7 +93,7 @@ def _check_labels(config: TrainConfig, view: View) -> str:
     if config.eval is not None:
         held_out = View.open(config.eval.view)
         held_out.check_shards()
-        eval_loss(held_out, config.eval, config.loss)
+        eval_loss(held_out, config)
         views.append(held_out)
     for label_set in [label_set for view in views for label_set in view.label_sets]:
         check_vocabularies(tokenizer, vocab_size, label_set)

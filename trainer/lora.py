@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from schemas.errors import ConfigError, StudentError
-from trainer.config import LoraConfig, StudentConfig
+from trainer.student_config import LoraConfig, StudentConfig
 
 ADAPTER = "default"
 _BASE, _A, _B = ".base_layer.", f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"

@@ -26,10 +26,11 @@ from transformers import (
 )
 
 from schemas.errors import StudentError
-from trainer.config import LossConfig, StudentConfig
+from trainer.config import LossConfig
 from trainer.distillation_head import DistillationHead
 from trainer.fused_head import LogitTransform
 from trainer.lora import add_adapters
+from trainer.student_config import StudentConfig
 from trainer.targets import SparseTargets
 
 # Still read by transformers 5, which moved them into rope_parameters.

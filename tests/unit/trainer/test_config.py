@@ -82,3 +82,11 @@ def test_configurations_cannot_be_changed() -> None:
     )
     with pytest.raises(ValueError, match="frozen"):
         config.run = "other"  # type: ignore[misc]
+
+
+def test_the_best_by_a_held_out_value_needs_an_evaluation(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"best_metric = \"eval_ce\" is measured by \[eval\]"):
+        load(tmp_path, "checkpoint.best_metric=eval_ce")
+    load(tmp_path, "checkpoint.best_metric=eval_ce", "eval.view=v")
+    with pytest.raises(ConfigError, match=r"checkpoint\.best_metric: expected 'loss', 'ce'"):
+        load(tmp_path, "checkpoint.best_metric=lost")

@@ -8,7 +8,7 @@ from training_runs import make_config, make_view
 
 from schemas.errors import ConfigError
 from schemas.spec import RecordSpec
-from trainer.config import EvalConfig, LossConfig
+from trainer.config import EvalConfig
 from trainer.early_stop import EvalState
 from trainer.held_out import eval_loss, spread_rows
 from trainer.plan import epoch_steps, read_row_table
@@ -54,6 +54,12 @@ def test_rows_are_spread_evenly_and_planned_as_any(tmp_path: Path) -> None:
 
 def test_labels_without_a_teacher_have_no_kl(tmp_path: Path) -> None:
     view = make_view(tmp_path, RecordSpec(kind="tokens"), VOCABULARY)
-    assert eval_loss(view, EvalConfig(view="v"), LossConfig()).kind == "hard"
-    with pytest.raises(ConfigError, match=r"eval\.metric = \"kl\" needs a teacher"):
-        eval_loss(view, EvalConfig(view="v", metric="kl"), LossConfig())
+    sections = {"eval": {"view": "v"}}
+    assert eval_loss(view, make_config(tmp_path, "v", "t", **sections)).kind == "hard"
+    for key, changed in {
+        "eval.metric": {"eval": {"view": "v", "metric": "kl"}},
+        "checkpoint.best_metric": {"checkpoint": {"best_metric": "eval_kl"}},
+    }.items():
+        config = make_config(tmp_path, "v", "t", **{**sections, **changed})
+        with pytest.raises(ConfigError, match=rf"{key} ask for the KL to a teacher"):
+            eval_loss(view, config)

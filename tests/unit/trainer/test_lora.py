@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from schemas.errors import StudentError
-from trainer.config import LoraConfig, StudentConfig
 from trainer.lora import base_digest, merged, scalings
 from trainer.student import StudentWithHead, build_student, hidden_states, output_logits
+from trainer.student_config import LoraConfig, StudentConfig
 
 TOKENS = torch.tensor([[5, 6, 7, 8, 9]])
 POSITIONS = torch.arange(5)[None]

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from schemas.errors import StudentError
 from tests.distillation_oracle import random_targets
-from trainer.config import LossConfig, StudentConfig
+from trainer.config import LossConfig
 from trainer.distillation_head import DistillationHead
 from trainer.fused_head import fused_distillation_loss
 from trainer.student import (
@@ -21,6 +21,7 @@ from trainer.student import (
     load_model,
     output_logits,
 )
+from trainer.student_config import StudentConfig
 
 SMALL = {
     "hidden_size": 32,
