@@ -94,9 +94,16 @@ def export_student(engine: Any, tokenizer: Any, store: Store, card: str) -> None
         partial.rename(folder)
         sync_folder(folder.parent)
         if scratch is not None:
-            store.fs.put(f"{folder}/", f"{store.path(STUDENT)}/", recursive=True)
+            upload(store, folder, STUDENT)
             shutil.rmtree(scratch)
     dist.barrier()
+
+
+def upload(store: Store, folder: Path, rel: str) -> None:
+    """Copies a folder of this machine to a store, in place of what was there, file by file."""
+    store.delete(rel)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        store.fs.put_file(str(path), store.path(rel, path.relative_to(folder).as_posix()))
 
 
 def _whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -1,0 +1,112 @@
+"""The folder of a run on s3://, over HTTP."""
+
+import importlib.util
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+import torch.distributed as dist
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+from s3_server import S3Server
+from training_runs import make_config
+
+from schemas.errors import StudentError
+from schemas.storage import Store
+from trainer.checkpoint import TrainProgress, find_checkpoint
+from trainer.checkpoint_writer import CheckpointWriter
+from trainer.export import upload
+from trainer.plan import LoaderState
+from trainer.run_folder import RunFolder
+from trainer.step_lines import StepLines
+
+pytest.importorskip("s3fs", reason="pip install 'tutelage[s3]'")
+if importlib.util.find_spec("moto") is None:  # not imported: see s3_server
+    pytest.skip("pip install 'tutelage[dev]'", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    server = S3Server()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("runs")
+        yield server
+    server.stop()
+    fsspec.filesystem("s3").clear_instance_cache()
+
+
+def test_the_files_of_a_run(server: S3Server, tmp_path: Path) -> None:
+    """Everything that a run does with its folder, without a cluster."""
+    url = "s3://runs/files"
+    folder = RunFolder(url)
+    folder.start(make_config(tmp_path, "view", "tokenizer"), "hash", ["set"])
+    first, second = folder.claim(), folder.claim()
+    folder.check_owner(second)
+    with pytest.raises(StudentError, match="started again"):
+        folder.check_owner(first)
+    lines = StepLines(folder.store, "rows.jsonl", 0)
+    for step in (1, 2, 3):
+        lines.append(json.dumps({"step": step}))
+    lines.close()
+    StepLines(folder.store, "rows.jsonl", 2).close()
+    assert folder.store.read_bytes("rows.jsonl") == b'{"step": 1}\n{"step": 2}\n'
+    (tmp_path / "student" / "deep").mkdir(parents=True)
+    (tmp_path / "student" / "deep" / "weights [1].bin").write_bytes(b"w" * 100)
+    upload(folder.store, tmp_path / "student", "student")
+    upload(folder.store, tmp_path / "student", "student")
+    files = [file.rel for file in folder.store.walk("student")]
+    assert files == ["student/deep/weights [1].bin"]
+
+
+def test_ray_can_keep_its_notes_there(server: S3Server) -> None:
+    """What Ray Train does with the file system that it is given, from another process, too."""
+    store = Store("s3://runs/notes")
+    notes = pickle.loads(pickle.dumps(PyFileSystem(FSSpecHandler(store.fs))))
+    notes.create_dir(store.path("ray", "run"))
+    with notes.open_output_stream(store.path("ray", "run", "marker")) as file:
+        file.write(b"")
+    assert notes.get_file_info(store.path("ray", "run", "marker")).type.name == "File"
+    store.delete("ray")
+    assert not store.walk("ray")
+
+
+def test_checkpoints(server: S3Server, tmp_path: Path) -> None:
+    store = Store("s3://runs/checkpoints")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rank", rank=0, world_size=1)
+    try:
+        job = make_config(tmp_path, "view", "tokenizer", checkpoint={"keep": 2})
+        writer = CheckpointWriter(store, "aa", job, lambda: None)
+        for step in (3, 6, 9):
+            writer.save(Engine(step), progress(step), ["set"])
+        writer.wait()
+        rel = "checkpoints/step_9-aa/weights.pt"
+        store.write_bytes(rel, store.read_bytes(rel)[:-1])
+        folder, manifest, passed_over = find_checkpoint(store, tmp_path / "cache", True)
+    finally:
+        dist.destroy_process_group()
+    assert folder == tmp_path / "cache" / "step_6-aa"
+    assert manifest is not None
+    assert manifest.progress == progress(6)
+    assert torch.equal(torch.load(folder / "weights.pt"), torch.full((1000,), 6.0))
+    assert "weights.pt has" in "".join(passed_over)
+    assert store.folders("checkpoints") == ["checkpoints/step_6-aa", "checkpoints/step_9-aa"]
+
+
+class Engine:
+    """What a writer needs of a DeepSpeed engine."""
+
+    def __init__(self, value: int) -> None:
+        self.weights, self.checkpoint_engine = torch.full((1000,), float(value)), None
+
+    def save_checkpoint(self, root: str, tag: str, save_latest: bool) -> None:
+        self.checkpoint_engine.save(self.weights, f"{root}/{tag}/weights.pt")
+
+
+def progress(step: int) -> TrainProgress:
+    loader = LoaderState(view_hash="v", seed=0, epoch=0, step=step)
+    return TrainProgress(step=step, loader=loader, tokens=0, labels=0, final_loss=0.0, pending={})
