@@ -97,8 +97,9 @@ def plan_resources(config: LabelConfig, node_cpus: list[float], num_gpus: float)
     run, teacher = config.run, config.teacher
     cpus, replicas = sum(node_cpus), teacher.replicas
     gpus = run.gpus_per_replica
+    runs_here = teacher.backend not in ("none", "remote")
     if gpus is None:
-        gpus = float(teacher.tensor_parallel_size if num_gpus and teacher.backend != "none" else 0)
+        gpus = float(teacher.tensor_parallel_size if num_gpus and runs_here else 0)
     if gpus * replicas > num_gpus:
         raise TeacherError(
             f"{replicas} teachers of {gpus:g} GPUs each need {gpus * replicas:g}, but the cluster "
@@ -106,7 +107,9 @@ def plan_resources(config: LabelConfig, node_cpus: list[float], num_gpus: float)
         )
     actor_cpus = run.cpus_per_replica
     if actor_cpus is None:
-        actor_cpus = min(1.0, cpus / 2 / replicas) if gpus else cpus / 2 / replicas
+        actor_cpus = cpus / 2 / replicas
+        if gpus or not runs_here:
+            actor_cpus = min(1.0, actor_cpus)
     left = cpus - actor_cpus * replicas
     if left <= 0:
         raise ConfigError(
@@ -114,7 +117,7 @@ def plan_resources(config: LabelConfig, node_cpus: list[float], num_gpus: float)
             "corpus; lower teacher.replicas or run.cpus_per_replica"
         )
     threads = run.threads_per_replica or 0
-    if not threads and not gpus and teacher.backend != "none":
+    if not threads and not gpus and runs_here:
         replicas_of_node = -(-replicas // len(node_cpus))
         threads = max(1, int(max(node_cpus)) // replicas_of_node)
     return Resources(actor_cpus, gpus, threads, min(1.0, left))

@@ -76,15 +76,51 @@ class TextConfig(StrictModel):
         return self
 
 
+class RemoteConfig(StrictModel):
+    """How a vLLM server that somebody else runs is asked; none of it changes a label."""
+
+    served_model: str = Field(
+        default="", description="the server's name of the model; empty: the only one it serves"
+    )
+    api_key_env: str = Field(
+        default="",
+        description="environment variable of the teacher's processes that holds the key; the key "
+        "itself is in no file; empty: none is sent",
+    )
+    requests_in_flight: int = Field(default=64, ge=1, description="rows sent at the same time")
+    timeout_s: float = Field(default=600.0, gt=0, description="of one answer")
+    patience_s: float = Field(
+        default=300.0,
+        ge=0,
+        description="how long a server that is overloaded or does not answer is asked again, with "
+        "growing pauses, before the run ends",
+    )
+
+
 class TeacherConfig(StrictModel):
     """The teacher and the engine that runs it."""
 
-    backend: Literal["vllm", "transformers", "none"] = Field(
-        default="vllm", description='"none": tokenise only, for training on hard labels'
+    backend: Literal["vllm", "transformers", "remote", "none"] = Field(
+        default="vllm",
+        description='"remote": a running vLLM server; "none": tokenise only, for hard labels',
     )
-    model: str = Field(default="", description="folder or hub name; needed unless backend is none")
+    model: str = Field(
+        default="",
+        description="folder or hub name; needed unless backend is none; of a remote teacher, its "
+        "config.json and tokenizer are enough",
+    )
+    url: str = Field(default="", description="backend remote: of the server, http://HOST:PORT")
+    weights_digest: str = Field(
+        default="",
+        description="backend remote: what identifies the weights that the server runs, e.g. the "
+        "hub's commit; empty: they are those in the folder teacher.model",
+    )
+    remote: RemoteConfig = RemoteConfig()
     tokenizer: str = Field(default="", description="folder or hub name; empty: the model's own")
-    dtype: str = Field(default="auto", description="auto, float32, bfloat16, float16")
+    dtype: str = Field(
+        default="auto",
+        description="auto, float32, bfloat16, float16; of a remote teacher, that of the server",
+    )
     head_dtype: str = Field(default="auto", description="of the lm_head's product; auto: as dtype")
     max_model_len: int | None = Field(
         default=None, ge=2, description="the engine's context; unset: what text.max_tokens needs"
@@ -101,7 +137,27 @@ class TeacherConfig(StrictModel):
             raise ValueError(f'teacher.model is needed with teacher.backend = "{self.backend}"')
         if self.backend == "none" and not (self.model or self.tokenizer):
             raise ValueError('teacher.tokenizer is needed with teacher.backend = "none"')
+        self._check_remote()
         return self
+
+    def _check_remote(self) -> None:
+        remote = self.backend == "remote"
+        if remote and not self.url.startswith(("http://", "https://")):
+            raise ValueError(
+                f'teacher.url is "{self.url}"; teacher.backend = "remote" needs the URL of a vLLM '
+                "server, http://HOST:PORT"
+            )
+        if remote and self.dtype == "auto":
+            raise ValueError(
+                "teacher.dtype is auto, but a server does not tell what it runs in; say it "
+                "(float32, bfloat16, float16), because labels are identified by it"
+            )
+        for name in ("url", "weights_digest", "remote"):
+            if not remote and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f'teacher.{name} means something for teacher.backend = "remote" only, but it '
+                    f'is "{self.backend}"; remove it'
+                )
 
 
 class RunConfig(StrictModel):
@@ -198,6 +254,8 @@ class LabelConfig(StrictModel):
                 f'record.kind is "{self.record.kind}", teacher.backend "{self.teacher.backend}"; '
                 'kind "tokens" goes with backend "none", and only with it'
             )
+        if self.teacher.backend == "remote":
+            self._check_served(self.record)
         if self.teacher.max_model_len is not None:
             longest = self.teacher.max_model_len - 1
             if self.text.max_tokens > longest:
@@ -208,6 +266,17 @@ class LabelConfig(StrictModel):
         if self.generate is not None:
             self._check_generate(self.generate)
         return self
+
+    def _check_served(self, record: RecordSpec) -> None:
+        asked = [name for name in ("entropy", "temperatures") if getattr(record, name)]
+        if record.kind != "topk" or asked:
+            raise ValueError(
+                f'record.kind is "{record.kind}"'
+                + "".join(f", record.{name} is asked for" for name in asked)
+                + "; a server tells the most probable ids only, so a remote teacher serves "
+                '[record] kind = "topk", entropy = false, no temperatures; for anything else use '
+                'teacher.backend = "vllm"'
+            )
 
     def _check_generate(self, generate: GenerationSpec) -> None:
         if self.teacher.backend == "none":

@@ -55,7 +55,7 @@ def teacher_identity(config: TeacherConfig, every_byte: bool = False) -> Teacher
     model_config = load_model_config(config)
     dtype = resolve_dtype(config)
     return TeacherIdentity(
-        weights_digest=weights_digest(folder, every_byte),
+        weights_digest=_declared_weights(config) or weights_digest(folder, every_byte),
         config_digest=_config_digest(config),
         tokenizer_digest=tokenizer_digest(tokenizer),
         chat_template_digest=template_digest,
@@ -67,21 +67,29 @@ def teacher_identity(config: TeacherConfig, every_byte: bool = False) -> Teacher
     )
 
 
+def _declared_weights(config: TeacherConfig) -> str:
+    """What the user says of a server's weights; empty where a folder can be measured instead."""
+    return f"declared:{config.weights_digest}" if config.weights_digest else ""
+
+
 def model_folder(config: TeacherConfig) -> Path:
     """The local folder of the teacher's model; a hub name is downloaded into the hub's cache.
+
+    Of a remote teacher whose weights are declared, only config and tokenizer have to be there.
 
     Raises:
         TeacherError: there is neither such a folder nor a reachable hub model, or the folder does
             not hold a model.
     """
-    folder = _resolve(config.model, "teacher.model")
+    folder = _resolve(config.model, "teacher.model", not config.weights_digest)
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
-    if not weight_files(folder):
+    if not config.weights_digest and not weight_files(folder):
         missing.append("weights (*.safetensors)")
     if missing:
+        hint = "; or teacher.weights_digest to declare them" if config.backend == "remote" else ""
         raise TeacherError(
             f"teacher.model: {folder} has no {' and no '.join(missing)}; expected a Hugging Face "
-            "model folder with config.json, *.safetensors and the tokenizer's files"
+            f"model folder with config.json, *.safetensors and the tokenizer's files{hint}"
         )
     return folder
 
@@ -90,10 +98,10 @@ def tokenizer_folder(config: TeacherConfig) -> Path:
     """The local folder of the tokenizer: ``teacher.tokenizer``, else the model's own."""
     if config.tokenizer:
         return _resolve(config.tokenizer, "teacher.tokenizer")
-    return _resolve(config.model, "teacher.model")
+    return _resolve(config.model, "teacher.model", not config.weights_digest)
 
 
-def _resolve(name: str, field: str) -> Path:
+def _resolve(name: str, field: str, weights: bool = True) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -104,14 +112,15 @@ def _resolve(name: str, field: str) -> Path:
             f"{field}: {name} {found} (seen from {os.getcwd()}); expected a folder with "
             "config.json, *.safetensors and tokenizer files, or a name on the Hugging Face hub"
         )
-    return _download(name, field)
+    return _download(name, field, weights)
 
 
-def _download(name: str, field: str) -> Path:
+def _download(name: str, field: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
+    files = [pattern for pattern in _HUB_FILES if weights or pattern != "*.safetensors"]
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # the hub's client has no common root for its errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TeacherError(

@@ -22,7 +22,7 @@ from labeler.engine_users import EngineUsers
 from labeler.requests import Request, key_of_unit
 from labeler.teachers.base import RowFailure, Teacher
 from labeler.unit_labels import UnitLabels, label_requests
-from schemas.errors import TeacherError
+from schemas.errors import TeacherError, TeacherGoneError
 from schemas.keys import row_key, stack_keys
 from schemas.spec import GenerationSpec
 
@@ -125,6 +125,9 @@ class Survivor:
             record = self._attempts.begin(key)
             try:
                 found = label_requests(requests, teacher, self._generation, self._audit_rate)
+            except TeacherGoneError:  # a server that somebody else runs: not the rows' doing
+                self._attempts.end(record)
+                raise
             except TeacherError:
                 self._attempts.failed(record)
                 self._drop()

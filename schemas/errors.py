@@ -22,6 +22,10 @@ class TeacherError(TutelageError, RuntimeError):
     """The teacher cannot be loaded, or cannot give what the record asks for."""
 
 
+class TeacherGoneError(TeacherError):
+    """A teacher that runs elsewhere does not answer; no row can be blamed for it."""
+
+
 class StudentError(TutelageError, RuntimeError):
     """The student cannot be built, trained or exported."""
 

@@ -153,9 +153,13 @@ def make_teacher(config: TeacherConfig, record: RecordSpec) -> Teacher:
         from labeler.teachers.transformers_teacher import TransformersTeacher
 
         return TransformersTeacher(config, record)
+    if config.backend == "remote":
+        from labeler.teachers.remote_teacher import RemoteTeacher
+
+        return RemoteTeacher(config, record)
     raise TeacherError(
         f'there is no teacher to make for teacher.backend = "{config.backend}"; '
-        'expected "vllm" or "transformers"'
+        'expected "vllm", "transformers" or "remote"'
     )
 
 

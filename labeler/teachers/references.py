@@ -27,11 +27,16 @@ def reference_of(config: TeacherConfig, running: Callable[[], Teacher]) -> Refer
 
     Returns:
         transformers on the CPU; the engine's own log-probabilities where the model is too large
-        for that, or where transformers cannot load it; None where the teacher is the reference.
+        for that, or where transformers cannot load it; None where the teacher is the reference, or
+        runs elsewhere and its weights are not here or are too large.
     """
-    if config.backend != "vllm":
+    if config.backend not in ("vllm", "remote"):
         return None
-    needed = _MEMORY_SHARE * sum(file.stat().st_size for file in weight_files(model_folder(config)))
+    files = weight_files(model_folder(config))
+    needed = _MEMORY_SHARE * sum(file.stat().st_size for file in files)
+    if config.backend == "remote":
+        here = files and needed <= psutil.virtual_memory().available
+        return TransformersOnCpu(config) if here else None
     free = psutil.virtual_memory().available
     if needed > free:
         reason = f"transformers would need {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
