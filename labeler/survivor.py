@@ -100,6 +100,9 @@ class Survivor:
             record = self._attempts.begin(key, alone=False)
             try:
                 found = label_requests(requests, teacher, self._generation, self._audit_rate)
+            except TeacherGoneError:  # a server that somebody else runs: not the rows' doing
+                self._attempts.end(record)
+                raise
             except TeacherError:
                 self._attempts.failed(record)
             else:
@@ -125,7 +128,7 @@ class Survivor:
             record = self._attempts.begin(key)
             try:
                 found = label_requests(requests, teacher, self._generation, self._audit_rate)
-            except TeacherGoneError:  # a server that somebody else runs: not the rows' doing
+            except TeacherGoneError:
                 self._attempts.end(record)
                 raise
             except TeacherError:

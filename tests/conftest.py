@@ -78,6 +78,18 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def vllm_server(
+    tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, str]]:
+    """URL and API key of a ``vllm serve`` of the tiny model, one for the whole session."""
+    import vllm_servers
+
+    log = tmp_path_factory.mktemp("vllm_server") / "log.txt"
+    with vllm_servers.vllm_server(tiny_model_dir, log) as url:
+        yield url, vllm_servers.API_KEY
+
+
+@pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One local Ray instance with two CPUs, shared by every test of the session."""
     import ray

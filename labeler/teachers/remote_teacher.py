@@ -13,7 +13,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Coroutine, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -53,6 +53,8 @@ _PLAIN_SAMPLING: dict[str, Any] = {
 
 class RemoteTeacher:
     """A model behind a vLLM server; see ``labeler.teachers.base.Teacher``."""
+
+    shareable: ClassVar[bool] = True
 
     def __init__(self, config: TeacherConfig, record: RecordSpec) -> None:
         """Connects, and checks that the server gives what the record asks for.
