@@ -5,11 +5,10 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from labeler.config import LabelConfig, RunConfig
+from labeler.config import RunConfig
 from schemas.errors import ConfigError, TeacherError, TutelageError
 
 _UDF_NOTE = "\nFailed to apply UDF"  # Ray Data appends advice of its own to a message
@@ -62,74 +61,15 @@ def _started_here(run: RunConfig) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What Ray is asked for.
-
-    Attributes:
-        actor_cpus, actor_gpus: Of one teacher actor.
-        actor_threads: OMP threads of a teacher actor; 0 leaves them to Ray.
-        task_cpus: Of one tokenising task.
-    """
-
-    actor_cpus: float
-    actor_gpus: float
-    actor_threads: int
-    task_cpus: float
-
-
-def plan_resources(config: LabelConfig, node_cpus: list[float], num_gpus: float) -> Resources:
-    """Divides a cluster between teachers and tokenising tasks.
-
-    Teachers never get all CPUs: the tasks that feed them would wait for ever. On machines without a
-    GPU a teacher counts as half of the CPUs but may use the threads of all of them, since
-    tokenising is brief.
-
-    Args:
-        config: Says how many teachers there are and what each needs.
-        node_cpus: CPUs of each node.
-        num_gpus: GPUs of the cluster.
-
-    Raises:
-        TeacherError: The cluster has fewer GPUs than the teachers need.
-        ConfigError: The teachers would take every CPU.
-    """
-    run, teacher = config.run, config.teacher
-    cpus, replicas = sum(node_cpus), teacher.replicas
-    gpus = run.gpus_per_replica
-    runs_here = teacher.backend not in ("none", "remote")
-    if gpus is None:
-        gpus = float(teacher.tensor_parallel_size if num_gpus and runs_here else 0)
-    if gpus * replicas > num_gpus:
-        raise TeacherError(
-            f"{replicas} teachers of {gpus:g} GPUs each need {gpus * replicas:g}, but the cluster "
-            f"has {num_gpus:g}; lower teacher.replicas or run.gpus_per_replica"
-        )
-    actor_cpus = run.cpus_per_replica
-    if actor_cpus is None:
-        actor_cpus = cpus / 2 / replicas
-        if gpus or not runs_here:
-            actor_cpus = min(1.0, actor_cpus)
-    left = cpus - actor_cpus * replicas
-    if left <= 0:
-        raise ConfigError(
-            f"{replicas} teachers of {actor_cpus:g} CPUs each leave none of {cpus:g} to read the "
-            "corpus; lower teacher.replicas or run.cpus_per_replica"
-        )
-    threads = run.threads_per_replica or 0
-    if not threads and not gpus and runs_here:
-        replicas_of_node = -(-replicas // len(node_cpus))
-        threads = max(1, int(max(node_cpus)) // replicas_of_node)
-    return Resources(actor_cpus, gpus, threads, min(1.0, left))
-
-
-def cluster_size() -> tuple[list[float], float]:
-    """CPUs of each live node, and GPUs of the cluster."""
+def cluster_size() -> tuple[list[float], list[float]]:
+    """CPUs of each live node that has any, and GPUs of each that has any."""
     import ray
 
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus = [float(node["CPU"]) for node in alive if node.get("CPU")]
-    return cpus, float(sum(node.get("GPU", 0.0) for node in alive))
+    cpus, gpus = (
+        [float(node[kind]) for node in alive if node.get(kind)] for kind in ("CPU", "GPU")
+    )
+    return cpus, gpus
 
 
 def this_node() -> str:

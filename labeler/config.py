@@ -4,7 +4,7 @@ Importing this module costs pydantic and nothing else, so that help and configur
 instant.
 """
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -97,6 +97,21 @@ class RemoteConfig(StrictModel):
     )
 
 
+class ReplicasConfig(StrictModel):
+    """How many teacher actors there are: as many as there is work and room for."""
+
+    min: int = Field(default=1, ge=1, description="started at once; fewer is an error")
+    max: int = Field(ge=1, description="started while units wait and the cluster has room")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(
+                f"teacher.replicas.min is {self.min}, which is more than max, {self.max}"
+            )
+        return self
+
+
 class TeacherConfig(StrictModel):
     """The teacher and the engine that runs it."""
 
@@ -125,8 +140,15 @@ class TeacherConfig(StrictModel):
     max_model_len: int | None = Field(
         default=None, ge=2, description="the engine's context; unset: what text.max_tokens needs"
     )
-    replicas: int = Field(default=1, ge=1, description="teacher actors")
-    tensor_parallel_size: int = Field(default=1, ge=1, description="GPUs of one replica")
+    replicas: Annotated[int, Field(ge=1)] | ReplicasConfig = Field(
+        default=1, description="teacher actors: a number, or { min = 1, max = 8 }"
+    )
+    tensor_parallel_size: int = Field(
+        default=1, ge=1, description="GPUs that share each layer of one replica"
+    )
+    pipeline_parallel_size: int = Field(
+        default=1, ge=1, description="groups of GPUs that share the layers of one replica"
+    )
     engine: dict[str, Any] = Field(
         default_factory=dict, description="options passed to the engine as they are"
     )
@@ -139,6 +161,18 @@ class TeacherConfig(StrictModel):
             raise ValueError('teacher.tokenizer is needed with teacher.backend = "none"')
         self._check_remote()
         return self
+
+    @property
+    def replica_range(self) -> tuple[int, int]:
+        """The least and the most teacher actors."""
+        if isinstance(self.replicas, int):
+            return self.replicas, self.replicas
+        return self.replicas.min, self.replicas.max
+
+    @property
+    def gpus_of_replica(self) -> int:
+        """GPUs that one engine shares."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     def _check_remote(self) -> None:
         remote = self.backend == "remote"
@@ -163,7 +197,10 @@ class TeacherConfig(StrictModel):
 class RunConfig(StrictModel):
     """How the job runs; none of it changes a label."""
 
-    unit_rows: int = Field(default=128, ge=1, description="rows of one commit, and of one shard")
+    unit_tokens: int = Field(
+        default=2**17, ge=1, description="tokens of one commit, and of one shard, about"
+    )
+    unit_rows: int = Field(default=4096, ge=1, description="rows of one commit at most")
     address: str = Field(
         default="", description="of the Ray cluster; empty: RAY_ADDRESS, else one is started here"
     )
@@ -176,7 +213,9 @@ class RunConfig(StrictModel):
         description="of a teacher actor; unset: half of the CPUs where no GPU is",
     )
     gpus_per_replica: float | None = Field(
-        default=None, ge=0, description="unset: tensor_parallel_size where the cluster has GPUs"
+        default=None,
+        ge=0,
+        description="of a teacher actor; unset: what its engine shares, where the cluster has GPUs",
     )
     threads_per_replica: int | None = Field(
         default=None, ge=1, description="OMP threads of a teacher actor; unset: the host's CPUs"

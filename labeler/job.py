@@ -32,9 +32,10 @@ def run_label_job(config: LabelConfig, progress: bool = True) -> LabelSummary:
         StoreError: The label set is one of another spec, or cannot be written to.
         AccountsError: The run cannot show what became of each row.
     """
-    from labeler.cluster_session import cluster_size, plan_resources, ray_session
+    from labeler.cluster_session import cluster_size, ray_session
     from labeler.pieces import FrozenKeys
     from labeler.pipeline import RunSetup, run_pipeline
+    from labeler.resources import plan_resources
     from labeler.sources import list_corpus
 
     started = time.monotonic()

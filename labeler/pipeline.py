@@ -17,33 +17,29 @@ from typing import Any
 import pyarrow as pa
 
 from labeler.attempts import Attempts, remove_attempts
-from labeler.cluster_session import (
-    Resources,
-    is_lost_node,
-    quiet_ray_data,
-    this_node,
-    user_error,
-)
+from labeler.cluster_session import is_lost_node, quiet_ray_data, this_node, user_error
 from labeler.config import LabelConfig, TeacherConfig
 from labeler.gates import Gates
 from labeler.identity import load_tokenizer
 from labeler.ledger import Ledger
 from labeler.pieces import FrozenKeys, PieceReader, PieceResult
+from labeler.placement import PlacementGroups
 from labeler.progress import Progress
 from labeler.requests import REQUEST_SCHEMA, from_table, to_table
+from labeler.resources import Resources
 from labeler.sources import Piece
 from labeler.survivor import Survivor
 from labeler.teachers.base import Teacher, make_teacher
 from labeler.teachers.references import reference_of
 from labeler.text_rows import TextRows
+from labeler.unit_sizes import UNIT_SCHEMA, cut_units, rows_gathered, unwrapped, wrapped
 from labeler.units import UnitDone, UnitLabeller
 from schemas.keys import Keys, stack_keys, unit_key
 from schemas.label_set import LabelSet
 from schemas.roster import write_part
 from schemas.spec import RecordSpec
 
-BLOCK_UNITS = 4
-"""Units of requests that travel together; more would wait in one actor's queue for too long."""
+_MIN_BLOCK_BYTES = 2**16
 
 _POLL_S = 1.0
 
@@ -93,11 +89,11 @@ def run_pipeline(
         sum(piece.size_bytes for piece in pieces)
     )
     config = setup.config
-    block_bytes = BLOCK_UNITS * config.run.unit_rows * config.text.max_tokens * 4
+    block_bytes = max(4 * config.run.unit_tokens, _MIN_BLOCK_BYTES)
     try:
-        quiet = quiet_ray_data(max(block_bytes, 1 << 20), config.run.waiting_bytes)
-        with quiet, _shown(ledger, progress):
-            dataset = _dataset(pieces, setup, ray.put(frozen), resources, ledger)
+        quiet = quiet_ray_data(block_bytes, config.run.waiting_bytes)
+        with quiet, _shown(ledger, progress), PlacementGroups(resources) as groups:
+            dataset = _dataset(pieces, setup, ray.put(frozen), resources, ledger, groups)
             for _ in dataset.iter_batches(batch_size=None, prefetch_batches=0):
                 pass
     except Exception as error:  # everything that a task raised comes out here
@@ -111,11 +107,16 @@ def run_pipeline(
 
 
 def _dataset(
-    pieces: list[Piece], setup: RunSetup, frozen: Any, resources: Resources, ledger: Any
+    pieces: list[Piece],
+    setup: RunSetup,
+    frozen: Any,
+    resources: Resources,
+    ledger: Any,
+    groups: PlacementGroups,
 ) -> Any:
     import ray.data
 
-    run, teacher = setup.config.run, setup.config.teacher
+    run = setup.config.run
     environment = {"OMP_NUM_THREADS": str(resources.actor_threads)}
     return (
         ray.data.from_items(
@@ -131,20 +132,30 @@ def _dataset(
             max_retries=run.max_task_retries,
         )
         .map_batches(
+            _cut_into_units,
+            batch_size=rows_gathered(setup.config),
+            batch_format="pyarrow",
+            fn_kwargs={"setup": setup},
+            num_cpus=0,  # cuts tables, and must not wait for those who wait for it
+            max_retries=run.max_task_retries,
+        )
+        .map_batches(
             _TeacherActor,
-            batch_size=run.unit_rows,
+            batch_size=1,
             batch_format="pyarrow",
             fn_constructor_kwargs={"setup": setup, "ledger": ledger},
             # While the engine works on one unit, the next is in its queue and the last one is
             # written: an engine that is shared never waits.
             compute=ray.data.ActorPoolStrategy(
-                size=teacher.replicas,
+                min_size=resources.min_replicas,
+                max_size=resources.max_replicas,
                 max_tasks_in_flight_per_actor=4,
                 max_concurrent_calls_per_actor=3,
                 enable_true_multi_threading=True,
             ),
             num_cpus=resources.actor_cpus,
             num_gpus=resources.actor_gpus or None,
+            ray_remote_args_fn=groups.remote_args if resources.bundles else None,
             runtime_env={"env_vars": environment if resources.actor_threads else {}},
             max_restarts=run.max_restarts,
             max_task_retries=run.max_task_retries,
@@ -225,6 +236,15 @@ def _finish_piece(
         write_part(label_set.store, setup.run, result.roster_part())
 
 
+def _cut_into_units(requests: pa.Table, setup: RunSetup) -> Iterator[pa.Table]:
+    """Units of about equally many tokens, one a row."""
+    generation = setup.config.generate
+    generated_tokens = 0 if generation is None else generation.max_tokens
+    yield UNIT_SCHEMA.empty_table()
+    for unit in cut_units(requests, setup.config.run.unit_tokens, generated_tokens):
+        yield wrapped(unit)
+
+
 # What runs in the teacher actors
 
 _DONE_SCHEMA = pa.schema(
@@ -251,9 +271,9 @@ class _TeacherActor:
             gates = Gates(label_set, config.gates, reference)
         self._units = UnitLabeller(label_set, teacher, setup.salt, gates)
 
-    def __call__(self, requests: pa.Table) -> pa.Table:
-        if not requests.num_rows:
-            return _DONE_SCHEMA.empty_table()
-        done: UnitDone = self._units.label(from_table(requests))
-        self._ledger.unit_done.remote(done)
-        return pa.Table.from_pylist([asdict(done)], schema=_DONE_SCHEMA)
+    def __call__(self, units: pa.Table) -> pa.Table:
+        all_done: list[UnitDone] = []
+        for requests in unwrapped(units):
+            all_done.append(self._units.label(from_table(requests)))
+            self._ledger.unit_done.remote(all_done[-1])
+        return pa.Table.from_pylist([asdict(done) for done in all_done], schema=_DONE_SCHEMA)

@@ -44,6 +44,7 @@ _NOT_OPTIONS = {
     "dtype": "use teacher.dtype",
     "max_model_len": "use teacher.max_model_len",
     "tensor_parallel_size": "use teacher.tensor_parallel_size",
+    "pipeline_parallel_size": "use teacher.pipeline_parallel_size",
     "skip_tokenizer_init": "rows arrive as token ids",
     "worker_extension_cls": "the label head is one",
     "logprobs_mode": "labels are of the raw distribution",
@@ -286,6 +287,7 @@ def _engine_options(config: TeacherConfig, context: int) -> dict[str, Any]:
             raise TeacherError(f"teacher.engine.{name} cannot be set: {_NOT_OPTIONS[name]}")
     return {
         **_machine_options(),
+        **_executor_options(),
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
         **config.engine,
@@ -294,6 +296,7 @@ def _engine_options(config: TeacherConfig, context: int) -> dict[str, Any]:
         "dtype": resolve_dtype(config),
         "max_model_len": context,
         "tensor_parallel_size": config.tensor_parallel_size,
+        "pipeline_parallel_size": config.pipeline_parallel_size,
         "hf_overrides": _overrides(config),
         "worker_extension_cls": "labeler.teachers.vllm_label_head.LabelHeadExtension",
     }
@@ -305,6 +308,15 @@ def _machine_options() -> dict[str, Any]:
     if torch.cuda.is_available():
         return {}
     return {"enforce_eager": True, "kv_cache_memory_bytes": _CPU_KV_CACHE_BYTES}
+
+
+def _executor_options() -> dict[str, Any]:
+    """Where the replica is spread over nodes, the engine's workers are Ray's, in its group."""
+    import ray
+
+    if ray.is_initialized() and ray.util.get_current_placement_group() is not None:
+        return {"distributed_executor_backend": "ray"}
+    return {}
 
 
 def _overrides(config: TeacherConfig) -> dict[str, Any]:

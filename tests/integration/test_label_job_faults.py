@@ -14,12 +14,12 @@ import numpy as np
 import psutil
 import pytest
 
-from labeler.cluster_session import Resources
 from labeler.config import GatesConfig, LabelConfig
 from labeler.job import open_label_set, run_label_job
 from labeler.pieces import FrozenKeys, PieceReader, PieceResult
 from labeler.pipeline import RunSetup, run_pipeline
 from labeler.progress import Progress
+from labeler.resources import Resources
 from labeler.sources import list_corpus
 from labeler.text_rows import TextRows
 from schemas.label_set import LabelSet
