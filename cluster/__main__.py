@@ -31,6 +31,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", nargs="*", metavar="key.sub=value", help="values that replace the file's"
         )
+        if name == "label":
+            _add_plan(command)
         _add_json(command)
     text = "look after label sets"
     labels = commands.add_parser("labels", help=text, description=text.capitalize() + ".")
@@ -56,6 +58,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--plan", action="store_true", help="only say what it would take: tokens, bytes, hours"
+    )
+    command.add_argument(
+        "--price-per-hour", type=float, metavar="X", help="of one replica, for the plan's cost"
+    )
+
+
 def _add_json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", metavar="PATH", help="also write the summary there as JSON")
 
@@ -75,6 +86,12 @@ def _label(args: argparse.Namespace) -> int:
     from schemas.config import load_toml
 
     config = load_toml(args.config, LabelConfig, args.overrides)
+    if args.plan:
+        from labeler.plan_job import plan_label_job
+
+        plan = plan_label_job(config, price_per_hour=args.price_per_hour)
+        _write_json(args.json, plan.model_dump_json(indent=2))
+        return 0
     summary = run_label_job(config)
     _write_json(args.json, summary.model_dump_json(indent=2))
     return 0

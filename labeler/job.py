@@ -57,7 +57,7 @@ def run_label_job(config: LabelConfig, progress: bool = True) -> LabelSummary:
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
     with ray_session(config.run):
         resources = plan_resources(config, *cluster_size())
-        run_pipeline(pieces, RunSetup(run, _everywhere(config)), frozen, resources, shown)
+        run_pipeline(pieces, RunSetup(run, everywhere(config)), frozen, resources, shown)
     accounts = close_roster(label_set, run, frozen.committed)
     accounts.check()
     if config.view:
@@ -92,6 +92,16 @@ def open_label_set(config: LabelConfig) -> LabelSet:
         TeacherError, VocabularyError: The teacher cannot be used.
         StoreError: A label set of another spec is there.
     """
+    return LabelSet.create_or_open(config.labels, *wanted_label_set(config))
+
+
+def wanted_label_set(config: LabelConfig) -> tuple[LabelSetSpec, dict[str, int]]:
+    """The spec of a run's labels and its tokenizer's vocabulary; writes nothing.
+
+    Raises:
+        ConfigError: Text and teacher do not fit together.
+        TeacherError, VocabularyError: The teacher cannot be used.
+    """
     from labeler.identity import context_tokens, load_tokenizer, teacher_identity
     from labeler.text_rows import TextRows, text_spec
     from labeler.vocabulary import vocabulary
@@ -111,10 +121,10 @@ def open_label_set(config: LabelConfig) -> LabelSet:
     spec = LabelSetSpec(
         record=config.record, teacher=identity, text=text, generation=config.generate
     )
-    return LabelSet.create_or_open(config.labels, spec, vocabulary(tokenizer))
+    return spec, vocabulary(tokenizer)
 
 
-def _everywhere(config: LabelConfig) -> LabelConfig:
+def everywhere(config: LabelConfig) -> LabelConfig:
     """The same configuration with paths that do not depend on a process's working directory."""
     teacher = config.teacher_with_context()
     update = {"model": _absolute_folder(teacher.model)}
