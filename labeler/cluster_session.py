@@ -104,6 +104,9 @@ def quiet_ray_data(block_bytes: int, waiting_bytes: int) -> Iterator[None]:
     }
     context = ray.data.DataContext.get_current()
     before = {name: getattr(context, name) for name in settings}
+    # One of them asks for the options of actors that are never started, and so for a placement
+    # group (ray.data's high memory detector); what all of them have to say is advice.
+    detectors = context.issue_detectors_config.detectors
     options = context.execution_options
     limits = options.resource_limits
     logger = logging.getLogger("ray.data")
@@ -111,6 +114,7 @@ def quiet_ray_data(block_bytes: int, waiting_bytes: int) -> Iterator[None]:
     try:
         for name, value in settings.items():
             setattr(context, name, value)
+        context.issue_detectors_config.detectors = []
         options.resource_limits = limits.copy(object_store_memory=waiting_bytes)
         for handler in handlers:  # its file in the session's folder stays
             if not hasattr(handler, "baseFilename") and "File" not in type(handler).__name__:
@@ -122,6 +126,7 @@ def quiet_ray_data(block_bytes: int, waiting_bytes: int) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(context, name, value)
+        context.issue_detectors_config.detectors = detectors
         options.resource_limits = limits
         logger.handlers[:] = handlers
 

@@ -83,9 +83,12 @@ def run_pipeline(
         TutelageError: Whatever ended the job, in one line; what is committed stays.
     """
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # Not restarted: a ledger that forgot its claims would let rows be labelled twice.
-    ledger = ray.remote(num_cpus=0, max_restarts=0)(Ledger).remote(
+    # Not restarted: a ledger that forgot its claims would let rows be labelled twice. So it is on
+    # the driver's own node, without which there is no job, and not on one that may be taken away.
+    here = NodeAffinitySchedulingStrategy(this_node(), soft=False)
+    ledger = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=here)(Ledger).remote(
         sum(piece.size_bytes for piece in pieces)
     )
     config = setup.config

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from labeler.attempts import Attempts, Deaths, remove_attempts
-from labeler.requests import Request, label_request
+from labeler.requests import Request, key_of_unit, label_request
 from labeler.survivor import Survivor
 from labeler.teachers.base import RowFailure, RowLabels
 from labeler.windows import all_but_first
-from schemas.errors import TeacherError
+from schemas.errors import TeacherError, TeacherGoneError
 from schemas.spec import GenerationSpec
 from schemas.storage import Store
 
@@ -177,3 +177,18 @@ def test_processes_that_die_are_survived(tmp_path: Path) -> None:
         deaths += 1
     assert json.loads(done.stdout) == [[0, 1, 3], [2]]
     assert deaths == 5  # the four rows twice, a half once, the row alone twice
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_server_that_is_gone_is_held_against_no_row(tmp_path: Path, shared: bool) -> None:
+    class Gone(FragileTeacher):
+        shareable = shared
+
+        def label(self, *_: object) -> list[RowLabels | RowFailure]:
+            raise TeacherGoneError("no answer")
+
+    attempts = Attempts(Store(str(tmp_path)), "run")
+    for _ in range(3):
+        with pytest.raises(TeacherGoneError, match="no answer"):
+            Survivor(Gone, attempts, None).label(requests([20, 21]))
+    assert attempts.deaths(key_of_unit(requests([20, 21]))) == Deaths()
