@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from labeler.teachers import vllm_label_head
+from labeler.teachers import label_step, vllm_label_head
 from labeler.teachers.vllm_teacher import VllmTeacher
 
 
@@ -24,14 +24,13 @@ def profile_us(
     if not teacher.provenance()["in_process"]:
         return {}
     spent: dict[str, float] = defaultdict(float)
-    head = vllm_label_head
     places: list[tuple[Any, str, str]] = [
         (teacher._llm.llm_engine, "step", "step"),
-        (head._LabelHead, "_label", "head"),
-        (head, "label_logits", "arithmetic"),
-        (head, "audit_logits", "audits"),
-        (head, "pack", "carry"),
-        (head, "deal", "carry"),
+        (vllm_label_head, "label_step", "head"),
+        (label_step, "label_logits", "arithmetic"),
+        (label_step, "audits_of", "audits"),
+        (label_step, "pack", "carry"),
+        (label_step, "deal", "carry"),
     ]
     started = time.perf_counter()
     with _timed(places, spent):

@@ -28,6 +28,7 @@ class LabelSummary(StrictModel):
         reasons: Rows in quarantine by reason.
         reduced: What the label set holds more of than was asked for, ``field: there / wanted``;
             the view promises what was asked for, which readers make of what is stored.
+        announcements: What teachers of these units had to say of their labels.
     """
 
     teacher_backend: str
@@ -48,6 +49,7 @@ class LabelSummary(StrictModel):
     fingerprint: str
     reasons: dict[str, int]
     reduced: str = ""
+    announcements: tuple[str, ...] = ()
 
 
 def summarise(
@@ -69,8 +71,14 @@ def summarise(
         labels_url=label_set.url,
         view=view,
         fingerprint=label_set.fingerprint,
+        announcements=_announcements(units),
         **accounts.model_dump(),
     )
+
+
+def _announcements(units: list[Manifest]) -> tuple[str, ...]:
+    found = {str(unit.provenance.get("announcement", "")) for unit in units}
+    return tuple(sorted(found - {""}))
 
 
 def _units_of(label_set: LabelSet, rows: SortedKeys) -> list[Manifest]:

@@ -149,6 +149,12 @@ class TeacherConfig(StrictModel):
     pipeline_parallel_size: int = Field(
         default=1, ge=1, description="groups of GPUs that share the layers of one replica"
     )
+    label_path: Literal["auto", "head", "flat"] = Field(
+        default="auto",
+        description="backend vllm: head: the label head in the engine's workers; flat: vLLM's own "
+        "log-probabilities, slower and only for topk without entropy and temperatures; auto: the "
+        "head, or flat where the head does not fit this vLLM and the record can be had so",
+    )
     engine: dict[str, Any] = Field(
         default_factory=dict, description="options passed to the engine as they are"
     )

@@ -75,6 +75,8 @@ def run_label_job(config: LabelConfig, progress: bool = True) -> LabelSummary:
             f"{summary.labels:,} new labels; {summary.ids_per_label:.1f} ids and "
             f"{summary.bytes_per_label:.1f} bytes a label on disk"
         )
+    for announcement in summary.announcements:
+        shown.say(f"note: {announcement}")
     return summary.model_copy(update={"reduced": reduced})
 
 

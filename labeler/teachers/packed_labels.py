@@ -30,13 +30,15 @@ class Packed(NamedTuple):
     ranks: torch.Tensor
 
 
-def empty_packed(count: int, record: RecordSpec, vocab_size: int) -> Packed:
-    """Memory on the host for the labels of ``count`` positions."""
+def empty_packed(
+    count: int, record: RecordSpec, vocab_size: int, device: torch.device | None = None
+) -> Packed:
+    """Memory for the labels of ``count`` positions, on the host or a device."""
     width = record.most_entries(vocab_size)
     return Packed(
-        torch.empty(count, _num_integers(record, width), dtype=torch.int32),
-        torch.empty(count, width + _num_extra(record)),
-        torch.empty(count, dtype=torch.int32),
+        torch.empty(count, _num_integers(record, width), dtype=torch.int32, device=device),
+        torch.empty(count, width + _num_extra(record), device=device),
+        torch.empty(count, dtype=torch.int32, device=device),
     )
 
 

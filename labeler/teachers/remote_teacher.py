@@ -27,7 +27,8 @@ from labeler.teachers.base import (
     refuse_request,
     usable_or_failure,
 )
-from labeler.teachers.remote_answers import TAIL_RESOLUTION, row_labels
+from labeler.teachers.candidates import LIMITS, beyond_candidates
+from labeler.teachers.remote_answers import row_labels
 from labeler.teachers.remote_server import MAX_INTERNAL_ERRORS, Refusal, RemoteServer
 from schemas.errors import TeacherError, TeacherGoneError
 from schemas.spec import GenerationSpec, RecordSpec
@@ -245,14 +246,13 @@ class RemoteTeacher:
         port = "" if parts.port is None else f":{parts.port}"
         return {
             "backend": "remote",
+            "model": self._config.model,
             "url": f"{parts.scheme}://{parts.hostname}{port}{parts.path}",
             "served_model": self._model,
             **self._facts,
             "weights": f"declared, not measured: {declared}",
             "dtype": f"declared, not measured: {self._config.dtype}",
-            "tail_logmass": f"1 - (sum of the head), to about {TAIL_RESOLUTION:.0e}",
-            "target_rank": "beyond the head, ties are counted in",
-            "audit": "none, because no server tells the full distribution",
+            **LIMITS,
         }
 
     def close(self) -> None:
@@ -284,12 +284,11 @@ def _first(errors: BaseExceptionGroup) -> BaseException:
 
 
 def _check_served(config: TeacherConfig, record: RecordSpec) -> None:
-    asked = [name for name in ("entropy", "temperatures") if getattr(record, name)]
-    if record.kind != "topk" or asked:
+    beyond = beyond_candidates(record)
+    if beyond:
         raise TeacherError(
             f"a server tells the most probable ids only, so {config.url} serves records of kind "
-            f'topk without entropy and temperatures; the label set has kind "{record.kind}"'
-            + "".join(f", {name}" for name in asked)
+            f"topk without entropy and temperatures; the label set has {beyond}"
         )
     known = ("hf_overrides", "rope_scaling", "rope_theta", "quantization", "trust_remote_code")
     other = sorted(config.engine.keys() - set(known))

@@ -17,37 +17,38 @@ class RowInProgress:
 
     Attributes:
         targets: int64 [N], target indices, rising.
-        target_ids: int64 [N], the tokens that stand there.
+        target_ids: int64 [N], the tokens that stand there; None where the engine has them.
         uniforms: float64 [N, numbers of a position], of the draws; None where there are none.
         is_audited: bool [N].
         packed: of N positions and their audits.
     """
 
     targets: np.ndarray
-    target_ids: np.ndarray
+    target_ids: np.ndarray | None
     uniforms: np.ndarray | None
     is_audited: np.ndarray
     packed: Packed
 
     @staticmethod
     def of(
-        token_ids: np.ndarray,
+        token_ids: np.ndarray | None,
         targets: np.ndarray,
         row_key: bytes,
         audit_rate: float,
         record: RecordSpec,
         vocab_size: int,
+        device: torch.device | None = None,
     ) -> "RowInProgress":
-        """A row of which nothing is labelled yet."""
+        """A row of which nothing is labelled yet; its labels will be on the device, unset: host."""
         audited = audited_labels(row_key, len(targets), audit_rate)
         is_audited = np.zeros(len(targets), bool)
         is_audited[audited] = True
         return RowInProgress(
             targets=targets,
-            target_ids=token_ids[targets],
+            target_ids=None if token_ids is None else token_ids[targets],
             uniforms=row_uniforms(record, row_key, targets),
             is_audited=is_audited,
-            packed=empty_packed(len(targets) + len(audited), record, vocab_size),
+            packed=empty_packed(len(targets) + len(audited), record, vocab_size, device),
         )
 
 

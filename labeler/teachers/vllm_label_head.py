@@ -1,4 +1,4 @@
-"""The label head inside vLLM's workers. The one file that knows vLLM's internals.
+"""The label head inside vLLM's workers: with its sibling for V2, what knows vLLM's internals.
 
 vLLM's own prompt log-probabilities cost a Python object for every candidate and a [tokens,
 vocabulary] tensor for every request. Here, the step of the model runner that computes them is
@@ -17,8 +17,10 @@ replaced, in each worker, by one that computes the whole label record from the h
 A request without ``extra_args`` of ours goes through vLLM's own step, also in the same batch.
 
 Written against vLLM 0.32 and its V1 model runner. CPU runs were tested; the same runner serves
-GPUs. Every name used is checked by ``install`` and ``keep_arrays``, so that another vLLM is an
-error at the start and not a wrong label. Can go when vLLM offers a hook for prompt hidden states.
+GPUs. ``vllm_label_head_v2`` is the same for the V2 model runner. Every name used is checked by
+``install`` and ``keep_arrays``, so that another vLLM is an error at the start, or falls back to
+vLLM's own path (``vllm_flat_path``), and not a wrong label. Can go when vLLM offers a hook for
+prompt hidden states.
 
 Alignment: the hidden state at position t - 1 gives the distribution over the token at t.
 """
@@ -31,27 +33,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from labeler.audit_logits import audit_logits
 from labeler.audits import audited_labels
-from labeler.label_head import PositionLabels, label_logits
 from labeler.slice_workers import SliceWorkers
 from labeler.teachers.base import RowLabels, span_targets
-from labeler.teachers.packed_labels import Packed, pack, unpack
-from labeler.teachers.rows_in_progress import RowInProgress, Share, deal, deal_audits, joined
+from labeler.teachers.label_step import label_step
+from labeler.teachers.packed_labels import Packed, unpack
+from labeler.teachers.rows_in_progress import RowInProgress, Share, joined
+from labeler.teachers.vocabulary_shards import shards_of
 from schemas.errors import TeacherError
 from schemas.spec import RecordSpec
 
 EXTENSION = f"{__name__}.LabelHeadExtension"
 TESTED_VERSIONS = ("0.32.",)
 
-_SPANS = "tutelage_label_spans"
-_ROW_KEY = "tutelage_row_key"
-_AUDIT_RATE = "tutelage_audit_rate"
-
-# Logits that exist at once: enough rows that the product with the head is efficient, whatever the
-# vocabulary, and few enough that they stay in the cache of a CPU where the vocabulary is small.
-_MIN_ROWS = 256
-_LOGIT_ELEMENTS = 2**21
+SPANS = "tutelage_label_spans"
+ROW_KEY = "tutelage_row_key"
+AUDIT_RATE = "tutelage_audit_rate"
 
 _RUNNER_PARTS = (
     "num_prompt_logprobs",
@@ -84,9 +81,9 @@ def label_params(label_spans: np.ndarray, row_key: np.ndarray, audit_rate: float
         prompt_logprobs=1,  # Makes the runner call the step that is replaced.
         skip_reading_prefix_cache=True,  # Cached positions have no hidden states.
         extra_args={
-            _SPANS: [int(bound) for bound in label_spans],
-            _ROW_KEY: row_key.tobytes().hex(),
-            _AUDIT_RATE: audit_rate,
+            SPANS: [int(bound) for bound in label_spans],
+            ROW_KEY: row_key.tobytes().hex(),
+            AUDIT_RATE: audit_rate,
         },
     )
 
@@ -135,6 +132,10 @@ class LabelHeadExtension:
         """
         runner = self.model_runner
         record = RecordSpec.model_validate_json(record_json)
+        if hasattr(runner, "prompt_logprobs_worker"):
+            from labeler.teachers.vllm_label_head_v2 import install_into
+
+            return f"{type(runner).__name__} (V2)", install_into(runner, record)
         complaint = _complaint(runner)
         installed = getattr(getattr(runner, "_get_prompt_logprobs_dict", None), "__self__", None)
         if isinstance(installed, _LabelHead):
@@ -204,6 +205,7 @@ class _LabelHead:
         self.record = record
         self._workers = SliceWorkers(runner.device)
         self._vocab_size = runner.model_config.get_vocab_size()
+        self._shards = shards_of(runner.model)
         self._stock_step: Callable[..., dict[str, Any]] = runner._get_prompt_logprobs_dict
 
     def step(
@@ -237,14 +239,25 @@ class _LabelHead:
             if end >= len(self._runner.requests[name].prompt_token_ids):
                 complete.append(name)
         if shares:
-            self._label(hidden_states, np.concatenate(hidden_rows), shares)
+            targets = torch.from_numpy(joined(shares, "target_ids")).to(hidden_states.device)
+            label_step(
+                self._runner.model.compute_logits,
+                self._shards,
+                hidden_states,
+                np.concatenate(hidden_rows),
+                targets,
+                shares,
+                self.record,
+                self._vocab_size,
+                self._workers,
+            )
         for name in complete:
             finished[name] = self._finish(name)
         return finished
 
     def _spans(self, name: str) -> list[int] | None:
         params = self._runner.requests[name].sampling_params
-        spans: list[int] | None = (params.extra_args or {}).get(_SPANS)
+        spans: list[int] | None = (params.extra_args or {}).get(SPANS)
         return spans
 
     def _stock(
@@ -277,9 +290,9 @@ class _LabelHead:
     def _new_row(self, token_ids: np.ndarray, arguments: dict[str, Any]) -> RowInProgress:
         return RowInProgress.of(
             token_ids,
-            span_targets(np.asarray(arguments[_SPANS])),
-            bytes.fromhex(arguments[_ROW_KEY]),
-            arguments[_AUDIT_RATE],
+            span_targets(np.asarray(arguments[SPANS])),
+            bytes.fromhex(arguments[ROW_KEY]),
+            arguments[AUDIT_RATE],
             self.record,
             self._vocab_size,
         )
@@ -288,47 +301,6 @@ class _LabelHead:
         offset = self._runner.query_start_loc.np[self._runner.input_batch.req_id_to_index[name]]
         rows: np.ndarray = share.row.targets[share.first : share.last] - 1 - start + offset
         return rows
-
-    def _label(
-        self, hidden_states: torch.Tensor, hidden_rows: np.ndarray, shares: list[Share]
-    ) -> None:
-        """Labels the given rows of the hidden states and deals the results to the requests."""
-        device = hidden_states.device
-        rows = torch.from_numpy(hidden_rows).to(device)
-        targets = torch.from_numpy(joined(shares, "target_ids")).to(device)
-        uniforms = joined(shares, "uniforms") if self.record.has_draws else None
-        audited = joined(shares, "is_audited")
-        step = max(_MIN_ROWS, _LOGIT_ELEMENTS // self._vocab_size)
-        packed, audits = [], []
-        for first in range(0, len(rows), step):
-            part = slice(first, first + step)
-            logits = self._runner.model.compute_logits(hidden_states[rows[part]])
-            if logits is None:
-                continue  # One worker of a tensor-parallel group may get them all.
-            numbers = None if uniforms is None else uniforms[part]
-            labels = label_logits(logits, targets[part], self.record, numbers, self._workers)
-            packed.append(pack(labels))
-            at = torch.from_numpy(np.flatnonzero(audited[part])).to(device)
-            if len(at):
-                audits += self._audits(logits, labels, at)
-        if packed:
-            deal(Packed(*(torch.cat(part).cpu() for part in zip(*packed, strict=True))), shares)
-        if audits:
-            deal_audits(torch.cat(audits).cpu(), shares)
-
-    def _audits(
-        self, logits: torch.Tensor, labels: PositionLabels, at: torch.Tensor
-    ) -> list[torch.Tensor]:
-        """Audits of the given rows of logits, in order; see ``audit_logits``."""
-
-        def audit(part: slice, _: object) -> torch.Tensor:
-            rows = at[part]
-            return audit_logits(logits[rows], labels.entry_ids[rows], labels.head_len[rows])
-
-        step = -(-len(at) // self._workers.count)
-        return self._workers.each(
-            audit, [slice(first, first + step) for first in range(0, len(at), step)]
-        )
 
     def _finish(self, name: str) -> Any:
         from vllm.v1.outputs import LogprobsTensors
@@ -377,6 +349,6 @@ def keep_arrays(engine: Any, request_id: str) -> None:
 def _other_vllm(found: str) -> TeacherError:
     return TeacherError(
         f"this vLLM does not fit the label head: {found}; it was written against vLLM "
-        f"{', '.join(TESTED_VERSIONS)}*: install that, set VLLM_USE_V2_MODEL_RUNNER=0, or use "
+        f"{', '.join(TESTED_VERSIONS)}*: install that, or use "
         'teacher.backend = "transformers"'
     )

@@ -31,7 +31,9 @@ from labeler.teachers.base import (
     span_targets,
     usable_or_failure,
 )
+from labeler.teachers.candidates import LIMITS, beyond_candidates
 from labeler.teachers.engine_thread import EngineRequest, EngineThread
+from labeler.teachers.vllm_flat_path import flat_params, flat_row_labels
 from schemas.errors import TeacherError
 from schemas.spec import GenerationSpec, RecordSpec
 
@@ -75,7 +77,8 @@ class VllmTeacher:
         self._vocab_size = model_vocab_size(model_config)
         self._context = context_tokens(config)
         self._eos_ids = eos_ids(config)
-        self._options = _engine_options(config, self._context)
+        self._options = _engine_options(config, self._context, record)
+        self._flat_because = ""
         self._llm: Any = None
         self._runners: list[str] = []
         self._in_process = False
@@ -95,8 +98,6 @@ class VllmTeacher:
                 f"teacher.backend is vllm, but it cannot be imported ({error}); install "
                 'tutelage[gpu] or tutelage[cpu], or use teacher.backend = "transformers"'
             ) from error
-        from labeler.teachers import vllm_label_head
-
         self._in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
         if self._in_process and VllmTeacher._engine_is_here:
             raise TeacherError(
@@ -108,8 +109,43 @@ class VllmTeacher:
         except Exception as error:
             raise TeacherError(f"vLLM does not start with {self._config.model}: {error}") from error
         VllmTeacher._engine_is_here |= self._in_process
-        self._runners = vllm_label_head.install(self._llm, self._record)
+        self._install_path()
         self._engine.engine = self._llm.llm_engine
+
+    def _install_path(self) -> None:
+        """Puts the label head into the workers, or falls back to vLLM's own path.
+
+        Raises:
+            TeacherError: The head does not fit, and the record cannot be had without it.
+        """
+        from labeler.teachers import vllm_label_head
+
+        beyond = beyond_candidates(self._record)
+        if self._config.label_path == "flat":
+            if beyond:
+                raise TeacherError(
+                    'teacher.label_path = "flat" serves records of kind topk without entropy and '
+                    f"temperatures; the label set has {beyond}"
+                )
+            self._flat_because = 'teacher.label_path = "flat"'
+            self._check_candidates()
+            return
+        try:
+            self._runners = vllm_label_head.install(self._llm, self._record)
+            self._flat_because = ""
+        except TeacherError as error:
+            if self._config.label_path == "head" or beyond:
+                raise
+            self._flat_because = str(error)
+            self._check_candidates()
+
+    def _check_candidates(self) -> None:
+        allowed = self._options.get("max_logprobs", _STOCK_CANDIDATES)
+        if 0 <= allowed < self._record.k:
+            raise TeacherError(
+                f"vLLM's own path tells {allowed} candidates (teacher.engine.max_logprobs), the "
+                f"label set has record.k = {self._record.k}; raise it ({self._flat_because})"
+            )
 
     def _on_engine_thread(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
         """Runs a function that has the engine for itself."""
@@ -131,29 +167,38 @@ class VllmTeacher:
             zip(token_ids, label_spans, row_keys, strict=True)
         ):
             refused = refuse_request(tokens, spans, self._vocab_size, self._context)
-            if refused is None:
+            if refused is not None:
+                results[row] = refused
+            elif self._flat_because:
+                requests[row] = engine_request(tokens, flat_params(self._record, self._vocab_size))
+            else:
                 params = vllm_label_head.label_params(spans, key, audit_rate)
                 requests[row] = engine_request(tokens, params, vllm_label_head.keep_arrays)
-            else:
-                results[row] = refused
         outputs = self._engine.outputs(list(requests.values()))
         for row, output in zip(requests, outputs, strict=True):
             if isinstance(output, RowFailure):
                 results[row] = output
                 continue
-            num_labels = int((label_spans[row][1::2] - label_spans[row][::2]).sum())
-            labels = vllm_label_head.row_labels(
-                output, self._record, num_labels, row_keys[row], audit_rate
-            )
+            if self._flat_because:
+                labels = flat_row_labels(
+                    output, token_ids[row], label_spans[row], self._record, self._vocab_size
+                )
+            else:
+                num_labels = int((label_spans[row][1::2] - label_spans[row][::2]).sum())
+                labels = vllm_label_head.row_labels(
+                    output, self._record, num_labels, row_keys[row], audit_rate
+                )
             results[row] = usable_or_failure(labels)
         return [results[row] for row in range(len(token_ids))]
 
     def use_record(self, record: RecordSpec) -> None:
         """Labels by another record from now on; engines are slow to start."""
-        from labeler.teachers import vllm_label_head
-
-        self._on_engine_thread(vllm_label_head.install, self._llm, record)
-        self._record = record
+        before, self._record = self._record, record
+        try:
+            self._on_engine_thread(self._install_path)
+        except TeacherError:
+            self._record = before
+            raise
 
     def stock_logprobs(
         self,
@@ -240,8 +285,18 @@ class VllmTeacher:
             "torch": importlib.metadata.version("torch"),
             "model_runner": ", ".join(sorted(set(self._runners))),
             "in_process": self._in_process,
+            **self._announced(),
             "engine": {name: _plain(value) for name, value in self._options.items()},
         }
+
+    def _announced(self) -> dict[str, object]:
+        """What the labels lack where they are vLLM's own."""
+        if not self._flat_because:
+            return {"label_path": "head"}
+        announcement = (
+            f"labels are vLLM's own log-probabilities, without audits: {self._flat_because}"
+        )
+        return {"label_path": "flat", "announcement": announcement, **LIMITS}
 
     def close(self) -> None:
         """See ``Teacher.close``."""
@@ -281,13 +336,14 @@ def _prepare_environment() -> None:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
-def _engine_options(config: TeacherConfig, context: int) -> dict[str, Any]:
+def _engine_options(config: TeacherConfig, context: int, record: RecordSpec) -> dict[str, Any]:
     for name in config.engine:
         if name in _NOT_OPTIONS:
             raise TeacherError(f"teacher.engine.{name} cannot be set: {_NOT_OPTIONS[name]}")
     return {
         **_machine_options(),
         **_executor_options(),
+        **_candidate_options(record),
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
         **config.engine,
@@ -317,6 +373,12 @@ def _executor_options() -> dict[str, Any]:
     if ray.is_initialized() and ray.util.get_current_placement_group() is not None:
         return {"distributed_executor_backend": "ray"}
     return {}
+
+
+def _candidate_options(record: RecordSpec) -> dict[str, Any]:
+    """Lets vLLM's own path tell as many candidates as the record wants."""
+    beyond = beyond_candidates(record)
+    return {} if beyond or record.k <= _STOCK_CANDIDATES else {"max_logprobs": record.k}
 
 
 def _overrides(config: TeacherConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -31,6 +32,8 @@ from schemas.errors import TeacherError
 from schemas.keys import content_key, row_key, stack_keys
 from schemas.record import validate
 from schemas.spec import GenerationSpec, RecordSpec
+
+FLAT = RecordSpec(kind="topk", k=RECORD.k, entropy=False)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +94,33 @@ def test_vllm_agrees_with_its_own_path(vllm: VllmTeacher) -> None:
     # Logits are not the same to the bit in another batch, so that neighbours may change places.
     assert np.abs(rank_differences).max() <= 1
     assert np.mean(np.array(rank_differences) != 0) < 0.02
+
+
+def test_the_flat_path_gives_the_labels_of_the_head(
+    vllm: VllmTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, spans = make_rows()
+    with serving(vllm, FLAT):
+        by_head = label(vllm, tokens, spans)
+        assert vllm.provenance()["label_path"] == "head"
+        with monkeypatch.context() as patch:
+            refuse = Mock(side_effect=TeacherError("another vLLM"))
+            patch.setattr(vllm_label_head, "install", refuse)
+            vllm.use_record(FLAT)
+            flat = label(vllm, tokens, spans)
+            assert vllm.provenance()["label_path"] == "flat"
+            assert "another vLLM" in str(vllm.provenance()["announcement"])
+            with pytest.raises(TeacherError, match="another vLLM"):
+                vllm.use_record(RecordSpec())  # which only the head can give
+        vllm.use_record(FLAT)
+        assert vllm.provenance()["label_path"] == "head"
+    for one, other in zip(map(labelled, by_head), map(labelled, flat), strict=True):
+        for name in ("entry_logprobs", "target_logprob", "tail_logmass"):
+            np.testing.assert_allclose(
+                getattr(one, name), getattr(other, name), rtol=0, atol=1e-4, err_msg=name
+            )
+        assert (one.entry_ids != other.entry_ids).mean() < 0.01
+        assert (one.target_rank != other.target_rank).mean() < 0.02
 
 
 @pytest.mark.parametrize("name", ["vllm", "reference"])
