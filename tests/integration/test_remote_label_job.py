@@ -8,16 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scripted_server import server as scripted_server
 from teacher_requests import config as teacher_config
 from teacher_requests import label, labelled, make_rows
 
 from labeler.config import LabelConfig, TeacherConfig
-from labeler.job import run_label_job
 from labeler.teachers.base import RowFailure
 from labeler.teachers.remote_teacher import RemoteTeacher
 from labeler.teachers.transformers_teacher import TransformersTeacher
-from schemas.errors import TeacherError, TeacherGoneError
+from schemas.errors import TeacherError
 from schemas.label_set import LabelSet
 from schemas.spec import GenerationSpec, RecordSpec
 
@@ -100,7 +98,7 @@ def job(folder: Path, teacher: dict[str, Any], k: int, parity_rows: int) -> Labe
             "teacher": teacher,
             "record": {"kind": "topk", "k": k, "entropy": False},
             "gates": {"parity_rows": parity_rows},
-            "run": {"unit_rows": 4},
+            "run": {"unit_rows": 2},
         }
     )
 
@@ -126,24 +124,3 @@ def test_a_job_by_a_server_passes_the_parity_gate(
         assert "declared, not measured" in manifest.provenance["weights"]
         assert manifest.provenance["served_model"] == "tiny"
     assert "a key of these tests" not in labels.store.read_bytes("label_set.json").decode()
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_a_server_that_dies_ends_the_job_which_goes_on_later(
-    tmp_path: Path, tiny_model_dir: Path
-) -> None:
-    remote = {"patience_s": 0.3, "requests_in_flight": 1}
-    with scripted_server() as running:
-        running.lifetime = 14  # questions, then it is deaf
-        url = f"http://127.0.0.1:{running.server_address[1]}"
-        table = teacher_table(url, tiny_model_dir, weights_digest="abc", remote=remote)
-        with pytest.raises(TeacherGoneError, match="what is committed stays"):
-            run_label_job(job(tmp_path, table, 2, parity_rows=0), progress=False)
-        committed = len(LabelSet.open(str(tmp_path / "labels")).committed_keys())
-        assert 0 < committed < 24
-        running.lifetime = 10**9
-        summary = run_label_job(job(tmp_path, table, 2, parity_rows=0), progress=False)
-    assert (summary.rows_reused, summary.rows_labelled) == (committed, 24 - committed)
-    assert summary.rows_quarantined == 0
-    spec = LabelSet.open(str(tmp_path / "labels")).spec
-    assert spec.teacher.weights_digest == "declared:abc"
