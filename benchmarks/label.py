@@ -30,6 +30,7 @@ from typing import Any
 
 from benchmarks.label_cases import MODELS, records
 from benchmarks.label_host import host_us_per_label
+from labeler.cpu_environment import cpu_environment
 
 HOST_REPEATS = 5
 
@@ -73,7 +74,7 @@ def _measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
         command += ["--out", folder]
         for name, value in sizes.items():
             command += [f"--{name}", str(value)]
-        subprocess.run(command, check=True, env=os.environ)
+        subprocess.run(command, check=True, env={**os.environ, **cpu_environment()})
         out = Path(folder)
         figures: dict[str, Any] = json.loads((out / f"{model}.json").read_text(encoding="utf-8"))
         with open(out / f"{model}.pickle", "rb") as file:

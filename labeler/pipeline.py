@@ -19,6 +19,7 @@ import pyarrow as pa
 from labeler.attempts import Attempts, remove_attempts
 from labeler.cluster_session import is_lost_node, quiet_ray_data, this_node, user_error
 from labeler.config import LabelConfig, TeacherConfig
+from labeler.cpu_environment import cpu_environment
 from labeler.gates import Gates
 from labeler.identity import load_tokenizer
 from labeler.ledger import Ledger
@@ -120,7 +121,7 @@ def _dataset(
     import ray.data
 
     run = setup.config.run
-    environment = {"OMP_NUM_THREADS": str(resources.actor_threads)}
+    environment = cpu_environment(resources.actor_threads)
     return (
         ray.data.from_items(
             [{"piece": pickle.dumps(piece)} for piece in pieces], override_num_blocks=len(pieces)

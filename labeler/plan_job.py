@@ -6,6 +6,7 @@ import numpy as np
 
 from labeler.calibration import Calibration, Calibrator
 from labeler.config import LabelConfig
+from labeler.cpu_environment import cpu_environment
 from labeler.job import everywhere, wanted_label_set
 from labeler.plan import SEED, LabelPlan, make_plan, say
 from labeler.progress import Progress
@@ -84,7 +85,7 @@ def _calibrated(
     from labeler.requests import to_table
     from labeler.teachers.base import make_teacher
 
-    environment = {"OMP_NUM_THREADS": str(resources.actor_threads)}
+    environment = cpu_environment(resources.actor_threads)
     with PlacementGroups(resources) as groups:
         options: dict[str, Any] = {
             "num_cpus": resources.actor_cpus,
