@@ -27,11 +27,21 @@ def dots(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return one.mul_(other).sum(dim=-1)
 
 
-def top_ids(logits: torch.Tensor) -> torch.Tensor:
-    """The id of the largest of each row of float32 [T, V], the lowest of equals: int64 [T, 1]."""
-    if is_for_numpy(logits):
+def top_ids(logits: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """The id of the largest of each row of float32 [T, V], the lowest of equals: int64 [T, 1].
+
+    Args:
+        logits: float32 [T, V].
+        rows: int64 [n], only these; None: all.
+    """
+    if not is_for_numpy(logits):
+        chosen = logits if rows is None else logits[rows]
+        return chosen.max(dim=1, keepdim=True).indices  # documented to be the first
+    if rows is None:
         return torch.from_numpy(logits.numpy().argmax(axis=1, keepdims=True))
-    return logits.max(dim=1, keepdim=True).indices  # documented to be the first
+    matrix = logits.numpy()  # one by one, because a copy of wide rows takes longer than the search
+    found = np.fromiter((matrix[row].argmax() for row in rows.tolist()), np.int64, len(rows))
+    return torch.from_numpy(found[:, None])
 
 
 def places_of(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -184,7 +184,7 @@ class FixedPoint:
         without = is_without.nonzero().squeeze(1)
         if not len(without):
             return row, ids
-        first = top_ids(logits[without]).squeeze(1)
+        first = top_ids(logits, without).squeeze(1)
         row, order = torch.cat((row, without)).sort(stable=True)
         return row, torch.cat((ids, first))[order]
 
