@@ -25,7 +25,7 @@ from labeler.teachers.base import RowFailure, RowLabels
 from labeler.teachers.vllm_teacher import VllmTeacher, engine_request
 from schemas.spec import GenerationSpec, RecordSpec
 
-_CHUNK_ROWS, _CHUNK_ELEMENTS = 256, 2**21
+_CHUNK_ROWS, _CHUNK_ELEMENTS = 256, 2**22
 """Logits that the floor's product gives at once, as the label head has it."""
 _SLICE_ELEMENTS = 2**20
 

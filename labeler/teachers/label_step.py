@@ -15,7 +15,7 @@ from schemas.spec import RecordSpec
 # Logits that exist at once: enough rows that the product with the head is efficient, whatever the
 # vocabulary, and few enough that they stay in the cache of a CPU where the vocabulary is small.
 _MIN_ROWS = 256
-_LOGIT_ELEMENTS = 2**21
+_LOGIT_ELEMENTS = 2**22
 
 
 def label_step(
