@@ -115,6 +115,10 @@ class Trial:
         self.kill_driver()
         send(self.ranks(), signal.SIGKILL)
 
+    def is_alive(self) -> bool:
+        """Whether there is a driver, and it has not ended."""
+        return self._driver is not None and self._driver.poll() is None
+
     def said(self) -> str:
         """What the drivers printed."""
         return self._log_path().read_text()
@@ -147,8 +151,7 @@ class Trial:
         deadline = time.monotonic() + PATIENCE_S
         while not condition():
             assert time.monotonic() < deadline, f"{self.run}: {self.said()}"
-            assert self._driver is not None, self.said()
-            assert self._driver.poll() is None, self.said()
+            assert self.is_alive(), self.said()
             time.sleep(0.005)
 
 
@@ -174,11 +177,11 @@ def _kill_in_save(moment: Callable[[Trial, set[str]], bool], name: str) -> Calla
     def kill(trial: Trial) -> None:
         before = {folder.name for folder in (trial.run / "checkpoints").iterdir()}
         deadline, looked = time.monotonic() + PATIENCE_S, 0.0
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and trial.is_alive():
             if time.monotonic() - looked > 0.5:  # Ray may have replaced them
                 ranks, looked = trial.ranks(), time.monotonic()
             if not moment(trial, before):
-                time.sleep(0.0005)
+                time.sleep(0.0002)
                 continue
             send(ranks, signal.SIGSTOP)
             if moment(trial, before):

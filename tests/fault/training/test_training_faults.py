@@ -54,12 +54,14 @@ def seed() -> int:
 
 @pytest.fixture(scope="module", autouse=True)
 def _cluster() -> Iterator[None]:
-    """Room for the workers of a driver and for those of a killed one that have not ended yet."""
+    """Room for the workers of a driver and for what Ray still holds for those that were killed."""
     import ray
 
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+    # Or it starts a process for every CPU.
+    os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112  (its name)
     ray.shutdown()
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=32, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
