@@ -19,7 +19,7 @@ test-fast: $(INSTALLED)  ## no engine, no cluster
 	$(BIN)/python -m pytest tests/unit tests/property
 
 fault: $(INSTALLED)  ## kills and damage, at seeded moments
-	$(BIN)/python -m pytest tests/fault
+	$(BIN)/python -m pytest -s tests/fault
 
 check: $(INSTALLED)  ## lint, format, types, import contracts
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from cluster.labels.arguments import add_actions
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -180,19 +181,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 on success, 1 with one line on standard error where the user can mend it, 2 for words that
-        are not a command, 130 when interrupted.
+        are not a command, 130 when interrupted, 143 when SIGTERM ended a job in order.
     """
     args = _parser().parse_args(argv)
     quiet_libraries()
-    from schemas.errors import TutelageError
+    from schemas.errors import JobStoppedError, TutelageError
 
     try:
         return COMMANDS[args.command](args)
+    except JobStoppedError as stopped:
+        print(stopped, file=sys.stderr)
+        return EXIT_TERMINATED
     except TutelageError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on from here", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        how = f": {stopped}" if str(stopped) else ""
+        print(f"interrupted{how}; run the same command again to go on from here", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 

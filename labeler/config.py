@@ -241,6 +241,22 @@ class RunConfig(StrictModel):
     retry_quarantined: bool = Field(
         default=False, description="try rows again that earlier runs put in quarantine"
     )
+    stall_s: float = Field(
+        default=1800.0,
+        gt=0.0,
+        description="an engine that gives nothing back for so long, or does not start, is ended, "
+        "and counts as having died",
+    )
+    drain_s: float = Field(
+        default=300.0,
+        gt=0.0,
+        description="what units in work have to be finished and committed after SIGTERM or Ctrl-C",
+    )
+    store_patience_s: float = Field(
+        default=900.0,
+        ge=0.0,
+        description="how long a store that is full or answers errors is tried again, all in all",
+    )
 
 
 class GatesConfig(StrictModel):

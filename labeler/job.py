@@ -14,6 +14,7 @@ from labeler.config import LabelConfig, TeacherConfig
 from labeler.progress import Progress, duration
 from schemas.errors import ConfigError
 from schemas.label_set import LabelSet
+from schemas.patience import patience
 from schemas.roster import close_roster
 from schemas.spec import LabelSetSpec
 from schemas.view import build_view
@@ -32,6 +33,11 @@ def run_label_job(config: LabelConfig, progress: bool = True) -> LabelSummary:
         StoreError: The label set is one of another spec, or cannot be written to.
         AccountsError: The run cannot show what became of each row.
     """
+    with patience(config.run.store_patience_s):
+        return _run(config, progress)
+
+
+def _run(config: LabelConfig, progress: bool) -> LabelSummary:
     from labeler.cluster_session import cluster_size, ray_session
     from labeler.pieces import FrozenKeys
     from labeler.pipeline import RunSetup, run_pipeline

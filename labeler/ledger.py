@@ -23,6 +23,8 @@ class Ledger:
         self._bytes_total = bytes_total
         self._read: dict[int, tuple[int, int]] = {}
         self._done: dict[str, UnitDone] = {}
+        self._stopping = False
+        self._news: list[str] = []
 
     def claim(self, piece: int, keys: Keys) -> npt.NDArray[np.bool_]:
         """Claims rows for a piece.
@@ -37,6 +39,23 @@ class Ledger:
         owner = self._owner
         claimed = [owner.setdefault(key.tobytes(), piece) == piece for key in keys]
         return np.array(claimed, bool)
+
+    def stop(self) -> None:
+        """Nothing that has not begun is to begin."""
+        self._stopping = True
+
+    def stopping(self) -> bool:
+        """Whether nothing is to begin any more."""
+        return self._stopping
+
+    def note(self, text: str) -> None:
+        """Keeps a line for the people who watch the run."""
+        self._news.append(text)
+
+    def news(self) -> list[str]:
+        """The lines since this was asked last."""
+        news, self._news = self._news, []
+        return news
 
     def piece_read(self, piece: int, size_bytes: int, rows_sent: int) -> None:
         """Notes that a piece was read to its end; saying it again changes nothing."""

@@ -8,6 +8,7 @@ limited, which they are not by default.
 
 import functools
 import pickle
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from labeler.attempts import Attempts, remove_attempts
 from labeler.cluster_session import is_lost_node, quiet_ray_data, this_node, user_error
 from labeler.config import LabelConfig, TeacherConfig
 from labeler.cpu_environment import cpu_environment
+from labeler.engine_watch import EngineWatch
 from labeler.gates import Gates
 from labeler.identity import load_tokenizer
 from labeler.ledger import Ledger
@@ -29,15 +31,19 @@ from labeler.progress import Progress
 from labeler.requests import REQUEST_SCHEMA, from_table, to_table
 from labeler.resources import Resources
 from labeler.sources import Piece
+from labeler.stopping import StopRequests
 from labeler.survivor import Survivor
 from labeler.teachers.base import Teacher, make_teacher
 from labeler.teachers.references import reference_of
 from labeler.text_rows import TextRows
 from labeler.unit_sizes import UNIT_SCHEMA, cut_units, rows_gathered, unwrapped, wrapped
 from labeler.units import UnitDone, UnitLabeller
+from schemas.errors import JobStoppedError
+from schemas.fault_points import fault_point
 from schemas.keys import Keys, stack_keys, unit_key
 from schemas.label_set import LabelSet
-from schemas.roster import write_part
+from schemas.patience import be_patient
+from schemas.roster import remove_parts, write_part
 from schemas.spec import RecordSpec
 
 _MIN_BLOCK_BYTES = 2**16
@@ -81,6 +87,8 @@ def run_pipeline(
     """Reads all pieces and labels what is missing; Ray has to be there.
 
     Raises:
+        JobStoppedError: SIGTERM came; what was in work is committed.
+        KeyboardInterrupt: Ctrl-C came; likewise.
         TutelageError: Whatever ended the job, in one line; what is committed stays.
     """
     import ray
@@ -94,20 +102,35 @@ def run_pipeline(
     )
     config = setup.config
     block_bytes = max(4 * config.run.unit_tokens, _MIN_BLOCK_BYTES)
+    stop = StopRequests(config.run.drain_s)
     try:
         quiet = quiet_ray_data(block_bytes, config.run.waiting_bytes)
-        with quiet, _shown(ledger, progress), PlacementGroups(resources) as groups:
+        watched = _watched(ledger, progress, stop)
+        with stop.draining(), quiet, watched, PlacementGroups(resources) as groups:
             dataset = _dataset(pieces, setup, ray.put(frozen), resources, ledger, groups)
             for _ in dataset.iter_batches(batch_size=None, prefetch_batches=0):
                 pass
+    except JobStoppedError:
+        _forget_run(setup)
+        raise
     except Exception as error:  # everything that a task raised comes out here
         known = user_error(error)
         if known is None:
             raise
         raise known from None
+    except KeyboardInterrupt:
+        _forget_run(setup)
+        raise
     finally:
         ray.kill(ledger)
     remove_attempts(LabelSet.open(config.labels).store, setup.run)
+
+
+def _forget_run(setup: RunSetup) -> None:
+    """Removes what only the end of a run would need: the next run is another one."""
+    store = LabelSet.open(setup.config.labels).store
+    remove_attempts(store, setup.run)
+    remove_parts(store, setup.run)
 
 
 def _dataset(
@@ -168,15 +191,19 @@ def _dataset(
 
 
 @contextmanager
-def _shown(ledger: Any, progress: Progress) -> Iterator[None]:
-    """Shows how far the run is while it goes."""
+def _watched(ledger: Any, progress: Progress, stop: StopRequests) -> Iterator[None]:
+    """Shows how far the run is while it goes, and passes on that it is to stop."""
     import ray
 
-    stop = threading.Event()
+    over = threading.Event()
 
     def watch() -> None:
-        while not stop.wait(_POLL_S):
+        while not over.wait(_POLL_S):
             try:
+                if stop.is_asked:
+                    ledger.stop.remote()
+                for line in ray.get(ledger.news.remote(), timeout=_POLL_S):
+                    progress.say(line)
                 progress.show(ray.get(ledger.state.remote(), timeout=_POLL_S))
             except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
                 continue  # the job itself says what went wrong
@@ -186,8 +213,18 @@ def _shown(ledger: Any, progress: Progress) -> Iterator[None]:
     try:
         yield
     finally:
-        stop.set()
+        over.set()
         thread.join()
+
+
+def _wait_for_stores(setup: RunSetup, ledger: Any) -> None:
+    """In the processes of a run, whose standard error stream nobody sees."""
+
+    def tell(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+        ledger.note.remote(text)
+
+    be_patient(setup.config.run.store_patience_s, tell)
 
 
 # What runs in the tokenising tasks
@@ -213,10 +250,13 @@ def _read_pieces(batch: pa.Table, setup: RunSetup, frozen: Any, ledger: Any) -> 
     """The requests of a piece; its roster part and its bad rows are written when it ends."""
     import ray
 
+    _wait_for_stores(setup, ledger)
     reader, label_set = _tools(setup)
     known: FrozenKeys = ray.get(frozen)
     yield REQUEST_SCHEMA.empty_table()  # a piece may have nothing to send
     for packed in batch.column("piece").to_pylist():
+        if ray.get(ledger.stopping.remote()):
+            return
         piece: Piece = pickle.loads(packed)
         result = PieceResult()
 
@@ -225,6 +265,8 @@ def _read_pieces(batch: pa.Table, setup: RunSetup, frozen: Any, ledger: Any) -> 
 
         for requests in reader.requests(piece, known, claim, result):
             yield to_table(requests)
+            if ray.get(ledger.stopping.remote()):
+                return  # no roster part: this run ends without a roster
         _finish_piece(label_set, setup, known, result)
         ray.get(ledger.piece_read.remote(piece.index, piece.size_bytes, result.rows_sent))
 
@@ -237,6 +279,7 @@ def _finish_piece(
         keys = unit_key(stack_keys([row.row_key for row in bad]))
         label_set.commit_unit(None, bad, {"stage": "tokenise"}, keys)
     if result.roster:
+        fault_point("before_roster_part")
         write_part(label_set.store, setup.run, result.roster_part())
 
 
@@ -263,6 +306,7 @@ class _TeacherActor:
     def __init__(self, setup: RunSetup, ledger: Any) -> None:
         config = setup.config
         self._ledger = ledger
+        _wait_for_stores(setup, ledger)
         label_set = LabelSet.open(config.labels)
         teacher, gates = None, None
         if config.teacher.backend != "none":
@@ -270,14 +314,19 @@ class _TeacherActor:
             record = label_set.spec.record
             make = functools.partial(setup.make_teacher, config.teacher, record)
             attempts = Attempts(label_set.store, setup.run, this_node(), is_lost_node)
-            teacher = Survivor(make, attempts, config.generate, config.gates.audit_rate)
+            watch = EngineWatch(config.run.stall_s)
+            teacher = Survivor(make, attempts, config.generate, config.gates.audit_rate, watch)
             reference = functools.partial(reference_of, config.teacher, teacher.running)
             gates = Gates(label_set, config.gates, reference)
         self._units = UnitLabeller(label_set, teacher, setup.salt, gates)
 
     def __call__(self, units: pa.Table) -> pa.Table:
+        import ray
+
         all_done: list[UnitDone] = []
         for requests in unwrapped(units):
+            if ray.get(self._ledger.stopping.remote()):
+                break
             all_done.append(self._units.label(from_table(requests)))
             self._ledger.unit_done.remote(all_done[-1])
         return pa.Table.from_pylist([asdict(done) for done in all_done], schema=_DONE_SCHEMA)

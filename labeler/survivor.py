@@ -12,13 +12,14 @@ either, it is the engine that is broken, and the job ends.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from labeler.attempts import Attempts, Deaths
 from labeler.engine_users import EngineUsers
+from labeler.engine_watch import EngineWatch
 from labeler.requests import Request, key_of_unit
 from labeler.teachers.base import RowFailure, Teacher
 from labeler.unit_labels import UnitLabels, label_requests
@@ -31,6 +32,9 @@ MAX_STARTS = 3
 
 DEADLY = 2
 """Engines that have to die over the same rows before it is put down to the rows."""
+
+MAX_OUTSIDE = 20
+"""Engines that may be ended from outside while nothing comes back from any, likewise."""
 
 _START = "start"
 _CANARY = "canary"
@@ -54,9 +58,19 @@ class Survivor:
         attempts: Attempts,
         generation: GenerationSpec | None,
         audit_rate: float = 0.0,
+        watch: EngineWatch | None = None,
     ) -> None:
-        """Prepares; see ``label_requests`` for the last two."""
+        """Prepares.
+
+        Args:
+            make_teacher: Starts an engine.
+            attempts: Where it is recorded what engines are working on.
+            generation, audit_rate: See ``label_requests``.
+            watch: Ends engines that hang; None: nobody does.
+        """
         self._audit_rate = audit_rate
+        self._watch = watch or EngineWatch(math.inf)
+        self._ended_outside = 0
         self._make_teacher = make_teacher
         self._attempts = attempts
         self._generation = generation
@@ -95,23 +109,33 @@ class Survivor:
             self.running()
         with self._users.together():
             teacher = self._teacher
-            if teacher is None or not getattr(teacher, "shareable", False):
+            if teacher is None or not teacher.shareable:
                 return None
-            record = self._attempts.begin(key, alone=False)
-            try:
-                found = label_requests(requests, teacher, self._generation, self._audit_rate)
-            except TeacherGoneError:  # a server that somebody else runs: not the rows' doing
-                self._attempts.end(record)
-                raise
-            except TeacherError:
-                self._attempts.failed(record)
-            else:
-                self._attempts.end(record)
+            found = self._tried(requests, teacher, self._attempts.begin(key, alone=False))
+            if found is not None:
                 return found, teacher.provenance()
         with self._users.alone():  # all who shared it have failed as well
             if self._teacher is teacher:
                 self._drop()
         return None
+
+    def _tried(self, requests: list[Request], teacher: Teacher, record: str) -> UnitLabels | None:
+        """One attempt; None where the engine died, which the record then tells if it counts."""
+        try:
+            with self._watch.waiting():
+                found = label_requests(requests, teacher, self._generation, self._audit_rate)
+        except TeacherGoneError:  # a server that somebody else runs: not the rows' doing
+            self._attempts.end(record)
+            raise
+        except TeacherError:
+            if self._was_ended_from_outside():
+                self._attempts.end(record)
+            else:
+                self._attempts.failed(record)
+            return None
+        self._attempts.end(record)
+        self._ended_outside = 0
+        return found
 
     def _labelled(self, requests: list[Request], suspected: bool) -> UnitLabels:
         """Labels requests with nobody beside them.
@@ -124,20 +148,11 @@ class Survivor:
         alone = len(requests) == 1
         deaths = self._attempts.deaths(key)
         while not _is_deadly(deaths, suspected, alone):
-            teacher = self._running()
-            record = self._attempts.begin(key)
-            try:
-                found = label_requests(requests, teacher, self._generation, self._audit_rate)
-            except TeacherGoneError:
-                self._attempts.end(record)
-                raise
-            except TeacherError:
-                self._attempts.failed(record)
-                self._drop()
-                deaths = replace(deaths, alone=deaths.alone + 1)
-                continue
-            self._attempts.end(record)
-            return found
+            found = self._tried(requests, self._running(), self._attempts.begin(key))
+            if found is not None:
+                return found
+            self._drop()
+            deaths = self._attempts.deaths(key)
         self._check_canary()
         if alone:
             detail = f"{deaths.alone} engines died while they had this row alone"
@@ -151,12 +166,32 @@ class Survivor:
             record = self._begin_harmless(_START)
             # What cannot be loaded at all raises here, and says why; a crash leaves the record.
             try:
-                self._teacher = self._make_teacher()
+                with self._watch.starting():
+                    self._teacher = self._make_teacher()
+                self._watch.wake = getattr(self._teacher, "wake", None)
             except TeacherError:
                 self._attempts.end(record)
-                raise
+                if not self._was_ended_from_outside():
+                    raise
+                return self._running()
             self._attempts.clear(_START)
         return self._teacher
+
+    def _was_ended_from_outside(self) -> bool:
+        """Whether the engine that has just died did so for no fault of what it had.
+
+        Raises:
+            TeacherError: That has happened too often.
+        """
+        if not self._watch.was_ended_from_outside():
+            return False
+        self._ended_outside += 1
+        if self._ended_outside >= MAX_OUTSIDE:
+            raise TeacherError(
+                f"{self._ended_outside} engines in a row were ended by a signal from outside; "
+                "find out who sends it, and run the same command again to go on from here"
+            )
+        return True
 
     def _begin_harmless(self, key: str) -> str:
         """Records an attempt that no row of the corpus can be blamed for."""
@@ -174,9 +209,13 @@ class Survivor:
             teacher = self._running()
             record = self._begin_harmless(_CANARY)
             try:
-                (result,) = teacher.label([_CANARY_IDS], [_CANARY_SPANS], _CANARY_KEY)
+                with self._watch.waiting():
+                    (result,) = teacher.label([_CANARY_IDS], [_CANARY_SPANS], _CANARY_KEY)
             except TeacherError:
-                self._attempts.failed(record)
+                if self._was_ended_from_outside():
+                    self._attempts.end(record)
+                else:
+                    self._attempts.failed(record)
                 self._drop()
                 continue
             self._attempts.clear(_CANARY)

@@ -46,5 +46,9 @@ class DamagedError(StoreError):
     """Stored bytes are not what the manifest says."""
 
 
+class JobStoppedError(TutelageError, RuntimeError):
+    """A job was asked to stop and did so, between two units; the same command goes on."""
+
+
 class AccountsError(TutelageError, RuntimeError):
     """A run cannot show what became of each row that it read."""

@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 
 from schemas.columns import arrow_schema
 from schemas.errors import RecordError, StoreError
+from schemas.fault_points import fault_point
 from schemas.keys import SortedKeys, contains, keys_to_sorted
 from schemas.label_set_file import (
     LABEL_SET_FILE,
@@ -42,6 +43,7 @@ from schemas.manifest import (
     read_manifest,
     write_manifest,
 )
+from schemas.patience import patiently
 from schemas.reduce import cannot_serve
 from schemas.rows import LabelRows
 from schemas.shards import NO_SHARD, ShardInfo, read_row_group, write_shard
@@ -202,18 +204,25 @@ class LabelSet:
             fidelity=fidelity,
             provenance=dict(provenance),
         )
-        return write_manifest(self.store, manifest)
+        fault_point("before_manifest")
+        winner = write_manifest(self.store, manifest)
+        fault_point("before_report")
+        return winner
 
     def _write_shard(self, rows: LabelRows | None, attempt: str) -> ShardInfo:
         if rows is None:
             return NO_SHARD
-        return write_shard(
-            self.store,
-            f"shards/{attempt}.parquet",
-            rows,
-            self.spec.record,
-            self.fingerprint,
-            self.spec.teacher.vocab_size,
+        rel = f"shards/{attempt}.parquet"
+        return patiently(
+            lambda: write_shard(
+                self.store,
+                rel,
+                rows,
+                self.spec.record,
+                self.fingerprint,
+                self.spec.teacher.vocab_size,
+            ),
+            self.store.path(rel),
         )
 
     def _write_keys(self, rows: LabelRows | None, shard: ShardInfo, rel: str) -> str:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from schemas.config import StrictModel
 from schemas.errors import AccountsError, DamagedError, RecordError, StoreError
+from schemas.fault_points import fault_point
 from schemas.keys import KEY_BYTES, SortedKeys, as_strings, contains, digest, find_keys
 from schemas.label_set import LabelSet
 from schemas.storage import Store
@@ -117,6 +118,11 @@ def write_part(store: Store, run: str, part: pa.Table) -> str:
     return rel
 
 
+def remove_parts(store: Store, run: str) -> None:
+    """Removes what tasks wrote of a run that ended before its roster could be closed."""
+    store.delete(_parts_folder(run))
+
+
 def close_roster(label_set: LabelSet, run: str, frozen_keys: SortedKeys | None = None) -> Accounts:
     """Merges the parts of a run into its roster and accounts for every row. Safe to repeat.
 
@@ -141,7 +147,9 @@ def close_roster(label_set: LabelSet, run: str, frozen_keys: SortedKeys | None =
         table, accounts = _account(table, label_set, frozen)
         accounts.check()
         metadata = {_ACCOUNTS: accounts.model_dump_json().encode()}
+        fault_point("before_roster")
         store.write_bytes(rel, table_bytes(table.replace_schema_metadata(metadata)))
+    fault_point("after_roster")
     # A roster that is there is whole; parts beside it are left from a run that was stopped here.
     store.delete(_parts_folder(run))
     return read_accounts(label_set, run)

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from schemas.columns import COLUMNS, Length, arrow_schema
 from schemas.config import StrictModel
 from schemas.errors import DamagedError, RecordError, StoreError
+from schemas.fault_points import fault_point
 from schemas.invariants import validate
 from schemas.manifest import repair, unit_of_shard
 from schemas.rows import LabelRows
@@ -90,13 +91,16 @@ def write_shard(
                 for group in _row_groups(batches):
                     validate(group, spec, vocab_size, where=store.path(rel))
                     writer.write_table(group.to_table(spec), row_group_size=len(group))
+                    fault_point("shard_half_written")
                     sizes.append(
                         (len(group), group.num_tokens, group.num_labels, group.num_entries)
                     )
     except BaseException:
         store.delete(rel)
         raise
+    fault_point("shard_written")
     store.sync(rel)
+    fault_point("shard_synced")
     return ShardInfo(
         path=rel,
         sha256=sink.sha256.hexdigest(),

@@ -3,7 +3,8 @@
 `Store.write_bytes` replaces a file as a whole. `Store.create_exclusive` makes a file that is not
 there yet, as a whole, for exactly one of any number of writers: the commit of this project.
 
-A local path and its ``file://`` URL are the same store.
+A local path and its ``file://`` URL are the same store. What fails in a way that passes is tried
+again where `schemas.patience` says so.
 """
 
 import contextlib
@@ -19,6 +20,8 @@ from typing import IO, Any
 import fsspec
 
 from schemas.errors import StoreError
+from schemas.fault_points import fault_point
+from schemas.patience import patient
 
 # Stores whose fsspec driver turns mode "create" into one conditional request (`memory` lives in one
 # process). Elsewhere it is a look and then a write, which two writers can both pass.
@@ -82,10 +85,12 @@ class Store:
         """The full path of a file, as `fs` names it."""
         return "/".join((self.root.rstrip("/"), *parts)) if parts else self.root
 
+    @patient
     def exists(self, rel: str) -> bool:
         """Whether the file is there."""
         return bool(self.fs.exists(self.path(rel)))
 
+    @patient
     def size(self, rel: str) -> int:
         """Its length in bytes.
 
@@ -97,6 +102,7 @@ class Store:
         except FileNotFoundError as error:
             raise self._not_there(rel) from error
 
+    @patient
     def read_bytes(self, rel: str) -> bytes:
         """The whole file.
 
@@ -108,6 +114,7 @@ class Store:
         except FileNotFoundError as error:
             raise self._not_there(rel) from error
 
+    @patient
     def open(self, rel: str, mode: str = "rb") -> IO[bytes]:
         """The file, opened; for writing its folder is made. `sync` makes what was written last.
 
@@ -123,6 +130,7 @@ class Store:
         except FileNotFoundError as error:
             raise self._not_there(rel) from error
 
+    @patient
     def sync(self, rel: str) -> None:
         """Makes a file that was just written, and its name, survive a power cut."""
         if self.is_local:
@@ -130,6 +138,7 @@ class Store:
                 os.fsync(file.fileno())
             _sync_folder(Path(self.path(rel)).parent)
 
+    @patient
     def write_bytes(self, rel: str, data: bytes) -> None:
         """Writes or replaces a file as a whole: readers see the old content or the new."""
         self._make_folder(rel)
@@ -145,6 +154,7 @@ class Store:
             raise
         _sync_folder(final.parent)
 
+    @patient
     def create_exclusive(self, rel: str, data: bytes) -> bool:
         """Creates a file as a whole if it is not there. Of all writers, exactly one gets True.
 
@@ -191,6 +201,7 @@ class Store:
                 "both commit; use a store that does, or a local path"
             )
 
+    @patient
     def walk(self, rel: str) -> list[StoredFile]:
         """Every file below a folder, temporary ones included, by path; none where it is not there.
 
@@ -204,6 +215,7 @@ class Store:
                 found.append(StoredFile(below, size, _modified(self.fs, str(path), entry)))
         return sorted(found, key=lambda file: file.rel)
 
+    @patient
     def folders(self, rel: str) -> list[str]:
         """Relative paths of the folders right under a folder, sorted."""
         folder = self.path(rel) if rel else self.root
@@ -218,6 +230,7 @@ class Store:
         )
         return sorted(f"{rel}/{name}" if rel else name for name in names)
 
+    @patient
     def list(self, rel: str, suffix: str = "") -> list[str]:
         """Relative paths of the files right under a folder, sorted; none where it is not there."""
         folder = self.path(rel)
@@ -229,6 +242,7 @@ class Store:
         wanted = (n for n in names if n.endswith(suffix) and not n.startswith(TEMPORARY_PREFIX))
         return sorted(f"{rel}/{name}" for name in wanted)
 
+    @patient
     def delete(self, rel: str) -> None:
         """Removes a file, or a folder with all that is in it; it is fine if it is not there."""
         path = self.path(rel)
@@ -300,8 +314,10 @@ def _link_exclusive(final: Path, data: bytes) -> bool:
     Opening with O_EXCL and then writing would leave a torn file after a crash.
     """
     temporary = _write_temporary(final, data)
+    fault_point("before_link")
     try:
         os.link(temporary, final)
+        fault_point("after_link")
         created = True
     except OSError as error:
         # Over NFS the answer to a link that was made can be lost, and the repeated call then fails.

@@ -1,6 +1,9 @@
 """What the whole test session shares: one small model folder, one Ray instance."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +14,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# Clusters pass it on to their workers; see schemas.fault_points.
+os.environ["TUTELAGE_FAULT_POINTS"] = tempfile.mkdtemp(prefix="tutelage-fault-points-")
+atexit.register(shutil.rmtree, os.environ["TUTELAGE_FAULT_POINTS"], ignore_errors=True)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>"

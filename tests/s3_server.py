@@ -23,9 +23,12 @@ class S3Server:
         context = multiprocessing.get_context("spawn")
         self._writes = context.Value("q", 0)
         self._ignores = context.Value("b", 0)
+        self._unavailable = context.Value("b", 0)
         mine, its = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(its, self._writes, self._ignores), daemon=True
+            target=_serve,
+            args=(its, self._writes, self._ignores, self._unavailable),
+            daemon=True,
         )
         self._process.start()
         if not mine.poll(60):
@@ -56,13 +59,22 @@ class S3Server:
     def ignores_conditions(self, value: bool) -> None:
         self._ignores.value = int(value)
 
+    @property
+    def unavailable(self) -> bool:
+        """Whether it answers 503 to everything."""
+        return bool(self._unavailable.value)
+
+    @unavailable.setter
+    def unavailable(self, value: bool) -> None:
+        self._unavailable.value = int(value)
+
     def stop(self) -> None:
         """Ends it."""
         self._process.terminate()
         self._process.join()
 
 
-def _serve(port: Connection, writes: Any, ignores: Any) -> None:
+def _serve(port: Connection, writes: Any, ignores: Any, unavailable: Any) -> None:
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
@@ -71,6 +83,14 @@ def _serve(port: Connection, writes: Any, ignores: Any) -> None:
     lock = threading.Lock()
 
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if unavailable.value:
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            is_head = environ["REQUEST_METHOD"] == "HEAD"
+            body = (
+                b"" if is_head else b"<Error><Code>SlowDown</Code><Message>busy</Message></Error>"
+            )
+            start_response("503 Slow Down", [("Content-Length", str(len(body)))])
+            return [body]
         if environ["REQUEST_METHOD"] != "PUT":
             return application(environ, start_response)
         if ignores.value:

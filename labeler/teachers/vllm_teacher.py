@@ -298,6 +298,12 @@ class VllmTeacher:
         )
         return {"label_path": "flat", "announcement": announcement, **LIMITS}
 
+    def wake(self) -> None:
+        """Has the calls fail that wait for an engine whose process is gone."""
+        from labeler.teachers.vllm_waiting import fail_waiting
+
+        fail_waiting(self._llm)
+
     def close(self) -> None:
         """See ``Teacher.close``."""
         self._engine.close(self._stop)

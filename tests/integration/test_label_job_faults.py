@@ -3,26 +3,23 @@
 import functools
 import json
 import os
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
+from label_faults import TEACHER_POINTS, FaultRun
 
 from labeler.config import GatesConfig, LabelConfig
-from labeler.job import open_label_set, run_label_job
-from labeler.pieces import FrozenKeys, PieceReader, PieceResult
+from labeler.job import open_label_set
+from labeler.pieces import FrozenKeys
 from labeler.pipeline import RunSetup, run_pipeline
 from labeler.progress import Progress
 from labeler.resources import Resources
 from labeler.sources import list_corpus
-from labeler.text_rows import TextRows
-from schemas.label_set import LabelSet
 from schemas.roster import close_roster, read_roster
 
 ROOT = Path(__file__).parents[2]
@@ -52,71 +49,20 @@ def write_corpus(folder: Path, texts: list[str]) -> None:
     (folder / "corpus.jsonl").write_text("".join(lines))
 
 
-def expected_keys(job: LabelConfig) -> set[bytes]:
-    """The keys of the corpus, read in this process and without Ray."""
-    from labeler.identity import load_tokenizer
-    from labeler.text_rows import text_spec
+def test_killed_stopped_and_run_again(tmp_path: Path, ray_session: None) -> None:
+    """What `make fault` does for minutes, once each."""
+    import ray
 
-    tokenizer = load_tokenizer(job.teacher)
-    text = text_spec(job.text, tokenizer, "text")
-    reader = PieceReader(job.corpus, text, None, TextRows(tokenizer, job.corpus, text, 320))
-    result = PieceResult()
-    for piece in list_corpus(job.corpus):
-        for _ in reader.requests(piece, FRESH, lambda keys: np.ones(len(keys), bool), result):
-            pass
-    return {row.row_key for row in result.roster}
-
-
-def wait_for(
-    condition: Callable[[], bool], process: subprocess.Popen[bytes], limit_s: float
-) -> None:
-    end = time.monotonic() + limit_s
-    while not condition():
-        assert process.poll() is None, "the job ended before it could be killed"
-        assert time.monotonic() < end, "the job took too long"
-        time.sleep(0.02)
-
-
-def kill_tree(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL for a process and all that it started."""
-    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in tree:
-        try:
-            member.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(tree)
-    process.wait()
-
-
-def test_killed_and_run_again(tmp_path: Path, tiny_model_dir: Path, ray_session: None) -> None:
-    write_corpus(tmp_path, [f"x{n} = {n * n}" for n in range(400)])
-    job = config(tmp_path, tiny_model_dir, unit_rows=2)
-    code = (
-        "import json, sys; from labeler.config import LabelConfig; "
-        "from labeler.job import run_label_job; "
-        "run_label_job(LabelConfig.model_validate_json(sys.argv[1]), progress=False)"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, job.model_dump_json()], cwd=ROOT, env=environment
-    )
-    manifests = tmp_path / "labels" / "manifests"
-    try:
-        wait_for(lambda: len(list(manifests.glob("*.json"))) >= 5, process, 150)
-    finally:
-        kill_tree(process)
-    before = LabelSet.open(job.labels).committed_keys()
-    assert 10 <= len(before) < 400
-
-    summary = run_label_job(job, progress=False)
-    assert summary.rows_read == 400
-    assert summary.rows_reused == len(before)
-    label_set = LabelSet.open(job.labels)
-    keys = label_set.index().column("row_key").to_pylist()
-    assert len(keys) == len(set(keys))
-    assert set(keys) == expected_keys(job)
-    assert sum(manifest.num_rows for manifest in label_set.manifests()) == 400
+    seed = int(os.environ.get("TUTELAGE_FAULT_SEED", "1"))
+    run = FaultRun(tmp_path, seed, 200, str(ray.get_runtime_context().gcs_address))
+    with run.job() as job:
+        run.kill_job(job)
+    with run.job() as job:
+        run.kill_at(run.rng.choice(TEACHER_POINTS), job, "teacher actor")
+        run.stop_job(job, signal.SIGTERM)
+    print(run.settle())
+    assert [fault.lost for fault in run.table] == [0, 0, 0]
+    assert [fault.doubled for fault in run.table] == [0, 0, 0]
 
 
 def deadly_teacher(poison: str) -> Callable[..., Any]:

@@ -26,6 +26,7 @@ from schemas.keys import unit_key
 from schemas.label_set import LabelSet, QuarantineRow
 from schemas.listing import list_label_sets
 from schemas.manifest import Manifest
+from schemas.patience import patience
 from schemas.roster import close_roster, read_accounts, read_roster, write_part
 from schemas.spec import RecordSpec
 from schemas.storage import Store
@@ -66,6 +67,26 @@ def commit(label_set: LabelSet, seed: int, **provenance: Any) -> Manifest:
     rows = make_rows(6, SPEC.record, VOCAB, seed=seed)
     bad = [QuarantineRow(bytes([seed] * 16), "a.jsonl", seed, 0, "bad_json", "{")]
     return label_set.commit_unit(rows, bad, provenance, unit_key(rows.row_key))
+
+
+def test_a_store_that_answers_503_is_waited_for(url: str, server: S3Server) -> None:
+    label_set = LabelSet.create_or_open(url, SPEC)
+    label_set.store.fs.retries = 1  # those of the driver come on top of ours
+    said: list[str] = []
+
+    def tell(text: str) -> None:
+        said.append(text)
+        server.unavailable = len(said) < 2
+
+    server.unavailable = True
+    try:
+        with patience(60.0, tell):
+            commit(label_set, 2)
+    finally:
+        server.unavailable = False
+    assert len(label_set.index()) == 6
+    assert len(said) == 2
+    assert "trying again in" in said[0]
 
 
 def test_conditional_put(url: str, server: S3Server) -> None:

@@ -17,6 +17,7 @@ TREE = {
     "RecordError": ValueError,
     "StoreError": OSError,
     "DamagedError": errors.StoreError,
+    "JobStoppedError": RuntimeError,
     "AccountsError": RuntimeError,
 }
 
