@@ -198,8 +198,10 @@ class FaultRun:
         job.wait_for_units(units)
         delay_s = self.rng.uniform(0.0, 0.3)
         time.sleep(delay_s)
-        for process in job.wait_for_engine():
+        engines = job.wait_for_engine()
+        for process in engines:
             process.send_signal(number)
+        job.wait_until(lambda: not any(map(_is_alive, engines)), "nobody ends the engine")
         self.note(
             f"{number.name} of the engine process",
             f"{delay_s:.2f}s after {units} more units",
@@ -343,6 +345,13 @@ def _processes(name: str) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def kill_tree(process: "subprocess.Popen[bytes]") -> None:
