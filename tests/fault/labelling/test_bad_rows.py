@@ -116,7 +116,7 @@ def test_bad_token_ids(tmp_path: Path, poisoned_model: Path) -> None:
         ([5, 1.5], {"wrong_type"}),
         ("text", {"wrong_type"}),
         (None, {"wrong_type"}),
-        (list(range(2, 300)), {"labelled"}),
+        ([5, 6, 7] * 100, {"labelled"}),
     ]
     rng = np.random.default_rng(0)
     good = [rng.integers(5, 250, 3).tolist() for _ in range(50)]
