@@ -23,7 +23,6 @@ from labeler.unit_labels import UnitLabels
 from schemas.errors import TeacherError
 from schemas.storage import Store
 
-_TOGETHER_S = 0.3
 SEED = int(os.environ.get("TUTELAGE_SEED", "7"))
 
 
@@ -34,6 +33,8 @@ class SharedTeacher(FragileTeacher):
 
     def __init__(self, expected: int = 1, crash: bool = False) -> None:
         super().__init__()
+        # Where it crashes, units come alone later on, and wait in vain.
+        self._wait_s = 0.3 if crash else 30.0
         self.most_together = 0
         self._expected = expected
         self._crash = crash
@@ -54,7 +55,7 @@ class SharedTeacher(FragileTeacher):
             self.most_together = max(self.most_together, self._in_flight)
             self._changed.notify_all()
             # The first calls wait for each other, so that they really are in flight together.
-            self._changed.wait_for(lambda: self.most_together >= self._expected, _TOGETHER_S)
+            self._changed.wait_for(lambda: self.most_together >= self._expected, self._wait_s)
             if self._poisoned and self._crash:
                 os._exit(11)
             self._in_flight -= 1
