@@ -12,6 +12,7 @@ TREE = {
     "ConfigError": ValueError,
     "CorpusError": ValueError,
     "TeacherError": RuntimeError,
+    "TeacherGoneError": errors.TeacherError,
     "StudentError": RuntimeError,
     "VocabularyError": ValueError,
     "RecordError": ValueError,
