@@ -124,8 +124,8 @@ class Trial:
         return self._log_path().read_text()
 
     def pause(self) -> None:
-        """A seeded part of a few steps."""
-        time.sleep(self._rng.random() * 0.3)
+        """A seeded part of about a step."""
+        time.sleep(self._rng.random() * 0.1)
 
     def ranks(self) -> list[int]:
         """This run's training processes that live; those of a killed driver may be among them."""

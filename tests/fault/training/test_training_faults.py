@@ -23,8 +23,8 @@ from trainer.launch import run_train_job
 
 STEPS = 50
 SECTIONS: dict[str, dict[str, Any]] = {
-    # Five lanes: neither two nor three workers divide them.
-    "data": {"sequences_per_step": 5, "steps": STEPS},
+    # Neither two nor three workers divide the lanes, and a step takes longer than to kill it.
+    "data": {"sequences_per_step": 17, "steps": STEPS},
     "optimizer": {"lr": 3e-3, "weight_decay": 0.5},
     "schedule": {"kind": "constant", "warmup_steps": 2},
     "ray": {"num_workers": 2, "cpus_per_worker": 1, "max_failures": 20},
