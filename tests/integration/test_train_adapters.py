@@ -1,4 +1,4 @@
-"""Training of adapters alone: without ZeRO and with all of it, and what is exported."""
+"""Training of adapters alone: without ZeRO and with all of it, interrupted, exported."""
 
 import shutil
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 import torch
 from training_runs import losses, make_config, make_view
 
+from schemas.errors import ConfigError
 from schemas.spec import RecordSpec
 from trainer.config import TrainConfig
 from trainer.launch import run_train_job
@@ -20,7 +21,7 @@ SECTIONS = {
 
 
 def test_adapters_train_alike_with_and_without_zero(tmp_path: Path, tiny_model_dir: Path) -> None:
-    """The losses agree; the export is the base with what was learned, under the base's names."""
+    """The losses agree; an interrupted run goes on; the export is the base with what was learned"""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     vocabulary = AutoTokenizer.from_pretrained(tiny_model_dir).get_vocab()
@@ -41,9 +42,14 @@ def test_adapters_train_alike_with_and_without_zero(tmp_path: Path, tiny_model_d
     assert losses(run) == pytest.approx(expected, abs=1e-5)
     assert names_saved(checkpoint(tmp_path / "plain", 6)) == {"lora_A", "lora_B"}
 
-    exported = run / "student"
+    (run / "summary.json").unlink()
+    shutil.rmtree(checkpoint(run, 6))
+    summary = run_train_job(job("split", 3, num_workers=1))
+    assert summary.resumed_from_step == 3
+    assert losses(run) == pytest.approx(expected, abs=1e-5)
+
     frozen = AutoModelForCausalLM.from_pretrained(base).state_dict()
-    learned, info = AutoModelForCausalLM.from_pretrained(exported, output_loading_info=True)
+    learned, info = AutoModelForCausalLM.from_pretrained(summary.exported, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     changed = {
@@ -53,6 +59,11 @@ def test_adapters_train_alike_with_and_without_zero(tmp_path: Path, tiny_model_d
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "plain" / "student").state_dict()
     for name, value in learned.state_dict().items():
         assert torch.allclose(value, other[name], atol=1e-5), name
+
+    (run / "summary.json").unlink()
+    AutoModelForCausalLM.from_config(learned.config).save_pretrained(base)
+    with pytest.raises(ConfigError, match="put the base back"):
+        run_train_job(job("split", 3))
 
 
 def checkpoint(run: Path, step: int) -> Path:
