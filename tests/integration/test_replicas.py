@@ -1,0 +1,148 @@
+"""Several replicas of a teacher, of which one is killed; their placement groups are released."""
+
+import functools
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from labeler.config import LabelConfig
+from labeler.job import open_label_set
+from labeler.pieces import FrozenKeys
+from labeler.pipeline import RunSetup, run_pipeline
+from labeler.progress import Progress
+from labeler.resources import Resources
+from labeler.sources import list_corpus
+from schemas.errors import TeacherError
+from schemas.roster import close_roster
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+NOTHING = np.empty(0, "S16")
+FRESH = FrozenKeys(NOTHING, NOTHING, retry_quarantined=False)
+ROWS = 60
+
+
+class CpuBundles(Resources):
+    """As on a cluster whose nodes have fewer GPUs than a replica needs, but of CPUs."""
+
+    def bundle(self) -> dict[str, float]:
+        return {"CPU": 0.5}
+
+
+RESOURCES = CpuBundles(0.5, 0.0, 0, 1.0, min_replicas=2, max_replicas=2, bundles=1)
+
+
+def config(folder: Path, model: Path) -> LabelConfig:
+    corpus = folder / "corpus.jsonl"
+    lines = [json.dumps({"text": f"x{n} = {n * n}" * (1 + n % 5)}) + "\n" for n in range(ROWS)]
+    corpus.write_text("".join(lines))
+    return LabelConfig.model_validate(
+        {
+            "labels": str(folder / "labels"),
+            "corpus": {"path": str(corpus), "format": "jsonl", "piece_bytes": 100},
+            "text": {"max_tokens": 64, "overlap": 8},
+            "teacher": {"backend": "transformers", "model": str(model)},
+            "record": {"kind": "topk", "k": 2, "entropy": False},
+            "gates": {"parity_rows": 0},
+            "run": {"unit_tokens": 100, "unit_rows": 6},
+        }
+    )
+
+
+def slow_teacher(broken: bool) -> Callable[..., Any]:
+    """Makes teachers that take their time and leave their process id in a folder."""
+
+    def make(folder: Path, *_: Any) -> Any:
+        from typing import Any  # this function travels without its module
+
+        from labeler.teachers.base import RowLabels
+
+        class Slow:
+            shareable = False
+
+            def label(self, token_ids: list[np.ndarray], *_: Any) -> Any:
+                (folder / f"pid-{os.getpid()}").touch()
+                time.sleep(0.5)
+                if broken:
+                    raise KeyError("a bug")
+                return [self._one(len(ids) - 1) for ids in token_ids]
+
+            def _one(self, count: int) -> RowLabels:
+                logprobs = np.full((count, 2), np.log(1 / 320), np.float32)
+                return RowLabels(
+                    entry_ids=np.tile(np.arange(2, dtype=np.int32), (count, 1)),
+                    entry_logprobs=logprobs,
+                    head_len=np.full(count, 2, np.int32),
+                    tail_len=np.zeros(count, np.int32),
+                    entry_counts=None,
+                    tail_logmass=np.full(count, np.log(318 / 320), np.float32),
+                    target_logprob=logprobs[:, 0],
+                    target_rank=np.ones(count, np.int32),
+                    entropy=None,
+                    lse=None,
+                )
+
+            def provenance(self) -> dict[str, object]:
+                return {}
+
+            def close(self) -> None:
+                pass
+
+        return Slow()
+
+    return make
+
+
+def living_groups() -> list[dict[str, Any]]:
+    groups = ray.util.placement_group_table().values()
+    return [group for group in groups if group["state"] != "REMOVED"]
+
+
+def kill_one_of_two(folder: Path, groups_seen: list[int]) -> None:
+    """Waits until two replicas have labelled something, then kills one."""
+    end = time.monotonic() + 60
+    while len(found := list(folder.glob("pid-*"))) < 2:
+        if time.monotonic() > end:
+            return
+        time.sleep(0.02)
+    groups_seen.append(len(living_groups()))
+    newest = max(found, key=lambda file: file.stat().st_mtime)  # it is in the middle of a unit
+    os.kill(int(newest.name.removeprefix("pid-")), signal.SIGKILL)
+
+
+def test_one_of_two_replicas_is_killed(tmp_path: Path, tiny_model_dir: Path) -> None:
+    job = config(tmp_path, tiny_model_dir)
+    label_set = open_label_set(job)
+    setup = RunSetup("run", job, functools.partial(slow_teacher(broken=False), tmp_path))
+    groups_seen: list[int] = []
+    killer = threading.Thread(target=kill_one_of_two, args=(tmp_path, groups_seen))
+    killer.start()
+    run_pipeline(list_corpus(job.corpus), setup, FRESH, RESOURCES, Progress(enabled=False))
+    killer.join()
+    assert groups_seen == [2]
+    assert len(list(tmp_path.glob("pid-*"))) >= 3  # the killed one was replaced
+    accounts = close_roster(label_set, "run", NOTHING)
+    accounts.check()
+    assert (accounts.rows_labelled, accounts.rows_quarantined) == (ROWS, 0)
+    units = label_set.manifests()
+    assert sum(unit.num_rows for unit in units) == ROWS
+    assert max(unit.num_rows for unit in units) <= 6
+    assert living_groups() == []
+
+
+def test_the_groups_of_a_job_that_fails_are_released(tmp_path: Path, tiny_model_dir: Path) -> None:
+    job = config(tmp_path, tiny_model_dir)
+    open_label_set(job)
+    setup = RunSetup("run", job, functools.partial(slow_teacher(broken=True), tmp_path))
+    with pytest.raises((TeacherError, KeyError)):
+        run_pipeline(list_corpus(job.corpus), setup, FRESH, RESOURCES, Progress(enabled=False))
+    assert living_groups() == []
