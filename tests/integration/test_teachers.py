@@ -23,7 +23,7 @@ from teacher_requests import (
 
 from labeler.assemble import assemble_rows
 from labeler.label_head import label_logits
-from labeler.teachers import transformers_teacher, vllm_label_head
+from labeler.teachers import label_step, transformers_teacher, vllm_label_head
 from labeler.teachers.base import RowFailure, RowLabels, Teacher, make_teacher, span_targets
 from labeler.teachers.transformers_teacher import TransformersTeacher
 from labeler.teachers.vllm_teacher import VllmTeacher, engine_request
@@ -291,7 +291,7 @@ def test_random_numbers_are_those_of_the_row_key(
     expected = np.concatenate(
         [uniforms(k, span_targets(s), 9, 0) for k, s in zip(keys, rows[1], strict=True)]
     )
-    for teacher, module in ((vllm, vllm_label_head), (reference, transformers_teacher)):
+    for teacher, module in ((vllm, label_step), (reference, transformers_teacher)):
         seen: list[np.ndarray] = []
 
         def spy(*arguments: Any, seen: list[np.ndarray] = seen) -> Any:
