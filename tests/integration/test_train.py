@@ -229,11 +229,11 @@ def test_deepspeed_makes_the_optimizer(
 def test_killed_and_damaged_then_run_again(
     tmp_path: Path, reference: tuple[Path, TrainSummary], view: View, tokenizer: Path
 ) -> None:
-    """A short version of tests/fault/training."""
+    """A short version of tests/fault/training, without the faults that take a moment to be met."""
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     trial = Trial("short", config(tmp_path / "run", view, tokenizer), random.Random(seed))
-    for what, after_step in (("rank", 9), ("all files", 12), ("checkpoint", 16)):
+    for what, after_step in (("rank", 9), ("checkpoint", 10)):
         trial.fault(what, after_step)
     summary = trial.finish()
     assert summary.steps == STEPS
