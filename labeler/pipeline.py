@@ -26,8 +26,8 @@ from labeler.gates import Gates
 from labeler.identity import load_tokenizer
 from labeler.ledger import Ledger
 from labeler.pieces import FrozenKeys, PieceReader, PieceResult
-from labeler.placement import PlacementGroups
 from labeler.progress import Progress
+from labeler.replicas import Replicas
 from labeler.requests import REQUEST_SCHEMA, from_table, to_table
 from labeler.resources import Resources
 from labeler.sources import Piece
@@ -106,8 +106,8 @@ def run_pipeline(
     try:
         quiet = quiet_ray_data(block_bytes, config.run.waiting_bytes)
         watched = _watched(ledger, progress, stop)
-        with stop.draining(), quiet, watched, PlacementGroups(resources) as groups:
-            dataset = _dataset(pieces, setup, ray.put(frozen), resources, ledger, groups)
+        with stop.draining(), quiet, watched, Replicas(resources) as replicas:
+            dataset = _dataset(pieces, setup, ray.put(frozen), resources, ledger, replicas)
             for _ in dataset.iter_batches(batch_size=None, prefetch_batches=0):
                 pass
     except JobStoppedError:
@@ -139,7 +139,7 @@ def _dataset(
     frozen: Any,
     resources: Resources,
     ledger: Any,
-    groups: PlacementGroups,
+    replicas: Replicas,
 ) -> Any:
     import ray.data
 
@@ -182,7 +182,7 @@ def _dataset(
             ),
             num_cpus=resources.actor_cpus,
             num_gpus=resources.actor_gpus or None,
-            ray_remote_args_fn=groups.remote_args if resources.bundles else None,
+            ray_remote_args_fn=replicas.remote_args,
             runtime_env={"env_vars": environment if resources.actor_threads else {}},
             max_restarts=run.max_restarts,
             max_task_retries=run.max_task_retries,

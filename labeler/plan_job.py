@@ -81,20 +81,19 @@ def _calibrated(
     import ray
 
     from labeler.cluster_session import user_error
-    from labeler.placement import PlacementGroups
+    from labeler.replicas import Replicas
     from labeler.requests import to_table
     from labeler.teachers.base import make_teacher
 
     environment = cpu_environment(resources.actor_threads)
-    with PlacementGroups(resources) as groups:
+    with Replicas(resources) as replicas:
         options: dict[str, Any] = {
             "num_cpus": resources.actor_cpus,
             "num_gpus": resources.actor_gpus or None,
             "max_restarts": 0,
             "runtime_env": {"env_vars": environment if resources.actor_threads else {}},
         }
-        if resources.bundles:
-            options |= groups.remote_args()
+        options |= replicas.remote_args()
         actor = (
             ray.remote(Calibrator).options(**options).remote(everywhere(config), spec, make_teacher)
         )

@@ -1,5 +1,6 @@
-"""Several replicas of a teacher, of which one is killed; their placement groups are released."""
+"""Several replicas of a teacher, of which one is killed; what a job held is released at its end."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 NOTHING = np.empty(0, "S16")
 FRESH = FrozenKeys(NOTHING, NOTHING, retry_quarantined=False)
 ROWS = 60
+CPUS = 2.0  # of the shared Ray
 
 
 class CpuBundles(Resources):
@@ -139,10 +141,19 @@ def test_one_of_two_replicas_is_killed(tmp_path: Path, tiny_model_dir: Path) -> 
     assert living_groups() == []
 
 
-def test_the_groups_of_a_job_that_fails_are_released(tmp_path: Path, tiny_model_dir: Path) -> None:
+@pytest.mark.parametrize("bundles", [0, 1])
+def test_a_job_that_fails_holds_nothing(bundles: int, tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Whoever has its error in hand can run the next job, which needs the same CPUs."""
     job = config(tmp_path, tiny_model_dir)
     open_label_set(job)
     setup = RunSetup("run", job, functools.partial(slow_teacher(broken=True), tmp_path))
-    with pytest.raises((TeacherError, KeyError)):
-        run_pipeline(list_corpus(job.corpus), setup, FRESH, RESOURCES, Progress(enabled=False))
+    resources = dataclasses.replace(RESOURCES, bundles=bundles)
+    with pytest.raises((TeacherError, KeyError)) as caught:
+        run_pipeline(list_corpus(job.corpus), setup, FRESH, resources, Progress(enabled=False))
     assert living_groups() == []
+    free, end = 0.0, time.monotonic() + 60
+    while free < CPUS and time.monotonic() < end:
+        time.sleep(0.1)
+        free = ray.available_resources().get("CPU", 0.0)
+    assert free == CPUS
+    assert caught.value.__traceback__ is not None  # it was held all the while
