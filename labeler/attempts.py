@@ -14,7 +14,9 @@ import json
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from schemas.errors import StoreError
 from schemas.storage import Store
 
 FOLDER = "attempts"
@@ -46,7 +48,12 @@ class Attempts:
     """The attempts of one run, seen from one process."""
 
     def __init__(
-        self, store: Store, run: str, node: str = "", is_lost: Callable[[str], bool] = _never
+        self,
+        store: Store,
+        run: str,
+        node: str = "",
+        is_lost: Callable[[str], bool] = _never,
+        actor: str = "only",
     ) -> None:
         """Prepares.
 
@@ -55,18 +62,28 @@ class Attempts:
             run: Identity of the run.
             node: Name of the node that this process is on.
             is_lost: Says of the name of a node whether that node is gone.
+            actor: Name of the actor that this process is, which it keeps when it is restarted.
         """
         self._store = store
         self._run = run
         self._node = node
         self._is_lost = is_lost
+        self._actor = actor
         self._open: set[str] = set()
         atexit.register(self._forget)  # runs on SIGTERM under Ray, but not when an engine crashes
 
+    def own_key(self, what: str) -> str:
+        """The key of something that is tried without rows, such as to start an engine.
+
+        It is this actor's own: of a key that actors share, each would take the attempts of the
+        others that are still in flight for deaths.
+        """
+        return f"{what}-{self._actor}"
+
     def deaths(self, key: str) -> Deaths:
         """The attempts at the rows of a key that did not come back."""
-        left = self._store.list(f"{FOLDER}/{self._run}/{key}", ".json")
-        records = [json.loads(self._store.read_bytes(rel)) for rel in left]
+        read = [self._read(rel) for rel in self._records(key)]
+        records = [record for record in read if record is not None]
         alone = [record["alone"] for record in records if not self._is_lost(record["node"])]
         return Deaths(together=alone.count(False), alone=alone.count(True))
 
@@ -84,12 +101,26 @@ class Attempts:
 
     def clear(self, key: str) -> None:
         """Removes every record of a key: it has been shown to be harmless."""
-        self._store.delete(f"{FOLDER}/{self._run}/{key}")
+        for rel in self._records(key):  # not their folder, in which another may begin just now
+            self._store.delete(rel)
         self._open = {rel for rel in self._open if f"/{key}/" not in rel}
 
     def failed(self, rel: str) -> None:
         """Leaves the record of an attempt whose engine failed while this process lives on."""
         self._open.discard(rel)
+
+    def _records(self, key: str) -> list[str]:
+        return self._store.list(f"{FOLDER}/{self._run}/{key}", ".json")
+
+    def _read(self, rel: str) -> dict[str, Any] | None:
+        """A record; None where the attempt has ended since it was listed."""
+        try:
+            record: dict[str, Any] = json.loads(self._store.read_bytes(rel))
+        except StoreError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
+        return record
 
     def _forget(self) -> None:
         for rel in tuple(self._open):

@@ -79,6 +79,13 @@ def this_node() -> str:
     return str(ray.get_runtime_context().get_node_id())
 
 
+def this_actor() -> str:
+    """The name that Ray gives to the actor of this process; a restarted actor keeps it."""
+    import ray
+
+    return str(ray.get_runtime_context().get_actor_id())
+
+
 def is_lost_node(name: str) -> bool:
     """Whether a node of the cluster is gone."""
     import ray

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from labeler.attempts import Attempts, remove_attempts
-from labeler.cluster_session import is_lost_node, quiet_ray_data, this_node, user_error
+from labeler.cluster_session import is_lost_node, quiet_ray_data, this_actor, this_node, user_error
 from labeler.config import LabelConfig, TeacherConfig
 from labeler.cpu_environment import cpu_environment
 from labeler.engine_watch import EngineWatch
@@ -313,7 +313,9 @@ class _TeacherActor:
             # The set's record, which may be richer than the one that was asked for.
             record = label_set.spec.record
             make = functools.partial(setup.make_teacher, config.teacher, record)
-            attempts = Attempts(label_set.store, setup.run, this_node(), is_lost_node)
+            attempts = Attempts(
+                label_set.store, setup.run, this_node(), is_lost_node, actor=this_actor()
+            )
             watch = EngineWatch(config.run.stall_s)
             teacher = Survivor(make, attempts, config.generate, config.gates.audit_rate, watch)
             reference = functools.partial(reference_of, config.teacher, teacher.running)

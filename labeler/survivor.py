@@ -174,7 +174,7 @@ class Survivor:
                 if not self._was_ended_from_outside():
                     raise
                 return self._running()
-            self._attempts.clear(_START)
+            self._attempts.clear(self._attempts.own_key(_START))
         return self._teacher
 
     def _was_ended_from_outside(self) -> bool:
@@ -193,12 +193,13 @@ class Survivor:
             )
         return True
 
-    def _begin_harmless(self, key: str) -> str:
+    def _begin_harmless(self, what: str) -> str:
         """Records an attempt that no row of the corpus can be blamed for."""
+        key = self._attempts.own_key(what)
         deaths = self._attempts.deaths(key).total
         if deaths >= MAX_STARTS:
             raise TeacherError(
-                f"{deaths} engines died while they {_HARMLESS[key]}: the teacher cannot run here; "
+                f"{deaths} engines died while they {_HARMLESS[what]}: the teacher cannot run here; "
                 "try fewer replicas, a smaller text.max_tokens or other teacher.engine options"
             )
         return self._attempts.begin(key)
@@ -218,7 +219,7 @@ class Survivor:
                     self._attempts.failed(record)
                 self._drop()
                 continue
-            self._attempts.clear(_CANARY)
+            self._attempts.clear(self._attempts.own_key(_CANARY))
             if isinstance(result, RowFailure):
                 raise TeacherError(
                     f"the teacher cannot label a row of two tokens: {result.reason} "

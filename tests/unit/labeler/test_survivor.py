@@ -6,13 +6,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from labeler.attempts import Attempts, Deaths, remove_attempts
 from labeler.requests import Request, key_of_unit, label_request
-from labeler.survivor import Survivor
+from labeler.survivor import MAX_STARTS, Survivor
 from labeler.teachers.base import RowFailure, RowLabels
 from labeler.windows import all_but_first
 from schemas.errors import TeacherError, TeacherGoneError
@@ -151,6 +152,59 @@ def test_only_this_run_and_living_nodes_count(tmp_path: Path) -> None:
     remove_attempts(store, "first")
     assert first.deaths("key") == Deaths()
     remove_attempts(store, "first")  # of a run that left nothing
+
+
+def test_starts_of_other_replicas_are_no_deaths(tmp_path: Path) -> None:
+    """They are still in flight, and their records are in the folder of the same run."""
+    store = Store(str(tmp_path))
+    for replica in range(MAX_STARTS + 1):
+        others = Attempts(store, "run", actor=f"replica-{replica}")
+        others.begin(others.own_key("start"))
+    last = Attempts(store, "run", actor="last")
+    found, _ = Survivor(FragileTeacher, last, None).label(requests([20]))
+    assert len(found.requests) == 1
+
+
+def test_starts_before_a_restart_of_the_actor_are_deaths(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    for _ in range(MAX_STARTS):
+        before = Attempts(store, "run", actor="replica")
+        before.failed(before.begin(before.own_key("start")))
+    again = Attempts(store, "run", actor="replica")
+    with pytest.raises(TeacherError, match="3 engines died while they started"):
+        Survivor(FragileTeacher, again, None).label(requests([20]))
+
+
+def test_an_attempt_that_ends_while_it_is_counted_is_no_death(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path))
+    attempts = Attempts(store, "run")
+    attempts.failed(attempts.begin("key"))
+    ending = attempts.begin("key")
+    listed = store.list("attempts/run/key", ".json")
+    attempts.end(ending)
+    monkeypatch.setattr(store, "list", lambda *_: listed)
+    assert attempts.deaths("key") == Deaths(alone=1)
+
+
+def test_clearing_a_key_beside_another_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is looked at, the other begins, and then what was seen is removed."""
+    store = Store(str(tmp_path))
+    attempts, other = Attempts(store, "run"), Attempts(store, "run")
+    attempts.begin("key")
+    unlink = os.unlink
+
+    def unlink_late(path: str, **where: Any) -> None:
+        monkeypatch.undo()
+        other.begin("key")
+        unlink(path, **where)
+
+    monkeypatch.setattr(os, "unlink", unlink_late)
+    attempts.clear("key")
+    assert attempts.deaths("key") == Deaths(alone=1)
 
 
 CHILD = """
