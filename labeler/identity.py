@@ -14,7 +14,7 @@ from typing import Any
 from labeler.config import TeacherConfig
 from labeler.vocabulary import check_same_vocabulary, check_vocabulary_fits, vocabulary
 from labeler.weights import first_float_dtype, weight_files, weights_digest
-from schemas.errors import TeacherError
+from schemas.errors import TeacherError, first_line
 from schemas.spec import TeacherIdentity
 
 _DIGEST_BYTES = 16
@@ -143,7 +143,7 @@ def load_model_config(config: TeacherConfig) -> Any:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trusts_code(config))
     except (ValueError, KeyError, OSError, ImportError) as error:
         raise TeacherError(
-            f"teacher.model: {folder / 'config.json'} cannot be used: {_first_line(error)}"
+            f"teacher.model: {folder / 'config.json'} cannot be used: {first_line(error)}"
         ) from error
     overrides = config.engine.get("hf_overrides", {})
     if not isinstance(overrides, dict):
@@ -198,7 +198,7 @@ def _load_tokenizer_folder(folder: Path, config: TeacherConfig) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts_code(config))
     except Exception as error:  # tokenizers raises plain Exception on a bad file
         raise TeacherError(
-            f"no tokenizer can be loaded from {folder}: {_first_line(error)}; expected "
+            f"no tokenizer can be loaded from {folder}: {first_line(error)}; expected "
             "tokenizer.json and tokenizer_config.json there, or teacher.tokenizer to name another "
             "folder"
         ) from error
@@ -304,7 +304,3 @@ def _canonical(content: object) -> bytes:
 
 def _digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=_DIGEST_BYTES).hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -18,7 +18,14 @@ from typing import Any
 import pyarrow as pa
 
 from labeler.attempts import Attempts, remove_attempts
-from labeler.cluster_session import is_lost_node, quiet_ray_data, this_actor, this_node, user_error
+from labeler.cluster_session import (
+    is_lost_node,
+    quiet_ray_data,
+    this_actor,
+    this_node,
+    user_error,
+    was_restarted,
+)
 from labeler.config import LabelConfig, TeacherConfig
 from labeler.cpu_environment import cpu_environment
 from labeler.engine_watch import EngineWatch
@@ -217,14 +224,14 @@ def _watched(ledger: Any, progress: Progress, stop: StopRequests) -> Iterator[No
         thread.join()
 
 
-def _wait_for_stores(setup: RunSetup, ledger: Any) -> None:
+def _tell(ledger: Any, text: str) -> None:
     """In the processes of a run, whose standard error stream nobody sees."""
+    print(text, file=sys.stderr, flush=True)
+    ledger.note.remote(text)
 
-    def tell(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-        ledger.note.remote(text)
 
-    be_patient(setup.config.run.store_patience_s, tell)
+def _wait_for_stores(setup: RunSetup, ledger: Any) -> None:
+    be_patient(setup.config.run.store_patience_s, functools.partial(_tell, ledger))
 
 
 # What runs in the tokenising tasks
@@ -307,6 +314,8 @@ class _TeacherActor:
         config = setup.config
         self._ledger = ledger
         _wait_for_stores(setup, ledger)
+        if was_restarted():
+            _tell(ledger, "a teacher's process died and was started anew; Ray's logs may say why")
         label_set = LabelSet.open(config.labels)
         teacher, gates = None, None
         if config.teacher.backend != "none":
@@ -317,7 +326,9 @@ class _TeacherActor:
                 label_set.store, setup.run, this_node(), is_lost_node, actor=this_actor()
             )
             watch = EngineWatch(config.run.stall_s)
-            teacher = Survivor(make, attempts, config.generate, config.gates.audit_rate, watch)
+            tell = functools.partial(_tell, ledger)
+            rate = config.gates.audit_rate
+            teacher = Survivor(make, attempts, config.generate, rate, watch, tell)
             reference = functools.partial(reference_of, config.teacher, teacher.running)
             gates = Gates(label_set, config.gates, reference)
         self._units = UnitLabeller(label_set, teacher, setup.salt, gates)

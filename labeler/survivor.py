@@ -23,7 +23,7 @@ from labeler.engine_watch import EngineWatch
 from labeler.requests import Request, key_of_unit
 from labeler.teachers.base import RowFailure, Teacher
 from labeler.unit_labels import UnitLabels, label_requests
-from schemas.errors import TeacherError, TeacherGoneError
+from schemas.errors import TeacherError, TeacherGoneError, first_line
 from schemas.keys import row_key, stack_keys
 from schemas.spec import GenerationSpec
 
@@ -44,6 +44,10 @@ _CANARY_SPANS = np.array([1, 2], np.int32)
 _CANARY_KEY = stack_keys([row_key(_CANARY_IDS, _CANARY_SPANS)])
 
 
+def _nobody(_: str) -> None:
+    pass
+
+
 class Survivor:
     """Labels requests, with as many engines as it takes.
 
@@ -59,6 +63,7 @@ class Survivor:
         generation: GenerationSpec | None,
         audit_rate: float = 0.0,
         watch: EngineWatch | None = None,
+        tell: Callable[[str], None] = _nobody,
     ) -> None:
         """Prepares.
 
@@ -67,7 +72,9 @@ class Survivor:
             attempts: Where it is recorded what engines are working on.
             generation, audit_rate: See ``label_requests``.
             watch: Ends engines that hang; None: nobody does.
+            tell: Gets a line for the people who watch, whenever an engine has died.
         """
+        self._tell = tell
         self._audit_rate = audit_rate
         self._watch = watch or EngineWatch(math.inf)
         self._ended_outside = 0
@@ -112,27 +119,26 @@ class Survivor:
             if teacher is None or not teacher.shareable:
                 return None
             found = self._tried(requests, teacher, self._attempts.begin(key, alone=False))
-            if found is not None:
+            if isinstance(found, UnitLabels):
                 return found, teacher.provenance()
         with self._users.alone():  # all who shared it have failed as well
             if self._teacher is teacher:
-                self._drop()
+                self._drop(found)
         return None
 
-    def _tried(self, requests: list[Request], teacher: Teacher, record: str) -> UnitLabels | None:
-        """One attempt; None where the engine died, which the record then tells if it counts."""
+    def _tried(
+        self, requests: list[Request], teacher: Teacher, record: str
+    ) -> UnitLabels | TeacherError:
+        """One attempt: labels, or what the engine died of; the record then tells if it counts."""
         try:
             with self._watch.waiting():
                 found = label_requests(requests, teacher, self._generation, self._audit_rate)
         except TeacherGoneError:  # a server that somebody else runs: not the rows' doing
             self._attempts.end(record)
             raise
-        except TeacherError:
-            if self._was_ended_from_outside():
-                self._attempts.end(record)
-            else:
-                self._attempts.failed(record)
-            return None
+        except TeacherError as error:
+            self._note_death(record, error)
+            return error
         self._attempts.end(record)
         self._ended_outside = 0
         return found
@@ -146,16 +152,16 @@ class Survivor:
         """
         key = key_of_unit(requests)
         alone = len(requests) == 1
-        deaths = self._attempts.deaths(key)
+        deaths, last = self._attempts.deaths(key), None
         while not _is_deadly(deaths, suspected, alone):
             found = self._tried(requests, self._running(), self._attempts.begin(key))
-            if found is not None:
+            if isinstance(found, UnitLabels):
                 return found
-            self._drop()
-            deaths = self._attempts.deaths(key)
+            self._drop(found)
+            deaths, last = self._attempts.deaths(key), found
         self._check_canary()
         if alone:
-            detail = f"{deaths.alone} engines died while they had this row alone"
+            detail = f"{deaths.alone} engines died while they had this row alone{_of(last)}"
             return UnitLabels([], [], [requests[0].quarantined("kills_engine", detail)])
         middle = len(requests) // 2
         halves = [self._labelled(half, True) for half in (requests[:middle], requests[middle:])]
@@ -169,15 +175,23 @@ class Survivor:
                 with self._watch.starting():
                     self._teacher = self._make_teacher()
                 self._watch.wake = getattr(self._teacher, "wake", None)
-            except TeacherError:
+            except TeacherError as error:
                 self._attempts.end(record)
-                if not self._was_ended_from_outside():
+                if not self._was_ended_from_outside(error):
                     raise
+                self._tell_of(error)
                 return self._running()
             self._attempts.clear(self._attempts.own_key(_START))
         return self._teacher
 
-    def _was_ended_from_outside(self) -> bool:
+    def _note_death(self, record: str, error: TeacherError) -> None:
+        """Leaves the record of an attempt over which the engine died, if that counts."""
+        if self._was_ended_from_outside(error):
+            self._attempts.end(record)
+        else:
+            self._attempts.failed(record)
+
+    def _was_ended_from_outside(self, error: TeacherError) -> bool:
         """Whether the engine that has just died did so for no fault of what it had.
 
         Raises:
@@ -190,34 +204,43 @@ class Survivor:
             raise TeacherError(
                 f"{self._ended_outside} engines in a row were ended by a signal from outside; "
                 "find out who sends it, and run the same command again to go on from here"
-            )
+                f"{_of(error)}"
+            ) from error
         return True
 
-    def _begin_harmless(self, what: str) -> str:
-        """Records an attempt that no row of the corpus can be blamed for."""
+    def _begin_harmless(self, what: str, last: TeacherError | None = None) -> str:
+        """Records an attempt that no row of the corpus can be blamed for.
+
+        Args:
+            what: It is that is tried.
+            last: What the engine died of that tried it before; None where its process died too.
+
+        Raises:
+            TeacherError: Too many died.
+        """
         key = self._attempts.own_key(what)
         deaths = self._attempts.deaths(key).total
         if deaths >= MAX_STARTS:
             raise TeacherError(
                 f"{deaths} engines died while they {_HARMLESS[what]}: the teacher cannot run here; "
                 "try fewer replicas, a smaller text.max_tokens or other teacher.engine options"
-            )
+                f"{_of(last)}"
+            ) from last
         return self._attempts.begin(key)
 
     def _check_canary(self) -> None:
         """Labels a row of two tokens; raises a TeacherError if no engine can."""
+        last: TeacherError | None = None
         while True:  # until one passes, or too many died
             teacher = self._running()
-            record = self._begin_harmless(_CANARY)
+            record = self._begin_harmless(_CANARY, last)
             try:
                 with self._watch.waiting():
                     (result,) = teacher.label([_CANARY_IDS], [_CANARY_SPANS], _CANARY_KEY)
-            except TeacherError:
-                if self._was_ended_from_outside():
-                    self._attempts.end(record)
-                else:
-                    self._attempts.failed(record)
-                self._drop()
+            except TeacherError as error:
+                self._note_death(record, error)
+                self._drop(error)
+                last = error
                 continue
             self._attempts.clear(self._attempts.own_key(_CANARY))
             if isinstance(result, RowFailure):
@@ -227,12 +250,23 @@ class Survivor:
                 )
             return
 
-    def _drop(self) -> None:
-        """Ends an engine that failed, as far as it still can be."""
+    def _tell_of(self, error: TeacherError) -> None:
+        self._tell(f"an engine died and is started anew: {first_line(error)}")
+
+    def _drop(self, error: TeacherError) -> None:
+        """Ends an engine that failed, as far as it still can be, and tells of what."""
+        self._tell_of(error)
         teacher, self._teacher = self._teacher, None
         if teacher is not None:
             with contextlib.suppress(Exception):  # it is broken already
                 teacher.close()
+
+
+def _of(last: TeacherError | None) -> str:
+    """How a message ends that tells of engines that died: with what the last one died of."""
+    if last is None:
+        return "; the last one took its process along: Ray's logs and `dmesg` may say why"
+    return f"; the last one: {first_line(last)}"
 
 
 def _is_deadly(deaths: Deaths, suspected: bool, single: bool) -> bool:

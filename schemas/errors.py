@@ -52,3 +52,8 @@ class JobStoppedError(TutelageError, RuntimeError):
 
 class AccountsError(TutelageError, RuntimeError):
     """A run cannot show what became of each row that it read."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
-from schemas.errors import StoreError
+from schemas.errors import StoreError, first_line
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -152,7 +152,7 @@ def _repeated(action: Callable[[], T], where: str) -> T:
             if not is_transient(error):
                 raise
             waited_s = time.monotonic() - start
-            what = f"{where}: {_one_line(error)}"
+            what = f"{where}: {first_line(error)}"
             if waited_s >= _patience_s:
                 raise StoreError(
                     f"{what}; tried again for {waited_s:.0f}s. What is committed stays: once there "
@@ -177,10 +177,6 @@ def _status(error: BaseException) -> int:
         if isinstance(status, int):
             return status
     return 0
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _tell_stderr(text: str) -> None:

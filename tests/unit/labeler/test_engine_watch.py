@@ -140,7 +140,8 @@ def test_engines_that_are_always_ended_end_the_run(
     monkeypatch.setattr(labeler.survivor, "MAX_OUTSIDE", 2)
     watched = survivor(tmp_path)
     monkeypatch.setattr(watched._watch, "was_ended_from_outside", lambda: True)
-    with pytest.raises(TeacherError, match="2 engines in a row were ended by a signal"):
+    expected = "2 engines in a row were ended by a signal .*; the last one: the engine died"
+    with pytest.raises(TeacherError, match=expected):
         watched.label(requests([CRASH]))
 
 

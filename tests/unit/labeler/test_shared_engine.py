@@ -93,12 +93,14 @@ def test_neighbours_of_a_row_that_kills_are_labelled(tmp_path: Path) -> None:
 
     attempts = Attempts(Store(str(tmp_path)), "run")
     batches = units([[1, 2, 3, 4], [5, POISON, 6, 7], [8, 9], [10]])
-    found = label_all(Survivor(make, attempts, None), batches)
+    lines: list[str] = []
+    found = label_all(Survivor(make, attempts, None, tell=lines.append), batches)
     assert [len(unit.requests) for unit in found] == [4, 3, 2, 1]
     quarantined = [(row.place, row.reason) for unit in found for row in unit.quarantined]
     assert quarantined == [(5, "kills_engine")]
     assert teachers[0].most_together == 4
     assert all(teacher.most_together == 1 for teacher in teachers[1:])
+    assert len(lines) == len(teachers) - 1  # once an engine, however many units were in it
     # Who only was there when it happened has nothing else against it.
     for innocent in (0, 2, 3):
         assert attempts.deaths(key_of_unit(batches[innocent])) == Deaths(together=1)

@@ -119,6 +119,46 @@ def test_a_broken_engine_ends_the_run_and_blames_no_row(tmp_path: Path) -> None:
         survivor(tmp_path, canary_dies=True).label(requests([20, POISON]))
 
 
+def test_a_broken_engine_says_what_the_last_one_died_of(tmp_path: Path) -> None:
+    lines: list[str] = []
+    broken = Survivor(
+        lambda: FragileTeacher(canary_dies=True),
+        Attempts(Store(str(tmp_path)), "run"),
+        None,
+        tell=lines.append,
+    )
+    with pytest.raises(TeacherError, match=r"options; the last one: the engine died$") as caught:
+        broken.label(requests([20, POISON]))
+    assert isinstance(caught.value.__cause__, TeacherError)
+    assert lines == ["an engine died and is started anew: the engine died"] * (2 + 3)
+
+
+def test_engines_that_took_their_processes_along_could_not_say_why(tmp_path: Path) -> None:
+    attempts = Attempts(Store(str(tmp_path)), "run")
+    for _ in range(MAX_STARTS):
+        attempts.failed(attempts.begin(attempts.own_key("start")))
+    with pytest.raises(TeacherError, match="the last one took its process along"):
+        Survivor(FragileTeacher, attempts, None).label(requests([20]))
+
+
+def test_a_row_that_kills_is_kept_with_what_the_engine_said(tmp_path: Path) -> None:
+    class Talkative(FragileTeacher):
+        def label(self, *arguments: Any, **more: Any) -> list[RowLabels | RowFailure]:
+            try:
+                return super().label(*arguments, **more)
+            except TeacherError as error:
+                raise TeacherError("CUDA error: illegal access\nlong\ntraceback") from error
+
+    lines: list[str] = []
+    attempts = Attempts(Store(str(tmp_path)), "run")
+    found, _ = Survivor(Talkative, attempts, None, tell=lines.append).label(requests([POISON]))
+    (row,) = found.quarantined
+    assert row.detail == (
+        "2 engines died while they had this row alone; the last one: CUDA error: illegal access"
+    )
+    assert lines == ["an engine died and is started anew: CUDA error: illegal access"] * 2
+
+
 def test_a_teacher_that_cannot_be_made_says_why_at_once(tmp_path: Path) -> None:
     calls = []
 
