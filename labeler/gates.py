@@ -1,10 +1,15 @@
 """What a unit's labels pass before they are committed; a unit that fails is kept from everyone."""
 
+import threading
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from labeler.config import GatesConfig
 from labeler.fidelity import measure
 from labeler.parity import Reference, check_parity
+from labeler.requests import Request
+from labeler.teachers.base import RowLabels
 from labeler.unit_labels import UnitLabels
 from schemas.label_set import LabelSet
 from schemas.manifest import Fidelity
@@ -12,13 +17,24 @@ from schemas.parity import PARITY_FILE
 from schemas.record import LabelRows
 
 MakeReference = Callable[[], Reference | None]
+Claim = Callable[[], AbstractContextManager[bool]]
+
+_POLL_S = 1.0
+
+
+def _unshared() -> AbstractContextManager[bool]:
+    return nullcontext(True)
 
 
 class Gates:
     """The gates of one label set, in one process."""
 
     def __init__(
-        self, label_set: LabelSet, config: GatesConfig, make_reference: MakeReference
+        self,
+        label_set: LabelSet,
+        config: GatesConfig,
+        make_reference: MakeReference,
+        claim: Claim = _unshared,
     ) -> None:
         """Prepares.
 
@@ -26,11 +42,15 @@ class Gates:
             label_set: where units go.
             config: the bounds.
             make_reference: a second implementation of the teacher; None where the teacher is it.
+            claim: tells whether this process is the one that may compare labels with the reference,
+                for as long as the context is open; of the others none may meanwhile.
         """
         self._label_set = label_set
         self._config = config
         self._make_reference = make_reference
+        self._claim = claim
         self._parity_known = config.parity_rows == 0
+        self._checking = threading.Lock()
 
     def check_parity(self, found: UnitLabels) -> None:
         """Once per label set: the teacher's labels are those of another implementation.
@@ -38,21 +58,30 @@ class Gates:
         Raises:
             TeacherError: They are not, so nothing may be published.
         """
-        store = self._label_set.store
         if self._parity_known or not found.labels:
             return
-        if not store.exists(PARITY_FILE):
-            reference = self._make_reference()
-            if reference is not None:
-                check_parity(
-                    store,
-                    self._label_set.spec,
-                    self._config,
-                    reference,
-                    found.requests,
-                    found.labels,
-                )
-        self._parity_known = True
+        # The reference may be as large as the teacher: there is room for one, and one is enough.
+        with self._checking:
+            while not self._parity_known:
+                with self._claim() as is_mine:
+                    self._parity_known = self._label_set.store.exists(PARITY_FILE)
+                    if is_mine and not self._parity_known:
+                        self._compare(found.requests, found.labels)
+                        self._parity_known = True
+                if not self._parity_known:
+                    time.sleep(_POLL_S)
+
+    def _compare(self, requests: list[Request], labels: list[RowLabels]) -> None:
+        reference = self._make_reference()
+        if reference is not None:
+            check_parity(
+                self._label_set.store,
+                self._label_set.spec,
+                self._config,
+                reference,
+                requests,
+                labels,
+            )
 
     def audit(self, found: UnitLabels, rows: LabelRows | None) -> tuple[Fidelity | None, str]:
         """Compares the audited labels, as they would be stored, with the full distribution.

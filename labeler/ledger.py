@@ -7,12 +7,17 @@ tokenising task that Ray runs a second time gets the same answers as the first t
 One process holds it, at about 150 bytes a distinct row: good for 10^8 rows of a run.
 """
 
+import time
+
 import numpy as np
 import numpy.typing as npt
 
 from labeler.progress import RunState
 from labeler.units import UnitDone
 from schemas.keys import Keys
+
+PARITY_CLAIM_S = 1800.0
+"""How long all wait for a teacher that compares its labels with a reference and may be dead."""
 
 
 class Ledger:
@@ -25,6 +30,7 @@ class Ledger:
         self._done: dict[str, UnitDone] = {}
         self._stopping = False
         self._news: list[str] = []
+        self._checking: tuple[str, float] | None = None
 
     def claim(self, piece: int, keys: Keys) -> npt.NDArray[np.bool_]:
         """Claims rows for a piece.
@@ -56,6 +62,25 @@ class Ledger:
         """The lines since this was asked last."""
         news, self._news = self._news, []
         return news
+
+    def may_check(self, teacher: str) -> bool:
+        """Whether this teacher, and no other, may now compare its labels with a reference.
+
+        It claims that until it says ``checked``; asking again renews the claim. One that died is
+        not waited for beyond a certain time, nor when it is back and asks again.
+        """
+        now = time.monotonic()
+        if self._checking is not None:
+            holder, since = self._checking
+            if holder != teacher and now - since < PARITY_CLAIM_S:
+                return False
+        self._checking = teacher, now
+        return True
+
+    def checked(self, teacher: str) -> None:
+        """Gives back what ``may_check`` claimed, however the comparison ended."""
+        if self._checking is not None and self._checking[0] == teacher:
+            self._checking = None
 
     def piece_read(self, piece: int, size_bytes: int, rows_sent: int) -> None:
         """Notes that a piece was read to its end; saying it again changes nothing."""

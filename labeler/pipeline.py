@@ -307,6 +307,32 @@ _DONE_SCHEMA = pa.schema(
 )
 
 
+@contextmanager
+def _parity_claim(ledger: Any, actor: str) -> Iterator[bool]:
+    import ray
+
+    is_mine = ray.get(ledger.may_check.remote(actor))
+    try:
+        yield is_mine
+    finally:
+        if is_mine:
+            ledger.checked.remote(actor)
+
+
+def _gated_teacher(setup: RunSetup, ledger: Any, label_set: LabelSet) -> tuple[Survivor, Gates]:
+    config = setup.config
+    # The set's record, which may be richer than the one that was asked for.
+    make = functools.partial(setup.make_teacher, config.teacher, label_set.spec.record)
+    actor = this_actor()
+    attempts = Attempts(label_set.store, setup.run, this_node(), is_lost_node, actor)
+    watch = EngineWatch(config.run.stall_s)
+    tell = functools.partial(_tell, ledger)
+    teacher = Survivor(make, attempts, config.generate, config.gates.audit_rate, watch, tell)
+    reference = functools.partial(reference_of, config.teacher, teacher.ask)
+    claim = functools.partial(_parity_claim, ledger, actor)
+    return teacher, Gates(label_set, config.gates, reference, claim)
+
+
 class _TeacherActor:
     """A teacher and the units that it labels; one call is one unit."""
 
@@ -319,18 +345,7 @@ class _TeacherActor:
         label_set = LabelSet.open(config.labels)
         teacher, gates = None, None
         if config.teacher.backend != "none":
-            # The set's record, which may be richer than the one that was asked for.
-            record = label_set.spec.record
-            make = functools.partial(setup.make_teacher, config.teacher, record)
-            attempts = Attempts(
-                label_set.store, setup.run, this_node(), is_lost_node, actor=this_actor()
-            )
-            watch = EngineWatch(config.run.stall_s)
-            tell = functools.partial(_tell, ledger)
-            rate = config.gates.audit_rate
-            teacher = Survivor(make, attempts, config.generate, rate, watch, tell)
-            reference = functools.partial(reference_of, config.teacher, teacher.running)
-            gates = Gates(label_set, config.gates, reference)
+            teacher, gates = _gated_teacher(setup, ledger, label_set)
         self._units = UnitLabeller(label_set, teacher, setup.salt, gates)
 
     def __call__(self, units: pa.Table) -> pa.Table:

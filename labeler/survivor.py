@@ -14,6 +14,7 @@ either, it is the engine that is broken, and the job ends.
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -27,8 +28,10 @@ from schemas.errors import TeacherError, TeacherGoneError, first_line
 from schemas.keys import row_key, stack_keys
 from schemas.spec import GenerationSpec
 
+T = TypeVar("T")
+
 MAX_STARTS = 3
-"""Engines that may die while they start or label the canary, before the run gives up."""
+"""Engines that may die over what no row can be blamed for, before the run gives up."""
 
 DEADLY = 2
 """Engines that have to die over the same rows before it is put down to the rows."""
@@ -38,7 +41,12 @@ MAX_OUTSIDE = 20
 
 _START = "start"
 _CANARY = "canary"
-_HARMLESS = {_START: "started", _CANARY: "labelled a row of two tokens"}
+_QUESTION = "question"
+_HARMLESS = {
+    _START: "started",
+    _CANARY: "labelled a row of two tokens",
+    _QUESTION: "scored labels that others like them had made",
+}
 _CANARY_IDS = np.array([0, 1], np.int32)
 _CANARY_SPANS = np.array([1, 2], np.int32)
 _CANARY_KEY = stack_keys([row_key(_CANARY_IDS, _CANARY_SPANS)])
@@ -99,21 +107,22 @@ class Survivor:
         with self._users.alone():
             return self._labelled(batch, suspected=False), self._running().provenance()
 
-    def running(self) -> Teacher:
-        """The teacher, made if it is not there.
+    def ask(self, question: Callable[[Teacher], T]) -> T:
+        """What the teacher says to something else than rows to be labelled; nobody is beside it.
 
         Raises:
-            TeacherError: No engine can be made.
+            TeacherError: No engine can be made, or engines die over it.
         """
         with self._users.alone():
-            return self._running()
+            return self._answered(_QUESTION, question)
 
     def _labelled_together(
         self, requests: list[Request], key: str
     ) -> tuple[UnitLabels, dict[str, object]] | None:
         """Labels requests beside those of other threads; None where they have to be tried alone."""
         while self._teacher is None:
-            self.running()
+            with self._users.alone():
+                self._running()
         with self._users.together():
             teacher = self._teacher
             if teacher is None or not teacher.shareable:
@@ -230,25 +239,30 @@ class Survivor:
 
     def _check_canary(self) -> None:
         """Labels a row of two tokens; raises a TeacherError if no engine can."""
+        (result,) = self._answered(
+            _CANARY, lambda teacher: teacher.label([_CANARY_IDS], [_CANARY_SPANS], _CANARY_KEY)
+        )
+        if isinstance(result, RowFailure):
+            raise TeacherError(
+                f"the teacher cannot label a row of two tokens: {result.reason} ({result.detail})"
+            )
+
+    def _answered(self, what: str, question: Callable[[Teacher], T]) -> T:
+        """Asks one engine after another something harmless, until one answers or too many died."""
         last: TeacherError | None = None
-        while True:  # until one passes, or too many died
+        while True:
             teacher = self._running()
-            record = self._begin_harmless(_CANARY, last)
+            record = self._begin_harmless(what, last)
             try:
                 with self._watch.waiting():
-                    (result,) = teacher.label([_CANARY_IDS], [_CANARY_SPANS], _CANARY_KEY)
+                    answer = question(teacher)
             except TeacherError as error:
                 self._note_death(record, error)
                 self._drop(error)
                 last = error
                 continue
-            self._attempts.clear(self._attempts.own_key(_CANARY))
-            if isinstance(result, RowFailure):
-                raise TeacherError(
-                    f"the teacher cannot label a row of two tokens: {result.reason} "
-                    f"({result.detail})"
-                )
-            return
+            self._attempts.clear(self._attempts.own_key(what))
+            return answer
 
     def _tell_of(self, error: TeacherError) -> None:
         self._tell(f"an engine died and is started anew: {first_line(error)}")

@@ -9,21 +9,24 @@ import psutil
 from labeler.config import TeacherConfig
 from labeler.identity import model_folder
 from labeler.parity import Reference
-from labeler.teachers.base import Teacher
+from labeler.teachers.base import RowFailure, Teacher
 from labeler.weights import weight_files
 from schemas.errors import TeacherError
 from schemas.spec import RecordSpec
+
+Scores = list[np.ndarray | RowFailure]
+Ask = Callable[[Callable[[Teacher], Scores]], Scores]
 
 # Of the size of the weights on disk: half precision may become float32, and there are activations.
 _MEMORY_SHARE = 2.5
 
 
-def reference_of(config: TeacherConfig, running: Callable[[], Teacher]) -> Reference | None:
+def reference_of(config: TeacherConfig, ask: Ask) -> Reference | None:
     """The best reference there is for a teacher.
 
     Args:
         config: of the teacher.
-        running: gives the teacher itself.
+        ask: has the teacher itself answer a question, by another engine where one dies.
 
     Returns:
         transformers on the CPU; the engine's own log-probabilities where the model is too large
@@ -40,11 +43,11 @@ def reference_of(config: TeacherConfig, running: Callable[[], Teacher]) -> Refer
     free = psutil.virtual_memory().available
     if needed > free:
         reason = f"transformers would need {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
-        return StockPath(running(), reason)
+        return StockPath(ask, reason)
     try:
         return TransformersOnCpu(config)
     except TeacherError as error:
-        return StockPath(running(), str(error))
+        return StockPath(ask, str(error))
 
 
 class TransformersOnCpu:
@@ -70,9 +73,9 @@ class TransformersOnCpu:
 class StockPath:
     """The engine's own log-probabilities: the same forward pass, another way from there."""
 
-    def __init__(self, teacher: Teacher, reason: str) -> None:
+    def __init__(self, ask: Ask, reason: str) -> None:
         self.name = f"the engine's own path ({reason})"
-        self._teacher = teacher
+        self._ask = ask
 
     def logprobs(
         self,
@@ -80,8 +83,20 @@ class StockPath:
         label_spans: Sequence[np.ndarray],
         entry_ids: Sequence[np.ndarray],
     ) -> list[np.ndarray]:
-        """See ``Reference.logprobs``."""
+        """See ``Reference.logprobs``.
+
+        Raises:
+            TeacherError: the engine refuses a row by this path, or dies whenever it is asked.
+        """
         from labeler.teachers.vllm_teacher import VllmTeacher
 
-        assert isinstance(self._teacher, VllmTeacher)
-        return self._teacher.stock_logprobs(token_ids, label_spans, entry_ids)
+        def scores(teacher: Teacher) -> Scores:
+            assert isinstance(teacher, VllmTeacher)
+            return teacher.stock_logprobs(token_ids, label_spans, entry_ids)
+
+        found = []
+        for row in self._ask(scores):
+            if isinstance(row, RowFailure):
+                raise TeacherError(f"{self.name} refuses a row: {row.detail}")
+            found.append(row)
+        return found

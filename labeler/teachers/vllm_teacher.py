@@ -205,11 +205,15 @@ class VllmTeacher:
         token_ids: Sequence[np.ndarray],
         label_spans: Sequence[np.ndarray],
         entry_ids: Sequence[np.ndarray],
-    ) -> list[np.ndarray]:
-        """Log-probabilities of given ids by vLLM's own path, for a few rows that it can serve.
+    ) -> list[np.ndarray | RowFailure]:
+        """Log-probabilities of given ids by vLLM's own path, for a few rows.
 
         Returns:
-            float64 [N, K] a row, nats; NaN for ids that are not among its candidates.
+            float64 [N, K] a row, nats; NaN for ids that are not among its candidates. A row that
+            vLLM refuses is a ``RowFailure``.
+
+        Raises:
+            TeacherError: The engine failed.
         """
         from vllm import SamplingParams
 
@@ -221,10 +225,11 @@ class VllmTeacher:
             detokenize=False,
         )
         outputs = self._engine.outputs([engine_request(tokens, params) for tokens in token_ids])
-        found = []
+        found: list[np.ndarray | RowFailure] = []
         for output, spans, ids in zip(outputs, label_spans, entry_ids, strict=True):
             if isinstance(output, RowFailure):
-                raise TeacherError(f"vLLM's own path refuses a row: {output.detail}")
+                found.append(output)
+                continue
             flat = output.prompt_logprobs
             values = np.full(ids.shape, np.nan)
             for label, target in enumerate(span_targets(spans)):

@@ -2,25 +2,35 @@
 
 import json
 import shutil
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 
 from labeler.attempts import Attempts
 from labeler.config import GatesConfig, TeacherConfig
-from labeler.gates import Gates
+from labeler.gates import Claim, Gates
+from labeler.ledger import PARITY_CLAIM_S, Ledger
 from labeler.parity import Reference
 from labeler.requests import Request, label_request
 from labeler.survivor import Survivor
-from labeler.teachers.references import TransformersOnCpu, reference_of
+from labeler.teachers.base import RowFailure, RowLabels
+from labeler.teachers.references import StockPath, TransformersOnCpu, reference_of
 from labeler.teachers.transformers_teacher import TransformersTeacher
+from labeler.unit_labels import UnitLabels
 from labeler.units import UnitLabeller
 from labeler.windows import all_but_first
 from schemas.errors import TeacherError
 from schemas.label_set import LabelSet
 from schemas.parity import PARITY_FILE
 from schemas.spec import LabelSetSpec, RecordSpec, TeacherIdentity, TextSpec
+from schemas.storage import Store
 
 RECORD = RecordSpec(kind="threshold", tau=0.05)
 
@@ -132,7 +142,110 @@ def test_drift_publishes_nothing_and_says_by_how_much(tmp_path: Path, tiny_model
 
 
 def test_no_reference_of_the_reference(tiny_model_dir: Path) -> None:
-    def never() -> TransformersTeacher:
+    def never(_: object) -> list[np.ndarray | RowFailure]:
         raise AssertionError("not needed")
 
     assert reference_of(config_of(tiny_model_dir), never) is None
+
+
+class Comparisons:
+    """Stands for ``check_parity``: counts comparisons that are made, and that at the same time."""
+
+    def __init__(self, failing: int = 0) -> None:
+        self.made = self.together = self.most_together = 0
+        self._failing = failing
+        self._lock = threading.Lock()
+
+    def __call__(self, store: Store, *_: object) -> None:
+        with self._lock:
+            self.made += 1
+            self.together += 1
+            self.most_together = max(self.most_together, self.together)
+            fails = self.made <= self._failing
+        time.sleep(0.2)
+        with self._lock:
+            self.together -= 1
+        if fails:
+            raise TeacherError("the comparison failed")
+        store.create_exclusive(PARITY_FILE, b"{}")
+
+
+UNIT = UnitLabels(make_requests(1), [cast(RowLabels, object())], [])
+
+
+def gates_of(folder: Path, claim: Claim | None = None) -> Gates:
+    reference = cast(Reference, object())
+    label_set = make_label_set(folder, RECORD)
+    more = {} if claim is None else {"claim": claim}
+    return Gates(label_set, GatesConfig(), lambda: reference, **more)
+
+
+def claims(ledger: Ledger, name: str) -> Claim:
+    """As teacher actors claim, whose calls a ledger gets one after another."""
+    one_by_one = threading.Lock()
+
+    @contextmanager
+    def claim() -> Iterator[bool]:
+        with one_by_one:
+            is_mine = ledger.may_check(name)
+        try:
+            yield is_mine
+        finally:
+            ledger.checked(name)
+
+    return claim
+
+
+def test_threads_of_a_teacher_compare_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    comparisons = Comparisons()
+    monkeypatch.setattr("labeler.gates.check_parity", comparisons)
+    gates = gates_of(tmp_path)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(gates.check_parity, [UNIT] * 3))
+    assert comparisons.made == 1
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_replicas_compare_one_by_one(
+    failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the one that claimed it fails, the next one does it."""
+    comparisons = Comparisons(failing)
+    monkeypatch.setattr("labeler.gates.check_parity", comparisons)
+    monkeypatch.setattr("labeler.gates._POLL_S", 0.01)
+    ledger = Ledger(bytes_total=0)
+    replicas = [gates_of(tmp_path, claims(ledger, f"replica-{n}")) for n in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        done = [pool.submit(gates.check_parity, UNIT) for gates in replicas]
+    assert sum(isinstance(one.exception(), TeacherError) for one in done) == failing
+    assert comparisons.made == 1 + failing
+    assert comparisons.most_together == 1
+
+
+def test_a_teacher_without_reference_is_waited_for_by_nobody(tmp_path: Path) -> None:
+    ledger = Ledger(bytes_total=0)
+    label_set = make_label_set(tmp_path, RECORD)
+    for name in ("a", "b"):
+        Gates(label_set, GatesConfig(), lambda: None, claims(ledger, name)).check_parity(UNIT)
+    assert not label_set.store.exists(PARITY_FILE)
+
+
+def test_the_claim_of_a_dead_replica_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("labeler.ledger.time.monotonic", lambda: now[0])
+    ledger = Ledger(bytes_total=0)
+    assert ledger.may_check("dead")
+    assert not ledger.may_check("other")
+    assert ledger.may_check("dead")  # it was restarted
+    ledger.checked("other")  # changes nothing
+    assert not ledger.may_check("other")
+    now[0] = PARITY_CLAIM_S
+    assert ledger.may_check("other")
+    ledger.checked("dead")  # it was only slow
+    assert not ledger.may_check("dead")
+
+
+def test_a_row_that_the_stock_path_refuses_is_no_dead_engine() -> None:
+    stock = StockPath(lambda _: [RowFailure("too_long", "9 tokens")], "transformers cannot load it")
+    with pytest.raises(TeacherError, match=r"own path \(transformers .* refuses a row: 9 tokens"):
+        stock.logprobs([], [], [])

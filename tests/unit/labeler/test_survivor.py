@@ -14,7 +14,7 @@ import pytest
 from labeler.attempts import Attempts, Deaths, remove_attempts
 from labeler.requests import Request, key_of_unit, label_request
 from labeler.survivor import MAX_STARTS, Survivor
-from labeler.teachers.base import RowFailure, RowLabels
+from labeler.teachers.base import RowFailure, RowLabels, Teacher
 from labeler.windows import all_but_first
 from schemas.errors import TeacherError, TeacherGoneError
 from schemas.spec import GenerationSpec
@@ -157,6 +157,21 @@ def test_a_row_that_kills_is_kept_with_what_the_engine_said(tmp_path: Path) -> N
         "2 engines died while they had this row alone; the last one: CUDA error: illegal access"
     )
     assert lines == ["an engine died and is started anew: CUDA error: illegal access"] * 2
+
+
+def test_a_question_over_which_an_engine_dies_is_asked_again(tmp_path: Path) -> None:
+    FragileTeacher.started = 0
+
+    def question(teacher: Teacher) -> int:
+        if FragileTeacher.started <= deaths:
+            raise TeacherError("the engine died")
+        return FragileTeacher.started
+
+    deaths = MAX_STARTS - 1
+    assert survivor(tmp_path).ask(question) == MAX_STARTS
+    deaths = 100
+    with pytest.raises(TeacherError, match=r"3 engines died while they scored .* the last one"):
+        survivor(tmp_path, run="other").ask(question)
 
 
 def test_a_teacher_that_cannot_be_made_says_why_at_once(tmp_path: Path) -> None:
