@@ -30,6 +30,7 @@ class Ledger:
         self._done: dict[str, UnitDone] = {}
         self._stopping = False
         self._news: list[str] = []
+        self._is_up = False
         self._checking: tuple[str, float] | None = None
 
     def claim(self, piece: int, keys: Keys) -> npt.NDArray[np.bool_]:
@@ -63,11 +64,20 @@ class Ledger:
         news, self._news = self._news, []
         return news
 
+    def teacher_up(self, teacher: str) -> None:
+        """Notes that a teacher actor has come up, or again; what it was doing before is over."""
+        self._is_up = True
+        self.checked(teacher)
+
+    def has_teachers(self) -> bool:
+        """Whether any teacher actor has come up."""
+        return self._is_up
+
     def may_check(self, teacher: str) -> bool:
         """Whether this teacher, and no other, may now compare its labels with a reference.
 
         It claims that until it says ``checked``; asking again renews the claim. One that died is
-        not waited for beyond a certain time, nor when it is back and asks again.
+        waited for until it is up again, and not beyond a certain time.
         """
         now = time.monotonic()
         if self._checking is not None:

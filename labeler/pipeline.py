@@ -40,6 +40,7 @@ from labeler.resources import Resources
 from labeler.sources import Piece
 from labeler.stopping import StopRequests
 from labeler.survivor import Survivor
+from labeler.teacher_wait import TeacherWait
 from labeler.teachers.base import Teacher, make_teacher
 from labeler.teachers.references import reference_of
 from labeler.text_rows import TextRows
@@ -112,7 +113,8 @@ def run_pipeline(
     stop = StopRequests(config.run.drain_s)
     try:
         quiet = quiet_ray_data(block_bytes, config.run.waiting_bytes)
-        watched = _watched(ledger, progress, stop)
+        wait = TeacherWait(resources, resources.min_replicas, progress.say, ray.available_resources)
+        watched = _watched(ledger, progress, stop, wait)
         with stop.draining(), quiet, watched, Replicas(resources) as replicas:
             dataset = _dataset(pieces, setup, ray.put(frozen), resources, ledger, replicas)
             for _ in dataset.iter_batches(batch_size=None, prefetch_batches=0):
@@ -198,7 +200,9 @@ def _dataset(
 
 
 @contextmanager
-def _watched(ledger: Any, progress: Progress, stop: StopRequests) -> Iterator[None]:
+def _watched(
+    ledger: Any, progress: Progress, stop: StopRequests, wait: TeacherWait
+) -> Iterator[None]:
     """Shows how far the run is while it goes, and passes on that it is to stop."""
     import ray
 
@@ -209,6 +213,8 @@ def _watched(ledger: Any, progress: Progress, stop: StopRequests) -> Iterator[No
             try:
                 if stop.is_asked:
                     ledger.stop.remote()
+                if not wait.is_over:
+                    wait.look(ray.get(ledger.has_teachers.remote(), timeout=_POLL_S))
                 for line in ray.get(ledger.news.remote(), timeout=_POLL_S):
                     progress.say(line)
                 progress.show(ray.get(ledger.state.remote(), timeout=_POLL_S))
@@ -339,6 +345,7 @@ class _TeacherActor:
     def __init__(self, setup: RunSetup, ledger: Any) -> None:
         config = setup.config
         self._ledger = ledger
+        ledger.teacher_up.remote(this_actor())
         _wait_for_stores(setup, ledger)
         if was_restarted():
             _tell(ledger, "a teacher's process died and was started anew; Ray's logs may say why")

@@ -1,5 +1,6 @@
 """Making a plan: the corpus is sampled here, the teacher calibrates where a replica would run."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,15 @@ from labeler.cpu_environment import cpu_environment
 from labeler.job import everywhere, wanted_label_set
 from labeler.plan import SEED, LabelPlan, make_plan, say
 from labeler.progress import Progress
+from labeler.requests import Request
+from labeler.resources import Resources
+from labeler.teacher_wait import TeacherWait
 from schemas.label_set import LabelSet
 from schemas.label_set_file import LABEL_SET_FILE
 from schemas.spec import LabelSetSpec
 from schemas.storage import Store
+
+_POLL_S = 1.0
 
 
 def plan_label_job(
@@ -58,7 +64,7 @@ def plan_label_job(
         calibration = None
         if sample.requests:
             shown.say("labelling a few units, which are thrown away")
-            calibration = _calibrated(config, spec, resources, sample.requests)
+            calibration = _calibrated(config, spec, resources, sample.requests, shown.say)
     cluster = (sum(cpus), sum(gpus))
     plan = make_plan(config, sample, calibration, resources, cluster, price_per_hour)
     sizes = {"corpus_bytes": sum(piece.size_bytes for piece in pieces), "pieces": len(pieces)}
@@ -76,7 +82,11 @@ def _there(config: LabelConfig, spec: LabelSetSpec) -> tuple[LabelSetSpec, Any, 
 
 
 def _calibrated(
-    config: LabelConfig, spec: LabelSetSpec, resources: Any, requests: list[Any]
+    config: LabelConfig,
+    spec: LabelSetSpec,
+    resources: Resources,
+    requests: list[Request],
+    say_line: Callable[[str], None],
 ) -> Calibration:
     import ray
 
@@ -97,7 +107,9 @@ def _calibrated(
         actor = (
             ray.remote(Calibrator).options(**options).remote(everywhere(config), spec, make_teacher)
         )
+        wait = TeacherWait(resources, 1, say_line, ray.available_resources)
         try:
+            _wait_until_up(actor, wait)
             calibration: Calibration = ray.get(actor.run.remote(to_table(requests)))
         except Exception as error:  # everything that the teacher raised comes out here
             known = user_error(error)
@@ -107,3 +119,12 @@ def _calibrated(
         finally:
             ray.kill(actor)
     return calibration
+
+
+def _wait_until_up(actor: Any, wait: TeacherWait) -> None:
+    """Or until it cannot be any more, which the next call to it says."""
+    import ray
+
+    is_up = actor.__ray_ready__.remote()
+    while not wait.is_over:
+        wait.look(bool(ray.wait([is_up], timeout=_POLL_S)[0]))

@@ -37,6 +37,12 @@ class Resources:
         """One bundle of a replica's placement group."""
         return {"CPU": max(_WORKER_CPUS, self.actor_cpus), "GPU": 1.0}
 
+    def replica(self) -> dict[str, float]:
+        """All that one replica takes, on however many nodes."""
+        if self.bundles:
+            return {kind: self.bundles * amount for kind, amount in self.bundle().items()}
+        return {"CPU": self.actor_cpus, "GPU": self.actor_gpus}
+
 
 def plan_resources(
     config: LabelConfig, node_cpus: list[float], node_gpus: list[float]

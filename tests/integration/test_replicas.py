@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import io
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -139,6 +141,37 @@ def test_one_of_two_replicas_is_killed(tmp_path: Path, tiny_model_dir: Path) -> 
     assert sum(unit.num_rows for unit in units) == ROWS
     assert max(unit.num_rows for unit in units) <= 6
     assert living_groups() == []
+
+
+def test_a_job_that_waits_for_its_teachers_says_so(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = config(tmp_path, tiny_model_dir)
+    open_label_set(job)
+    setup = RunSetup("run", job, functools.partial(slow_teacher(broken=False), tmp_path))
+    monkeypatch.setattr("labeler.teacher_wait.PATIENCE_S", 3.0)
+    other = ray.util.placement_group([{"CPU": CPUS}])  # all that there are
+    assert other.wait(60)
+    lines = io.StringIO()
+    end = threading.Thread(target=end_when_told_of, args=(other, lines))
+    end.start()
+    resources = dataclasses.replace(RESOURCES, bundles=0)
+    run_pipeline(list_corpus(job.corpus), setup, FRESH, resources, Progress(lines))
+    end.join()
+    said = [line for line in lines.getvalue().splitlines() if not line.startswith("labelled")]
+    assert said[0] == (
+        "waiting for 2 teachers of 0.5 CPU, 0 GPU: the cluster has 0 CPU, 0 GPU free; "
+        "other jobs, or teachers that are still starting, hold the rest"
+    )
+    assert re.fullmatch(r"a teacher is up after \d+s; the job goes on", said[1])
+    assert len(said) == 2
+
+
+def end_when_told_of(group: Any, lines: io.StringIO) -> None:
+    end = time.monotonic() + 60
+    while "waiting" not in lines.getvalue() and time.monotonic() < end:
+        time.sleep(0.1)
+    ray.util.remove_placement_group(group)
 
 
 @pytest.mark.parametrize("bundles", [0, 1])
