@@ -130,8 +130,10 @@ def test_one_of_two_replicas_is_killed(tmp_path: Path, tiny_model_dir: Path) -> 
     groups_seen: list[int] = []
     killer = threading.Thread(target=kill_one_of_two, args=(tmp_path, groups_seen))
     killer.start()
-    run_pipeline(list_corpus(job.corpus), setup, FRESH, RESOURCES, Progress(enabled=False))
+    lines = io.StringIO()
+    run_pipeline(list_corpus(job.corpus), setup, FRESH, RESOURCES, Progress(lines))
     killer.join()
+    assert "a teacher's process died and was started anew" in lines.getvalue()
     assert groups_seen == [2]
     assert len(list(tmp_path.glob("pid-*"))) >= 3  # the killed one was replaced
     accounts = close_roster(label_set, "run", NOTHING)
