@@ -216,7 +216,7 @@ class RunConfig(StrictModel):
     cpus_per_replica: float | None = Field(
         default=None,
         gt=0,
-        description="of a teacher actor; unset: half of the CPUs where no GPU is",
+        description="of a teacher actor; unset: of half of each node, where no GPU is",
     )
     gpus_per_replica: float | None = Field(
         default=None,
