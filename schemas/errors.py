@@ -23,7 +23,7 @@ class TeacherError(TutelageError, RuntimeError):
 
 
 class TeacherGoneError(TeacherError):
-    """A teacher that runs elsewhere does not answer; no row can be blamed for it."""
+    """A teacher that runs elsewhere answers no row any more; no row can be blamed for it."""
 
 
 class StudentError(TutelageError, RuntimeError):
