@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from labeler.config import RunConfig
-from schemas.errors import ConfigError, TeacherError, TutelageError
+from schemas.errors import ConfigError, TeacherError, TutelageError, first_line
 
 _UDF_NOTE = "\nFailed to apply UDF"  # Ray Data appends advice of its own to a message
 
@@ -31,7 +31,7 @@ def ray_session(run: RunConfig) -> Iterator[None]:
         ray.init(**(_joined(address) if address else _started_here(run)))
     except ConnectionError as error:
         raise ConfigError(
-            f"no Ray cluster answers at {address}: {_first_line(error)}; correct "
+            f"no Ray cluster answers at {address}: {first_line(error)}; correct "
             "run.address or RAY_ADDRESS, or leave both empty to start one here"
         ) from error
     try:
@@ -147,12 +147,8 @@ def user_error(error: BaseException) -> TutelageError | None:
     )
     if isinstance(error, died) and not isinstance(error, ray.exceptions.RayTaskError):
         return TeacherError(
-            f"a process of the job died and its retries are used up ({_first_line(error)}); often "
+            f"a process of the job died and its retries are used up ({first_line(error)}); often "
             "the system killed it for memory: `dmesg` and Ray's logs say. What is committed stays; "
             "run the same command again"
         )
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -42,6 +42,10 @@ class StoreError(TutelageError, OSError):
     """A label set, roster or view is not there, is another one, or cannot be written."""
 
 
+class MissingError(StoreError, FileNotFoundError):
+    """A store answers that it has no such file."""
+
+
 class DamagedError(StoreError):
     """Stored bytes are not what the manifest says."""
 
@@ -52,3 +56,8 @@ class JobStoppedError(TutelageError, RuntimeError):
 
 class AccountsError(TutelageError, RuntimeError):
     """A run cannot show what became of each row that it read."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import fsspec
 
-from schemas.errors import StoreError
+from schemas.errors import MissingError, StoreError
 from schemas.fault_points import fault_point
 from schemas.patience import patient
 
@@ -95,7 +95,7 @@ class Store:
         """Its length in bytes.
 
         Raises:
-            StoreError: it is not there.
+            MissingError: it is not there.
         """
         try:
             return int(self.fs.size(self.path(rel)))
@@ -107,7 +107,7 @@ class Store:
         """The whole file.
 
         Raises:
-            StoreError: it is not there.
+            MissingError: it is not there.
         """
         try:
             return bytes(self.fs.cat_file(self.path(rel)))
@@ -119,7 +119,7 @@ class Store:
         """The file, opened; for writing its folder is made. `sync` makes what was written last.
 
         Raises:
-            StoreError: it is to be read and is not there.
+            MissingError: it is to be read and is not there.
         """
         if "r" not in mode:
             self._make_folder(rel)
@@ -277,8 +277,8 @@ class Store:
                 "path, s3, gs or abfs"
             )
 
-    def _not_there(self, rel: str) -> StoreError:
-        return StoreError(f"{self.path(rel)}: there is no such file")
+    def _not_there(self, rel: str) -> MissingError:
+        return MissingError(f"{self.path(rel)}: there is no such file")
 
 
 def _modified(fs: Any, path: str, entry: dict[str, Any]) -> datetime:

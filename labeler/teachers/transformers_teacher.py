@@ -34,7 +34,7 @@ from labeler.teachers.base import (
     span_targets,
     usable_or_failure,
 )
-from schemas.errors import TeacherError
+from schemas.errors import TeacherError, first_line
 from schemas.spec import GenerationSpec, RecordSpec
 
 # Padded tokens of one forward pass, and logits that may exist at once.
@@ -97,10 +97,9 @@ class TransformersTeacher:
                 traceback.clear_frames(error.__traceback__)
                 if self._device.type == "cuda":
                     torch.cuda.empty_cache()
-            cause = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise TeacherError(
                 f"teacher.model: {self._config.model} on {self._device} {what} "
-                f"({type(error).__name__}: {cause}); {advice}"
+                f"({type(error).__name__}: {first_line(error)}); {advice}"
             ) from error
 
     def label(
