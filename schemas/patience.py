@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 from schemas.errors import StoreError, first_line
-from schemas.store_errors import is_transient
+from schemas.store_errors import is_transient, store_errors
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -77,13 +77,18 @@ def patiently(action: Callable[[], T], where: str) -> T:
 
 
 def patient(method: Callable[P, T]) -> Callable[P, T]:
-    """`patiently`, for methods of a store whose first argument is a path in it."""
+    """`patiently`, for methods of a store whose first argument is a path in it.
+
+    What is not worth another try, and what was tried for too long, is a StoreError then.
+    """
 
     @functools.wraps(method)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         store: Any = args[0]
         rel = args[1] if len(args) > 1 else ""
-        return patiently(lambda: method(*args, **kwargs), f"{store.url.rstrip('/')}/{rel}")
+        where = f"{store.url.rstrip('/')}/{rel}"
+        with store_errors(where):
+            return patiently(lambda: method(*args, **kwargs), where)
 
     return wrapper
 
@@ -98,7 +103,9 @@ def _repeated(action: Callable[[], T], where: str) -> T:
             if not is_transient(error):
                 raise
             waited_s = time.monotonic() - start
-            what = f"{where}: {first_line(error)}"
+            # Of a StoreError that was made on the way, not its advice but what it was made from.
+            cause = error.__cause__ if isinstance(error, StoreError) else None
+            what = f"{where}: {first_line(cause or error)}"
             if waited_s >= _patience_s:
                 raise StoreError(
                     f"{what}; tried again for {waited_s:.0f}s. What is committed stays: once there "

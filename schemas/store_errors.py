@@ -5,9 +5,17 @@ for AccessDenied and ExpiredToken). None of them says anything about the bytes t
 none may be answered by dropping labels.
 """
 
+import contextlib
 import errno
+from collections.abc import Iterator
+from typing import IO, Any, Self
 
-from schemas.errors import StoreError, first_line
+from schemas.errors import StoreError, TutelageError, first_line
+
+# What a store answers about a path; callers tell these apart.
+_ANSWERS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+# Where the classes of mistakes of a program are defined; those of drivers are elsewhere.
+_OURS = frozenset(("builtins", "schemas", "labeler", "trainer", "cluster"))
 
 _TRANSIENT_ERRNO = frozenset(
     (
@@ -86,10 +94,77 @@ def refuse_unreadable(error: BaseException, where: str) -> None:
     )
     if is_senseless and not passes:
         return
-    advice = "that may pass" if passes else "see to the credentials or permissions"
-    raise StoreError(
-        f"{where}: cannot be read ({first_line(error)}); {advice}, then run the same command again"
-    ) from error
+    raise store_failure(error, where, "cannot be read") from error
+
+
+@contextlib.contextmanager
+def store_errors(where: str) -> Iterator[None]:
+    """Turns what a store's driver raises into one line that says where, why and what to do.
+
+    What is or is not at a path stays as it is, for whoever asked to answer, and so do the mistakes
+    of this program.
+
+    Args:
+        where: URL of the file or folder.
+
+    Raises:
+        StoreError: the driver failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (TutelageError, *_ANSWERS)) or not _is_of_driver(error):
+            raise
+        raise store_failure(error, where, "cannot be read or written") from error
+
+
+def _is_of_driver(error: Exception) -> bool:
+    """Whether the system raised it, or a library that has a class of its own for it."""
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] not in _OURS
+
+
+def store_failure(error: BaseException, where: str, what: str) -> StoreError:
+    """What cannot be done where, why, and what to do."""
+    advice = "see to the credentials, the bucket or the permissions, then"
+    if is_transient(error):
+        advice = "that may pass:"
+    return StoreError(f"{where}: {what} ({first_line(error)}); {advice} run the same command again")
+
+
+class GuardedFile:
+    """A file of a driver, whose failures are those of its store, at each block as at the opening.
+
+    It has the methods that readers and writers of this project use, and Arrow; see `IO`.
+    """
+
+    def __init__(self, file: IO[bytes], where: str) -> None:
+        self._file = file
+        self._where = where
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def read(self, size: int = -1) -> bytes:
+        with store_errors(self._where):
+            return self._file.read(size)
+
+    def write(self, data: Any) -> int:
+        with store_errors(self._where):
+            return self._file.write(data)
+
+    def flush(self) -> None:
+        with store_errors(self._where):
+            self._file.flush()
+
+    def close(self) -> None:
+        with store_errors(self._where):
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _status(error: BaseException) -> int:
