@@ -315,6 +315,12 @@ class LabelConfig(StrictModel):
                 f'record.kind is "{self.record.kind}", teacher.backend "{self.teacher.backend}"; '
                 'kind "tokens" goes with backend "none", and only with it'
             )
+        if self.record.teacher_context:
+            # Can go when something in the labeler writes the column.
+            raise ValueError(
+                "record.teacher_context is true, but a label job cannot write that column yet; "
+                "remove it (label sets that have the column can be read)"
+            )
         if self.teacher.backend == "remote":
             self._check_served(self.record)
         if self.teacher.max_model_len is not None:
