@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     quiet_libraries()
-    from schemas.errors import JobStoppedError, TutelageError
+    from schemas.errors import JobStoppedError, TutelageError, first_line
 
     try:
         return COMMANDS[args.command](args)
@@ -194,6 +194,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_TERMINATED
     except TutelageError as error:
         print(f"error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except PermissionError as error:  # of a file that is in no store, such as that of --json
+        print(f"error: {first_line(error)}; see to the permissions", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt as stopped:
         how = f": {stopped}" if str(stopped) else ""

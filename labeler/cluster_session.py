@@ -62,14 +62,13 @@ def _started_here(run: RunConfig) -> dict[str, Any]:
 
 
 def cluster_size() -> tuple[list[float], list[float]]:
-    """CPUs of each live node that has any, and GPUs of each that has any."""
+    """CPUs and GPUs of each live node that has any of both, in the same order."""
     import ray
 
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus, gpus = (
-        [float(node[kind]) for node in alive if node.get(kind)] for kind in ("CPU", "GPU")
-    )
-    return cpus, gpus
+    nodes = [(float(has.get("CPU", 0.0)), float(has.get("GPU", 0.0))) for has in alive]
+    nodes = [node for node in nodes if any(node)]
+    return [cpus for cpus, _ in nodes], [gpus for _, gpus in nodes]
 
 
 def this_node() -> str:

@@ -216,7 +216,7 @@ class RunConfig(StrictModel):
     cpus_per_replica: float | None = Field(
         default=None,
         gt=0,
-        description="of a teacher actor; unset: half of the CPUs where no GPU is",
+        description="of a teacher actor; unset: of half of each node, where no GPU is",
     )
     gpus_per_replica: float | None = Field(
         default=None,
@@ -314,6 +314,12 @@ class LabelConfig(StrictModel):
             raise ValueError(
                 f'record.kind is "{self.record.kind}", teacher.backend "{self.teacher.backend}"; '
                 'kind "tokens" goes with backend "none", and only with it'
+            )
+        if self.record.teacher_context:
+            # Can go when something in the labeler writes the column.
+            raise ValueError(
+                "record.teacher_context is true, but a label job cannot write that column yet; "
+                "remove it (label sets that have the column can be read)"
             )
         if self.teacher.backend == "remote":
             self._check_served(self.record)

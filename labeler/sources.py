@@ -31,6 +31,7 @@ from fsspec.utils import glob_translate
 from labeler.config import CorpusConfig
 from labeler.lines import compression_of, iter_lines
 from schemas.errors import CorpusError
+from schemas.store_errors import store_errors
 
 DEFAULT_GLOBS = {
     "parquet": ("**/*.parquet",),
@@ -89,8 +90,10 @@ def list_corpus(corpus: CorpusConfig) -> list[Piece]:
     Raises:
         CorpusError: Nothing is there, a file cannot be opened, or a column is missing or of the
             wrong type.
+        StoreError: The store of the corpus lets nobody in, or does not answer.
     """
-    files = find_files(corpus)
+    with store_errors(corpus.path):
+        files = find_files(corpus)
     cutter = _Cutter()
     if corpus.format == "text":
         _cut_text(cutter, files, corpus)

@@ -23,7 +23,7 @@ class TeacherError(TutelageError, RuntimeError):
 
 
 class TeacherGoneError(TeacherError):
-    """A teacher that runs elsewhere does not answer; no row can be blamed for it."""
+    """A teacher that runs elsewhere answers no row any more; no row can be blamed for it."""
 
 
 class StudentError(TutelageError, RuntimeError):
@@ -40,6 +40,10 @@ class RecordError(TutelageError, ValueError):
 
 class StoreError(TutelageError, OSError):
     """A label set, roster or view is not there, is another one, or cannot be written."""
+
+
+class MissingError(StoreError, FileNotFoundError):
+    """A store answers that it has no such file."""
 
 
 class DamagedError(StoreError):

@@ -48,7 +48,7 @@ def list_label_sets(url: str) -> list[LabelSetEntry]:
         StoreError: no file system for the URL, or the URL does not exist.
     """
     store = Store(url)
-    if not store.fs.exists(store.root):
+    if not store.exists():
         raise StoreError(f"{url}: there is nothing there; check the path")
     return [_entry(_joined(url, rel)) for rel in _find(store, "", MAX_DEPTH)]
 

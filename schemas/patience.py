@@ -5,7 +5,6 @@ days should wait for that. Whatever else is wrong is said at once.
 """
 
 import contextlib
-import errno
 import functools
 import random
 import sys
@@ -15,52 +14,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 from schemas.errors import StoreError, first_line
+from schemas.store_errors import is_transient, store_errors
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 FIRST_DELAY_S = 0.5
 MAX_DELAY_S = 30.0
-
-_TRANSIENT_ERRNO = frozenset(
-    (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EIO,
-        getattr(errno, "EREMOTEIO", errno.EIO),  # what s3fs makes of status 500
-        errno.ESTALE,
-        errno.EAGAIN,
-        errno.EBUSY,  # what s3fs makes of status 503
-        errno.EMFILE,
-        errno.ENFILE,
-        errno.ENOMEM,
-        errno.ETIMEDOUT,
-        errno.EPIPE,
-        errno.ECONNREFUSED,
-        errno.ECONNRESET,
-        errno.ECONNABORTED,
-        errno.EHOSTUNREACH,
-        errno.ENETUNREACH,
-        errno.ENETDOWN,
-    )
-)
-_TRANSIENT_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504, 507))
-# Of the drivers' libraries, which are not imported here: no connection, or one that was lost.
-_TRANSIENT_NAMES = frozenset(
-    (
-        "EndpointConnectionError",
-        "ConnectionClosedError",
-        "ConnectTimeoutError",
-        "ReadTimeoutError",
-        "HTTPClientError",
-        "ClientConnectionError",
-        "ClientPayloadError",
-        "ServerDisconnectedError",
-        "ServiceRequestError",
-        "ServiceResponseError",
-        "IncompleteRead",
-    )
-)
 
 
 class _Settings(threading.local):
@@ -96,20 +56,6 @@ def patience(patience_s: float, tell: Callable[[str], None] | None = None) -> It
         be_patient(*before)
 
 
-def is_transient(error: BaseException) -> bool:
-    """Whether the same call may well succeed later."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, TimeoutError | ConnectionError):
-            return True
-        if isinstance(found, OSError) and found.errno in _TRANSIENT_ERRNO:
-            return True
-        if _status(found) in _TRANSIENT_STATUS or type(found).__name__ in _TRANSIENT_NAMES:
-            return True
-        found = found.__cause__ or found.__context__
-    return False
-
-
 def patiently(action: Callable[[], T], where: str) -> T:
     """Does something with a store, again and again while it fails in a transient way.
 
@@ -131,13 +77,18 @@ def patiently(action: Callable[[], T], where: str) -> T:
 
 
 def patient(method: Callable[P, T]) -> Callable[P, T]:
-    """`patiently`, for methods of a store whose first argument is a path in it."""
+    """`patiently`, for methods of a store whose first argument is a path in it.
+
+    What is not worth another try, and what was tried for too long, is a StoreError then.
+    """
 
     @functools.wraps(method)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         store: Any = args[0]
         rel = args[1] if len(args) > 1 else ""
-        return patiently(lambda: method(*args, **kwargs), f"{store.url.rstrip('/')}/{rel}")
+        where = f"{store.url.rstrip('/')}/{rel}"
+        with store_errors(where):
+            return patiently(lambda: method(*args, **kwargs), where)
 
     return wrapper
 
@@ -152,7 +103,9 @@ def _repeated(action: Callable[[], T], where: str) -> T:
             if not is_transient(error):
                 raise
             waited_s = time.monotonic() - start
-            what = f"{where}: {first_line(error)}"
+            # Of a StoreError that was made on the way, not its advice but what it was made from.
+            cause = error.__cause__ if isinstance(error, StoreError) else None
+            what = f"{where}: {first_line(cause or error)}"
             if waited_s >= _patience_s:
                 raise StoreError(
                     f"{what}; tried again for {waited_s:.0f}s. What is committed stays: once there "
@@ -164,19 +117,6 @@ def _repeated(action: Callable[[], T], where: str) -> T:
         (_tell or _tell_stderr)(text)
         time.sleep(pause_s)
         delay_s = min(2 * delay_s, MAX_DELAY_S)
-
-
-def _status(error: BaseException) -> int:
-    """The HTTP status that an error of a driver carries; 0 where it carries none."""
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status if isinstance(status, int) else 0
-    for name in ("status", "status_code", "code"):
-        status = getattr(error, name, None)
-        if isinstance(status, int):
-            return status
-    return 0
 
 
 def _tell_stderr(text: str) -> None:

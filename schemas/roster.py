@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from schemas.config import StrictModel
-from schemas.errors import AccountsError, DamagedError, RecordError, StoreError
+from schemas.errors import AccountsError, DamagedError, MissingError, RecordError
 from schemas.fault_points import fault_point
 from schemas.keys import KEY_BYTES, SortedKeys, as_strings, contains, digest, find_keys
 from schemas.label_set import LabelSet
@@ -164,7 +164,9 @@ def read_roster(label_set: LabelSet, run: str) -> pa.Table:
     """
     rel = roster_path(run)
     if not label_set.store.exists(rel):
-        raise StoreError(f"{label_set.store.path(rel)}: no roster of a finished run {run!r} there")
+        raise MissingError(
+            f"{label_set.store.path(rel)}: no roster of a finished run {run!r} there"
+        )
     return _read(label_set.store, rel)
 
 

@@ -18,13 +18,14 @@ import pyarrow.parquet as pq
 
 from schemas.columns import COLUMNS, Length, arrow_schema
 from schemas.config import StrictModel
-from schemas.errors import DamagedError, RecordError, StoreError
+from schemas.errors import DamagedError, MissingError, RecordError, first_line
 from schemas.fault_points import fault_point
 from schemas.invariants import validate
 from schemas.manifest import repair, unit_of_shard
 from schemas.rows import LabelRows
 from schemas.spec import TOKEN_COLUMNS, RecordSpec
 from schemas.storage import Store
+from schemas.store_errors import refuse_unreadable
 
 T = TypeVar("T")
 
@@ -131,7 +132,8 @@ def read_row_group(
 
     Raises:
         DamagedError: the bytes are not those that were written; names shard, row group and repair.
-        StoreError: the shard is not there.
+        MissingError: the shard is not there.
+        StoreError: the store does not give it now.
     """
     wanted = _columns(spec, columns)
 
@@ -155,7 +157,8 @@ def read_shard(
 
     Raises:
         DamagedError: the bytes are not those that were written; names shard, row group and repair.
-        StoreError: the shard is not there.
+        MissingError: the shard is not there.
+        StoreError: the store does not give it now.
     """
     if sha256 is not None:
         check_digest(store, rel, sha256)
@@ -178,7 +181,7 @@ def check_digest(store: Store, rel: str, sha256: str) -> None:
 
     Raises:
         DamagedError: it differs.
-        StoreError: the file is not there.
+        MissingError: the file is not there.
     """
     digest = hashlib.sha256()
     with store.open(rel) as file:
@@ -302,15 +305,14 @@ def _reading(store: Store, rel: str, part: str, read: Callable[[pq.ParquetFile],
                 source, page_checksum_verification=True, pre_buffer=not store.is_local
             )
             return read(stack.enter_context(file))
-        except (FileNotFoundError, StoreError) as error:
-            raise StoreError(
+        except FileNotFoundError as error:
+            raise MissingError(
                 f"{store.path(rel)}: there is no such shard, so its unit was dropped or the label "
                 "set is not whole; label the corpus again and make the view anew"
             ) from error
         except (pa.ArrowException, OSError, RecordError, ValueError, OverflowError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise StoreError(f"{store.path(rel)}: cannot be read ({error})") from error
-            raise _damaged(store, rel, f"{part}: {str(error).splitlines()[0]}") from error
+            refuse_unreadable(error, store.path(rel))
+            raise _damaged(store, rel, f"{part}: {first_line(error)}") from error
 
 
 def _damaged(store: Store, rel: str, problem: str) -> DamagedError:

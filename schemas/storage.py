@@ -4,7 +4,7 @@
 there yet, as a whole, for exactly one of any number of writers: the commit of this project.
 
 A local path and its ``file://`` URL are the same store. What fails in a way that passes is tried
-again where `schemas.patience` says so.
+again where `schemas.patience` says so; what a driver fails with in the end is a `StoreError`.
 """
 
 import contextlib
@@ -19,9 +19,10 @@ from typing import IO, Any
 
 import fsspec
 
-from schemas.errors import StoreError
+from schemas.errors import MissingError, StoreError
 from schemas.fault_points import fault_point
 from schemas.patience import patient
+from schemas.store_errors import GuardedFile, store_errors, store_failure
 
 # Stores whose fsspec driver turns mode "create" into one conditional request (`memory` lives in one
 # process). Elsewhere it is a look and then a write, which two writers can both pass.
@@ -62,7 +63,8 @@ class Store:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/") if "://" not in url else url
         try:
-            self.fs, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+            with store_errors(self.url):
+                self.fs, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
         except ImportError as error:
             extra = _EXTRAS.get(url.partition("://")[0])
             advice = f"; pip install 'tutelage[{extra}]'" if extra else ""
@@ -86,16 +88,16 @@ class Store:
         return "/".join((self.root.rstrip("/"), *parts)) if parts else self.root
 
     @patient
-    def exists(self, rel: str) -> bool:
-        """Whether the file is there."""
-        return bool(self.fs.exists(self.path(rel)))
+    def exists(self, rel: str = "") -> bool:
+        """Whether the file is there; without a path, whether anything is."""
+        return bool(self.fs.exists(self.path(rel) if rel else self.root))
 
     @patient
     def size(self, rel: str) -> int:
         """Its length in bytes.
 
         Raises:
-            StoreError: it is not there.
+            MissingError: it is not there.
         """
         try:
             return int(self.fs.size(self.path(rel)))
@@ -107,7 +109,7 @@ class Store:
         """The whole file.
 
         Raises:
-            StoreError: it is not there.
+            MissingError: it is not there.
         """
         try:
             return bytes(self.fs.cat_file(self.path(rel)))
@@ -119,14 +121,17 @@ class Store:
         """The file, opened; for writing its folder is made. `sync` makes what was written last.
 
         Raises:
-            StoreError: it is to be read and is not there.
+            MissingError: it is to be read and is not there.
         """
         if "r" not in mode:
             self._make_folder(rel)
         try:
             if self.is_local:
                 return open(self.path(rel), mode)
-            return self.fs.open(self.path(rel), mode)
+            file: Any = GuardedFile(
+                self.fs.open(self.path(rel), mode), f"{self.url.rstrip('/')}/{rel}"
+            )
+            return file
         except FileNotFoundError as error:
             raise self._not_there(rel) from error
 
@@ -178,7 +183,7 @@ class Store:
             try:
                 found = self.read_bytes(rel)
             except StoreError:
-                raise StoreError(f"{self.path(rel)}: cannot be created ({error})") from error
+                raise store_failure(error, self.path(rel), "cannot be created") from error
             return found == data
         return True
 
@@ -277,8 +282,8 @@ class Store:
                 "path, s3, gs or abfs"
             )
 
-    def _not_there(self, rel: str) -> StoreError:
-        return StoreError(f"{self.path(rel)}: there is no such file")
+    def _not_there(self, rel: str) -> MissingError:
+        return MissingError(f"{self.path(rel)}: there is no such file")
 
 
 def _modified(fs: Any, path: str, entry: dict[str, Any]) -> datetime:

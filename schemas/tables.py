@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.errors import DamagedError, StoreError
+from schemas.errors import DamagedError, MissingError, first_line
 from schemas.keys import Keys, as_strings
 from schemas.manifest import repair
 from schemas.rows import LabelRows
@@ -127,7 +127,7 @@ def parse_table(data: bytes, schema: pa.Schema) -> pa.Table:
         with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
             table = file.read(use_threads=False)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise DamagedError(f"cannot be read: {str(error).splitlines()[0]}") from error
+        raise DamagedError(f"cannot be read: {first_line(error)}") from error
     if not table.schema.equals(schema):
         raise DamagedError(f"has columns {table.schema.names}, expected {schema.names}")
     return table
@@ -143,6 +143,6 @@ def read_table(store: Store, rel: str, schema: pa.Schema, num_rows: int, unit_ke
         table = parse_table(store.read_bytes(rel), schema)
         if len(table) != num_rows:
             raise DamagedError(f"holds {len(table)} rows, the manifest says {num_rows}")
-    except StoreError as error:
+    except (MissingError, DamagedError) as error:
         raise DamagedError(f"{store.path(rel)}: {error}; {repair(store, unit_key)}") from error
     return table

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from schemas.config import StrictModel
-from schemas.errors import AccountsError, DamagedError, StoreError
+from schemas.errors import AccountsError, DamagedError, MissingError, StoreError
 from schemas.label_set import LabelSet
 from schemas.label_set_file import LABEL_SET_FILE
 from schemas.manifest import MANIFESTS, Manifest, read_manifest, repair
@@ -95,7 +95,7 @@ def verify(url: str, progress: Callable[[int, int], None] | None = None) -> Veri
         progress: called with the bytes of shards that are checked and those that there are.
 
     Raises:
-        StoreError: there is no label set.
+        StoreError: there is no label set, or its store does not give what it has.
     """
     store = Store(url)
     try:
@@ -108,7 +108,7 @@ def verify(url: str, progress: Callable[[int, int], None] | None = None) -> Veri
     for rel in names:
         try:
             manifests.append(read_manifest(store, rel, label_set.fingerprint))
-        except StoreError as error:
+        except (MissingError, DamagedError) as error:
             problems.append(_manifest_problem(store, rel, error))
     total = sum(manifest.size_bytes for manifest in manifests)
     done = 0
@@ -153,7 +153,7 @@ def _check_vocabulary(label_set: LabelSet) -> Iterator[Problem]:
         return
     try:
         label_set.vocabulary()
-    except (StoreError, ValueError) as error:
+    except (MissingError, DamagedError, ValueError) as error:
         yield Problem(
             what="missing" if not label_set.store.exists(name) else "bytes",
             file=name,
@@ -221,7 +221,7 @@ class _Unit:
             return None
         try:
             table = parse_table(self.store.read_bytes(rel), schema)
-        except StoreError as error:
+        except (MissingError, DamagedError) as error:
             self.report(what, rel, _without_path(self.store, rel, error))
             return None
         if len(table) != num_rows:
@@ -235,7 +235,7 @@ def _check_rosters(label_set: LabelSet) -> Iterator[Problem]:
         run = rel.rsplit("/", 1)[-1].removesuffix(".parquet")
         try:
             read_accounts(label_set, run).check()
-        except (StoreError, AccountsError, ValueError) as error:
+        except (MissingError, DamagedError, AccountsError, ValueError) as error:
             yield Problem(
                 what="roster",
                 file=rel,

@@ -9,13 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.columns import arrow_schema
-from schemas.errors import RecordError, StoreError
+from schemas.errors import RecordError, first_line
 from schemas.invariants import validate
 from schemas.keys import content_key, row_key
 from schemas.label_set import LabelSet
 from schemas.manifest import Manifest
 from schemas.rows import LabelRows
 from schemas.shards import FINGERPRINT_KEY
+from schemas.store_errors import refuse_unreadable
 from schemas.tables import key_array
 
 SHOWN_ROWS = 20
@@ -52,15 +53,20 @@ class ShardCheck:
         self._report = report
 
     def run(self) -> None:
-        """Reads all of the shard and reports what is wrong with it."""
+        """Reads all of the shard and reports what is wrong with it.
+
+        Raises:
+            StoreError: the store does not give it now, so nothing can be said about it.
+        """
         rel = self._unit.shard
         try:
             with self._store.open(rel) as file:
                 self._bytes(file)
-        except StoreError:
+        except FileNotFoundError:
             self._report("missing", rel, "there is no such shard, though the manifest names it")
         except OSError as error:
-            self._report("bytes", rel, f"cannot be read ({error})")
+            refuse_unreadable(error, self._store.path(rel))
+            self._report("bytes", rel, f"cannot be read ({first_line(error)})")
 
     def _bytes(self, file: IO[bytes]) -> None:
         unit = self._unit
@@ -89,7 +95,9 @@ class ShardCheck:
             file = pq.ParquetFile(source, page_checksum_verification=True)
             schema, sizes = file.schema_arrow, _group_sizes(file)
         except (pa.ArrowException, OSError, ValueError) as error:
-            self._report("pages", self._unit.shard, f"the footer cannot be read: {_first(error)}")
+            refuse_unreadable(error, self._store.path(self._unit.shard))
+            found = f"the footer cannot be read: {first_line(error)}"
+            self._report("pages", self._unit.shard, found)
             return
         expected = arrow_schema(self._spec.record)
         if not schema.equals(expected):
@@ -136,14 +144,15 @@ class ShardCheck:
         try:
             table = file.read_row_group(index, columns=names, use_threads=False)
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+            refuse_unreadable(error, self._store.path(rel))
             damaged = list(_damaged_columns(file, index, names))
-            for name, found in damaged or [("", _first(error))]:
+            for name, found in damaged or [("", first_line(error))]:
                 self._report("pages", rel, f"damaged bytes: {found}", row_group=index, column=name)
             return None
         try:
             return LabelRows.from_table(table, self._spec.record)
         except RecordError as error:
-            self._report("record", rel, _first(error), row_group=index)
+            self._report("record", rel, first_line(error), row_group=index)
             return None
 
     def _invariants(self, rows: LabelRows, index: int) -> None:
@@ -152,7 +161,7 @@ class ShardCheck:
             validate(rows, self._spec.record, self._spec.teacher.vocab_size)
             return
         except RecordError as error:
-            whole = _first(error)
+            whole = first_line(error)
         broken = 0
         for row in range(len(rows)):
             try:
@@ -161,7 +170,7 @@ class ShardCheck:
             except RecordError as error:
                 broken += 1
                 if broken <= SHOWN_ROWS:
-                    self._row("record", rows, index, row, _first(error).removeprefix("row 0, "))
+                    self._row("record", rows, index, row, first_line(error).removeprefix("row 0, "))
         if not broken:
             self._report("record", self._unit.shard, whole, row_group=index)
         elif broken > SHOWN_ROWS:
@@ -234,14 +243,10 @@ def _damaged_columns(
         try:
             file.read_row_group(index, columns=[name], use_threads=False)
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-            yield name, _first(error)
+            yield name, first_line(error)
 
 
 def _context(rows: LabelRows, row: int) -> Any:
     if rows.teacher_context is None or rows.context_offsets is None:
         return None
     return rows.teacher_context[rows.context_offsets[row] : rows.context_offsets[row + 1]]
-
-
-def _first(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -17,7 +17,7 @@ import pydantic
 from pydantic import Field
 
 from schemas.config import StrictModel
-from schemas.errors import DamagedError, StoreError
+from schemas.errors import DamagedError, MissingError, StoreError
 from schemas.keys import KEY_BYTES, find_keys
 from schemas.label_set import LabelSet
 from schemas.manifest import repair
@@ -130,7 +130,7 @@ class View:
             raise DamagedError(f"{store.path(VIEW_FILE)}: not a view ({what})") from error
         try:
             table = parse_table(store.read_bytes(VIEW_ROWS), VIEW)
-        except StoreError as error:
+        except (MissingError, DamagedError) as error:
             raise DamagedError(f"{store.path(VIEW_ROWS)}: {error}; make the view again") from error
         found = _view_hash(file.sources, table)
         if found != file.view_hash:

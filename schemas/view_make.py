@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from schemas.config import StrictModel
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, first_line
 from schemas.keys import Keys
 from schemas.label_set import LabelSet
 from schemas.tables import first_of_each_key, key_array
@@ -97,7 +97,7 @@ def _filtered(rows: pa.Table, sources: Sequence[RunOfSet], where: str) -> pa.Tab
         kept = numbered.filter(expression).column("__row__")
     except (pa.ArrowException, TypeError) as error:
         types = ", ".join(f"{field.name} {field.type}" for field in columns.schema)
-        what = str(error).splitlines()[0]
+        what = first_line(error)
         raise ConfigError(f"--where {where!r}: {what} (columns: {types})") from error
     return rows.take(kept)
 

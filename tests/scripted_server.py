@@ -32,7 +32,10 @@ def positions(prompt: list[int]) -> list[dict[str, Any] | None]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers like a vLLM server; ``server.script`` says which statuses come before that."""
+    """Answers like a vLLM server; ``server.script`` says which statuses come before that.
+
+    ``server.refusal`` is a status with which every row is refused, the canary too; 0: none is.
+    """
 
     def _send(self, status: int, content: Any) -> None:
         body = json.dumps(content).encode()
@@ -53,6 +56,8 @@ class Handler(BaseHTTPRequestHandler):
         server.asked.append(question)
         if len(server.asked) > server.lifetime:
             self.connection.close()
+        elif server.refusal:
+            self._send(server.refusal, {"error": "not here"})
         elif len(question["prompt"]) > 2 and server.script:
             status = server.script.pop(0)
             if status == 0:
@@ -74,6 +79,7 @@ def server(*script: int) -> Iterator[Any]:
     """A loopback server that first answers rows (not the canary) with the statuses given."""
     running: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     running.script, running.asked, running.lifetime = list(script), [], 10**9
+    running.refusal = 0
     threading.Thread(target=running.serve_forever, daemon=True).start()
     try:
         yield running

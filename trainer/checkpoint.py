@@ -21,7 +21,6 @@ import torch.distributed as dist
 from pydantic import Field, ValidationError
 
 from schemas.config import StrictModel
-from schemas.errors import StoreError
 from schemas.storage import Store
 from trainer.collective import from_rank_0, gathered, share
 from trainer.config import CheckpointConfig
@@ -101,7 +100,7 @@ def read_manifest(store: Store, name: str) -> tuple[CheckpointManifest | None, s
     try:
         data = store.read_bytes(f"{FOLDER}/{name}/{MANIFEST}")
         return CheckpointManifest.model_validate_json(data), ""
-    except StoreError:
+    except FileNotFoundError:
         return None, "it was not finished"
     except ValidationError:
         return None, f"its {MANIFEST} is not readable"
@@ -228,7 +227,7 @@ def _download(store: Store, name: str, manifest: CheckpointManifest, folder: Pat
         try:
             with store.open(f"{FOLDER}/{name}/{file.path}") as source, path.open("wb") as target:
                 sha256, size = copy_hashed(source, target.write)
-        except (StoreError, FileNotFoundError):
+        except FileNotFoundError:
             return f"{file.path} is missing"
         return _compare(file, CheckpointFile(path=file.path, size_bytes=size, sha256=sha256))
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from schemas.config import dump_toml
 from schemas.storage import Store
+from schemas.store_errors import store_errors
 from trainer.config import TrainConfig
 from trainer.lora import merged, scalings
 from trainer.run_folder import STUDENT, sync_folder
@@ -103,7 +104,9 @@ def upload(store: Store, folder: Path, rel: str) -> None:
     """Copies a folder of this machine to a store, in place of what was there, file by file."""
     store.delete(rel)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        store.fs.put_file(str(path), store.path(rel, path.relative_to(folder).as_posix()))
+        target = store.path(rel, path.relative_to(folder).as_posix())
+        with store_errors(target):
+            store.fs.put_file(str(path), target)
 
 
 def _whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from schemas.config import StrictModel, dump_toml
-from schemas.errors import ConfigError, DamagedError, StoreError, StudentError
+from schemas.errors import ConfigError, DamagedError, StudentError
 from schemas.storage import Store
 from trainer.config import TrainConfig
 
@@ -160,7 +160,7 @@ class RunFolder:
         """
         try:
             found = self.store.read_bytes("owner").decode()
-        except StoreError as error:
+        except FileNotFoundError as error:
             raise StudentError(
                 f"run folder {self.url} is not there on {socket.gethostname()}; put it on a file "
                 "system that all nodes share, or on an object store"

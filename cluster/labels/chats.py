@@ -4,7 +4,7 @@ import json
 import os
 from typing import Any
 
-from schemas.errors import ConfigError, StoreError
+from schemas.errors import ConfigError, DamagedError, MissingError
 from schemas.label_set import LabelSet
 from schemas.roster import LABELLED, REUSED, read_roster
 from schemas.rows import LabelRows
@@ -99,9 +99,11 @@ def _recorded(label_set: LabelSet) -> list[str]:
 
 def _check_same(label_set: LabelSet, tokenizer: Any, name: str) -> None:
     """Ids mean what they meant: the vocabulary is the one that the set keeps."""
+    if not label_set.vocabulary_file:
+        return
     try:
         kept = label_set.vocabulary()
-    except StoreError:
+    except (MissingError, DamagedError):
         return
     found = tokenizer.get_vocab()
     differ = sorted(token for token, id_ in kept.items() if found.get(token) != id_)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cluster.labels.text import distribution_lines, size_text, table
-from schemas.errors import StoreError
+from schemas.errors import DamagedError, MissingError
 from schemas.label_set import LabelSet
 from schemas.listing import record_text, teacher_text
 from schemas.manifest import Manifest
@@ -77,9 +77,11 @@ def run_accounts(label_set: LabelSet) -> dict[str, Accounts]:
 
 
 def _vocabulary(label_set: LabelSet) -> dict[str, int]:
+    if not label_set.vocabulary_file:
+        return {}
     try:
         return label_set.vocabulary()
-    except StoreError:
+    except (MissingError, DamagedError):
         return {}  # ids are shown as numbers
 
 

@@ -130,6 +130,9 @@ class Teacher(Protocol):
         Returns:
             For each prompt its n responses, int32 arrays of at most ``max_tokens`` ids without the
             prompt. A response that ended by itself ends with its end-of-sequence id.
+
+        Raises:
+            TeacherError: the engine itself failed, so that nothing can be said about single rows.
         """
 
     def provenance(self) -> dict[str, object]:

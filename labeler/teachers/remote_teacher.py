@@ -138,7 +138,7 @@ class RemoteTeacher:
         """See ``Teacher.label``. Nothing is audited: no server tells the full distribution.
 
         Raises:
-            TeacherGoneError: The server does not answer any more.
+            TeacherGoneError: The server does not answer any more, or refuses every row.
         """
 
         async def one(tokens: np.ndarray, spans: np.ndarray) -> RowLabels | RowFailure:
@@ -219,7 +219,7 @@ class RemoteTeacher:
         """The answer to one row's question, or what the server has against the row.
 
         Raises:
-            TeacherGoneError: The server does not answer.
+            TeacherGoneError: The server does not answer, or answers no row any more.
             TeacherError: It answers others, but not this.
         """
         try:
@@ -230,14 +230,35 @@ class RemoteTeacher:
             raise TeacherError(f"others are answered by the server, but: {error}") from error
         if not isinstance(answer, Refusal):
             return answer
+        await self._check_others(question)
         if not answer.is_internal:
             return RowFailure("engine_refused", f"HTTP {answer.status}: {answer.message}")
-        await self._check_canary(self._config.remote.patience_s)
         return RowFailure(
             "server_error",
             f"HTTP {answer.status} {MAX_INTERNAL_ERRORS} times, though the server labels others: "
             f"{answer.message}",
         )
+
+    async def _check_others(self, question: dict[str, Any]) -> None:
+        """Asks the same about a row of two tokens: what refuses that too has nothing against a row.
+
+        A server that was started anew under another name or with other limits, or a proxy whose
+        server is away, says no to whatever it is asked.
+
+        Raises:
+            TeacherGoneError: It is refused.
+        """
+        canary = {**question, "prompt": _CANARY.tolist(), "max_tokens": 1}
+        answer = await self._asked.ask(_COMPLETIONS, canary)
+        if isinstance(answer, Refusal):
+            limit = question.get("prompt_logprobs")
+            raise TeacherGoneError(
+                f"{self._config.url} now refuses a row of two tokens as well (HTTP "
+                f"{answer.status}: {answer.message}), so it is not down to the rows; expected a "
+                f"vLLM server that serves {self._model}"
+                + (f" with --max-logprobs {limit} or more" if limit else "")
+                + "; what is committed stays: see to the server, then run the same command again"
+            )
 
     def provenance(self) -> dict[str, object]:
         """See ``Teacher.provenance``. The weights are declared, not measured."""

@@ -1,8 +1,10 @@
 """The reference teacher: plain transformers. Slow and simple; what other labels are checked by."""
 
+import contextlib
 import importlib.metadata
 import inspect
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -32,7 +34,7 @@ from labeler.teachers.base import (
     span_targets,
     usable_or_failure,
 )
-from schemas.errors import TeacherError
+from schemas.errors import TeacherError, first_line
 from schemas.spec import GenerationSpec, RecordSpec
 
 # Padded tokens of one forward pass, and logits that may exist at once.
@@ -57,6 +59,9 @@ class TransformersTeacher:
             config: which one.
             record: what to compute.
             device: for torch; None: a GPU where there is one.
+
+        Raises:
+            TeacherError: it cannot be loaded.
         """
         self._record = record
         self._config = config
@@ -67,8 +72,35 @@ class TransformersTeacher:
         self._lock = threading.Lock()
         best = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device or best)
-        self._model = _load(config, model_config).to(self._device).eval()
+        with self._failing_as("cannot be put there"):
+            self._model = _load(config, model_config).to(self._device).eval()
         self._keeps_logits = "logits_to_keep" in inspect.signature(self._model.forward).parameters
+
+    @contextlib.contextmanager
+    def _forward(self) -> Iterator[None]:
+        """The model to oneself, without gradients; what fails in it is the engine's failure."""
+        with self._lock, torch.inference_mode(), self._failing_as("failed in a forward pass"):
+            yield
+
+    @contextlib.contextmanager
+    def _failing_as(self, what: str) -> Iterator[None]:
+        """Turns errors of torch into a ``TeacherError``, for which rows can be tried apart."""
+        try:
+            yield
+        except TeacherError:
+            raise
+        except (RuntimeError, MemoryError) as error:
+            advice = "see whether the device works"
+            if isinstance(error, torch.OutOfMemoryError | MemoryError):
+                advice = "lower text.max_tokens, or use a smaller teacher.dtype or a larger device"
+                # Frames that the error holds hold the tensors that took the memory.
+                traceback.clear_frames(error.__traceback__)
+                if self._device.type == "cuda":
+                    torch.cuda.empty_cache()
+            raise TeacherError(
+                f"teacher.model: {self._config.model} on {self._device} {what} "
+                f"({type(error).__name__}: {first_line(error)}); {advice}"
+            ) from error
 
     def label(
         self,
@@ -83,7 +115,7 @@ class TransformersTeacher:
             for tokens, spans in zip(token_ids, label_spans, strict=True)
         ]
         valid = [row for row, refused in enumerate(results) if refused is None]
-        with self._lock, torch.inference_mode():
+        with self._forward():
             for batch in _batches(valid, [len(tokens) for tokens in token_ids]):
                 keys = [row_keys[row].tobytes() for row in batch]
                 targets = [span_targets(label_spans[row]) for row in batch]
@@ -136,7 +168,7 @@ class TransformersTeacher:
             float64 [N, K] a row, nats.
         """
         results = []
-        with self._lock, torch.inference_mode():
+        with self._forward():
             for tokens, spans, ids in zip(token_ids, label_spans, entry_ids, strict=True):
                 targets = span_targets(spans)
                 found = np.empty(ids.shape)
@@ -184,7 +216,7 @@ class TransformersTeacher:
     ) -> list[list[np.ndarray] | RowFailure]:
         """See ``Teacher.generate``. One sample at a time, each from its own seed."""
         results: list[list[np.ndarray] | RowFailure] = []
-        with self._lock, torch.inference_mode():
+        with self._forward():
             for prompt, prompt_seeds in zip(prompt_ids, seeds, strict=True):
                 refused = refuse_generation(
                     prompt, generation.max_tokens, self._vocab_size, self._context

@@ -1,6 +1,7 @@
 """The command line before any heavy import: help, bad words, one-line errors."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +77,31 @@ def test_json_is_written_whole(tmp_path: Path) -> None:
     _write_json(str(target), '{"a": 1}')
     assert json.loads(target.read_text()) == {"a": 1}
     assert [path.name for path in target.parent.iterdir()] == ["out.json"]
+
+
+@pytest.mark.parametrize(
+    "words", [["labels", "ls", "s3://bucket/x"], ["labels", "verify", "s3://bucket/x"]]
+)
+def test_a_bucket_without_credentials_is_one_line(words: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("s3fs", reason="pip install 'tutelage[s3]'")
+    environment = {name: value for name, value in os.environ.items() if "AWS" not in name}
+    environment |= {"HOME": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true"}
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster", *words], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: s3://bucket/x")
+    assert "Unable to locate credentials" in done.stderr
+    assert "see to the credentials" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_summary_that_cannot_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "out.json")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    assert main(["labels", "ls", str(tmp_path), "--json", str(tmp_path / "out.json")]) == 1
+    assert "Permission denied: 'out.json'; see to the permissions" in capsys.readouterr().err

@@ -1,8 +1,10 @@
 """Errors that reach the user as one line."""
 
+import pytest
+import ray
 import ray.exceptions
 
-from labeler.cluster_session import user_error
+from labeler.cluster_session import cluster_size, user_error
 from schemas.errors import CorpusError, TeacherError
 
 
@@ -16,3 +18,10 @@ def test_the_line_of_an_error_survives_ray() -> None:
     died = user_error(ray.exceptions.WorkerCrashedError())
     assert type(died) is TeacherError
     assert "\n" not in str(died)
+
+
+def test_cpus_and_gpus_of_a_node_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    has = [{"memory": 1.0}, {"CPU": 4.0}, {"CPU": 2.0, "GPU": 8.0}, {"GPU": 1.0}, {"CPU": 99.0}]
+    nodes = [{"Alive": index < 4, "Resources": found} for index, found in enumerate(has)]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert cluster_size() == ([4.0, 2.0, 0.0], [0.0, 8.0, 1.0])

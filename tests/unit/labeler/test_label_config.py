@@ -43,6 +43,10 @@ def test_columns_by_kind() -> None:
             {"teacher": {"model": "m", "max_model_len": 512}, "text": {"max_tokens": 512}},
             "labels at most 511",
         ),
+        (
+            {"record": {"teacher_context": True}},
+            r"record\.teacher_context is true, but a label job",
+        ),
         ({"generate": {"max_tokens": 1024}}, "leaves no room for a prompt"),
         ({"generate": {}, "corpus": {"path": "c", "kind": "pair"}}, "wants prompts"),
         ({"corpus": {"path": "c", "format": "text", "kind": "chat"}}, 'only have kind "text"'),

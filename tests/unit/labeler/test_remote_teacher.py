@@ -12,7 +12,7 @@ from labeler.teachers.base import RowFailure, RowLabels
 from labeler.teachers.remote_answers import row_labels
 from labeler.teachers.remote_teacher import RemoteTeacher
 from schemas.errors import TeacherError, TeacherGoneError
-from schemas.spec import RecordSpec
+from schemas.spec import GenerationSpec, RecordSpec
 
 K = 2
 RECORD = RecordSpec(kind="topk", k=K, entropy=False)
@@ -94,6 +94,23 @@ def test_a_row_that_the_server_fails_over_is_the_only_one(tiny_model_dir: Path) 
     assert isinstance(results[1], RowFailure)
     assert results[1].reason == "server_error"
     assert refused[0] == RowFailure("engine_refused", 'HTTP 400: {"error": "not now"}')
+
+
+@pytest.mark.parametrize("status", [400, 404, 405, 500])
+def test_a_server_that_refuses_every_row_has_nothing_against_one(
+    tiny_model_dir: Path, status: int
+) -> None:
+    with server() as running:
+        remote = teacher(running, tiny_model_dir)
+        running.refusal = status
+        told = rf"HTTP {status}: .*not here.* serves big with --max-logprobs 2 or more; .*run the"
+        with pytest.raises(TeacherGoneError, match=told):
+            remote.label([ROW, ROW], [SPANS] * 2, np.zeros((2, 16), np.uint8))
+        with pytest.raises(TeacherGoneError, match=rf"HTTP {status}: .*serves big; what is"):
+            remote.generate([ROW], GenerationSpec(max_tokens=4, temperature=0.5), [[1]])
+        canary = running.asked[-1]
+        remote.close()
+    assert (canary["prompt"], canary["max_tokens"], canary["temperature"]) == ([0, 1], 1, 0.5)
 
 
 def test_a_server_that_goes_away_is_nobodys_fault(tiny_model_dir: Path) -> None:

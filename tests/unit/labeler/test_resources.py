@@ -85,3 +85,49 @@ def test_a_server_needs_no_gpu_of_the_cluster() -> None:
     content["teacher"] |= remote
     plan = plan_resources(LabelConfig.model_validate(content), [16.0], [8.0])
     assert (plan.actor_gpus, plan.actor_threads, plan.actor_cpus) == (0.0, 0, 1.0)
+
+
+@pytest.mark.parametrize("nodes", [[8.0] * 4, [16.0, 2.0, 2.0], [2.0] * 9, [4.0, *[1.0] * 12]])
+@pytest.mark.parametrize("replicas", [1, 2, 3, 7])
+def test_a_teacher_on_cpus_asks_for_what_nodes_have(nodes: list[float], replicas: int) -> None:
+    plan = plan_resources(config({"replicas": replicas}), nodes, [])
+    fitting = sum(int(cpus / plan.actor_cpus + 1e-4) for cpus in nodes)
+    assert plan.actor_cpus <= max(nodes) / 2
+    assert fitting >= replicas
+    left = sum(nodes) - replicas * plan.actor_cpus
+    assert 0 < plan.task_cpus <= left / len(nodes)  # so that some node has it, whichever it is
+
+
+def test_half_of_a_node_is_for_the_tasks() -> None:
+    assert plan_resources(config(), [16.0], []).actor_cpus == 8.0
+    assert plan_resources(config(), [8.0] * 4, []).actor_cpus == 4.0
+    assert plan_resources(config({"replicas": 4}), [8.0] * 4, []).actor_cpus == 4.0
+    assert plan_resources(config({"replicas": 8}), [8.0] * 4, []).actor_cpus == 2.0
+
+
+def test_what_fits_the_cluster_but_no_node_is_refused() -> None:
+    with pytest.raises(
+        TeacherError,
+        match=r"^1 teachers of 12 CPUs each .* room for 0: each is on one node, and they have "
+        r"2 x 8 CPUs; lower teacher.replicas, run.cpus_per_replica",
+    ):
+        plan_resources(config(run={"cpus_per_replica": 12}), [8.0, 8.0], [])
+    three = {"gpus_per_replica": 3}
+    with pytest.raises(TeacherError, match=r"1 CPUs and 3 GPUs .* have room for 1: .*4 GPUs, 1 x"):
+        plan_resources(config({"replicas": 2}, three), [16.0, 16.0], [4.0, 2.0])
+    plan = plan_resources(config({"replicas": {"min": 1, "max": 2}}, three), [16.0] * 2, [4.0, 2.0])
+    assert plan.actor_gpus == 3.0
+
+
+def test_the_cpus_of_a_teacher_are_where_its_gpus_are() -> None:
+    nodes = ([64.0, 4.0], [0.0, 8.0])
+    assert plan_resources(config({"replicas": 8}), *nodes).actor_cpus == 0.25
+    with pytest.raises(TeacherError, match=r"room for 4"):
+        plan_resources(config({"replicas": 8}, {"cpus_per_replica": 1}), *nodes)
+
+
+def test_bundles_fit_node_by_node() -> None:
+    teacher = {"tensor_parallel_size": 4, "pipeline_parallel_size": 2}
+    assert plan_resources(config(teacher), [8.0, 8.0], [4.0, 4.0]).bundles == 8
+    with pytest.raises(TeacherError, match=r"^8 GPU bundles of 1 CPUs and 1 GPUs .* room for 6"):
+        plan_resources(config(teacher), [32.0, 2.0], [4.0, 4.0])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +17,7 @@ import zstandard
 from labeler.config import CorpusConfig
 from labeler.readers import SourceRow, read_piece
 from labeler.sources import list_corpus
-from schemas.errors import CorpusError
+from schemas.errors import CorpusError, StoreError
 
 
 def read_all(corpus: CorpusConfig) -> list[SourceRow]:
@@ -226,3 +227,12 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"")
     with pytest.raises(CorpusError, match="1 files, but no row in them"):
         list_corpus(CorpusConfig(path=str(tmp_path), format="jsonl"))
+
+
+def test_a_corpus_that_nobody_is_let_into_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(fsspec.filesystem("memory"), "exists", fail)
+    with pytest.raises(StoreError, match=r"^memory://c: .*Access Denied\); see to the credentials"):
+        list_corpus(CorpusConfig(path="memory://c"))

@@ -17,6 +17,7 @@ TREE = {
     "VocabularyError": ValueError,
     "RecordError": ValueError,
     "StoreError": OSError,
+    "MissingError": FileNotFoundError,
     "DamagedError": errors.StoreError,
     "JobStoppedError": RuntimeError,
     "AccountsError": RuntimeError,

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,7 +10,7 @@ import pytest
 from label_rows import make_rows
 
 from schemas import shards
-from schemas.errors import DamagedError, RecordError, StoreError, TutelageError
+from schemas.errors import DamagedError, MissingError, RecordError, StoreError, TutelageError
 from schemas.record import LabelRows
 from schemas.shards import check_digest, read_row_group, read_shard, write_shard
 from schemas.spec import RecordSpec
@@ -144,6 +145,61 @@ def test_unreadable_is_not_damaged(store: Store, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(StoreError, match=r"cannot be read .*Too many open files") as caught:
         read_row_group(store, REL, 0, SPEC)
     assert not isinstance(caught.value, DamagedError)
+
+
+PASSING = [
+    (PermissionError("Access Denied"), r"\(Access Denied\); see to the credentials"),
+    (PermissionError(), r"\(PermissionError\); see to the credentials"),
+    (ConnectionResetError("reset by peer"), r"\(reset by peer\); that may pass"),
+    (TimeoutError(), r"\(TimeoutError\); that may pass"),
+    (OSError(5, "Input/output error\nand more"), r".*Input/output error\); that may pass"),
+]
+
+
+@pytest.mark.parametrize(("error", "told"), PASSING)
+@pytest.mark.parametrize("url", ["", "memory://unreadable"])
+def test_a_store_that_does_not_answer_is_not_damaged(
+    store: Store, url: str, error: OSError, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What s3fs makes of AccessDenied and ExpiredToken has no errno, as Arrow's damage has none."""
+    store = Store(url) if url else store
+    write_shard(store, REL, make_rows(6, SPEC, VOCAB), SPEC, "f", VOCAB)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", fail)
+    with pytest.raises(StoreError, match=f"a.parquet: cannot be read {told}") as caught:
+        read_row_group(store, REL, 0, SPEC)
+    assert type(caught.value) is StoreError
+    assert "drop" not in str(caught.value)
+
+
+def test_a_store_that_failed_too_long_has_lost_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = Store("memory://failing")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise StoreError("a.parquet: busy; tried again for 900s")
+
+    monkeypatch.setattr(memory, "open", fail)
+    with pytest.raises(StoreError, match=r"tried again for 900s$") as caught:
+        read_row_group(memory, REL, 0, SPEC)
+    assert not isinstance(caught.value, MissingError)
+    with pytest.raises(MissingError, match="its unit was dropped"):
+        read_row_group(store, REL, 0, SPEC)
+
+
+def test_damage_without_words_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shard(store, REL, make_rows(6, SPEC, VOCAB), SPEC, "f", VOCAB)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", fail)
+    with pytest.raises(DamagedError, match="damaged, row group 0: OSError"):
+        read_row_group(store, REL, 0, SPEC)
 
 
 @pytest.mark.usefixtures("small_groups")

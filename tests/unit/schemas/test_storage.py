@@ -3,7 +3,7 @@
 import pickle
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 
 from schemas import storage
 from schemas.errors import StoreError
+from schemas.patience import patience
 from schemas.storage import Store
 
 
@@ -172,3 +173,82 @@ def test_file_system_without_hard_links_is_named(
 def test_unknown_protocol_is_named() -> None:
     with pytest.raises(StoreError, match="no file system for this URL"):
         Store("nosuch://bucket/x")
+
+
+class NoCredentialsError(Exception):
+    """As botocore's: of the driver's own, and none that Python knows."""
+
+
+CALLS: dict[str, tuple[str, Callable[[Store], object]]] = {
+    "exists": ("exists", lambda store: store.exists("a/x")),
+    "size": ("size", lambda store: store.size("a/x")),
+    "read_bytes": ("cat_file", lambda store: store.read_bytes("a/x")),
+    "write_bytes": ("pipe_file", lambda store: store.write_bytes("a/x", b"1")),
+    "open": ("open", lambda store: store.open("a/x")),
+    "walk": ("find", lambda store: store.walk("a/x")),
+    "list": ("ls", lambda store: store.list("a/x")),
+    "delete": ("find", lambda store: store.delete("a/x")),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("patience_s", [0.0, 60.0])
+def test_what_a_driver_fails_with_is_one_line(
+    name: str, patience_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store("memory://refused")
+    called, call = CALLS[name]
+    for error, told in (
+        (
+            NoCredentialsError("Unable to locate credentials\nat all"),
+            "Unable to locate credentials",
+        ),
+        (PermissionError("Access Denied"), "Access Denied"),
+        (PermissionError(), "PermissionError"),
+    ):
+        monkeypatch.setattr(store.fs, called, _failing(error))
+        line = rf"^memory://refused/a/x: cannot be read or written \({told}\); see to the credent"
+        with patience(patience_s), pytest.raises(StoreError, match=line) as caught:
+            call(store)
+        assert caught.value.__cause__ is error
+    monkeypatch.setattr(store.fs, called, _failing(ConnectionError("lost")))
+    with pytest.raises(StoreError, match=r"\(lost\); that may pass: run the same command"):
+        call(store)
+    for mistake in (TypeError("ours"), AssertionError("ours"), KeyError("ours")):
+        monkeypatch.setattr(store.fs, called, _failing(mistake))
+        with pytest.raises(type(mistake), match="ours"):
+            call(store)
+
+
+def _failing(error: Exception) -> Callable[..., None]:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
+def test_a_driver_that_fails_after_the_opening(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token can expire between two blocks."""
+    store = Store(f"memory://{uuid.uuid4().hex}")
+    with store.open("x", "wb") as file:
+        file.write(b"12345")
+    with store.open("x") as file:
+        assert (file.read(2), file.tell(), file.seek(1), file.read()) == (b"12", 2, 1, b"2345")
+    for mode, name, call in (
+        ("rb", "read", lambda file: file.read(1)),
+        ("wb", "write", lambda file: file.write(b"1")),
+        ("wb", "close", lambda file: file.close()),
+    ):
+        opened: Any = store.open("y" if mode == "wb" else "x", mode)
+        monkeypatch.setattr(type(opened._file), name, _failing(PermissionError("ExpiredToken")))
+        with pytest.raises(StoreError, match=r"memory://.*/[xy]: cannot be .*ExpiredToken"):
+            call(opened)
+        monkeypatch.undo()
+
+
+def test_an_unreadable_local_file_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.open", _failing(PermissionError(13, "Permission denied")))
+    with pytest.raises(StoreError, match=rf"^{tmp_path}/x: .*Permission denied.*permissions, then"):
+        Store(str(tmp_path)).open("x")

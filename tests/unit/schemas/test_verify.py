@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,12 +14,15 @@ from label_rows import make_rows, make_spec
 from cluster.__main__ import main
 from schemas import shards
 from schemas.columns import arrow_schema
+from schemas.errors import StoreError
 from schemas.keys import unit_key
 from schemas.label_set import LabelSet, QuarantineRow
 from schemas.manifest import Manifest
 from schemas.record import LabelRows
 from schemas.shards import FINGERPRINT_KEY
 from schemas.spec import RecordSpec
+from schemas.storage import Store
+from schemas.tables import KEYS, read_table
 from schemas.verify import Verified, verify
 
 VOCAB = 60
@@ -266,3 +270,46 @@ def test_a_broken_description_is_a_problem(label_set: LabelSet, tmp_path: Path) 
     (problem,) = json.loads(out.read_text())["problems"]
     assert (problem["what"], problem["file"]) == ("set", "label_set.json")
     assert main(["labels", "verify", str(tmp_path / "nothing")]) == 1
+
+
+PLACES = {"open": Store, "read_row_group": pq.ParquetFile, "read_bytes": Store}
+
+
+@pytest.mark.parametrize("method", PLACES)
+@pytest.mark.parametrize("error", [PermissionError("Access Denied"), TimeoutError()])
+def test_a_store_that_does_not_answer_is_no_damage(
+    label_set: LabelSet,
+    method: str,
+    error: OSError,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Dropping a unit that is whole would cost its labels."""
+    works = getattr(PLACES[method], method)
+
+    def fail(self: Any, rel: Any, *args: Any, **kwargs: Any) -> Any:
+        if method == "read_bytes" and not str(rel).startswith(("keys", "quarantine")):
+            return works(self, rel, *args, **kwargs)
+        if method == "read_bytes":
+            raise StoreError("cannot be read") from error
+        raise error
+
+    monkeypatch.setattr(PLACES[method], method, fail)
+    with pytest.raises(StoreError, match=r"cannot be read"):
+        verify(label_set.url)
+    assert main(["labels", "verify", label_set.url]) == 1
+    told = capsys.readouterr()
+    assert "error: " in told.err
+    assert "drop" not in told.err + told.out
+
+
+def test_tables_of_a_store_that_does_not_answer(
+    label_set: LabelSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Store, rel: str) -> bytes:
+        raise StoreError(f"{rel}: busy; tried again for 900s")
+
+    (manifest,) = label_set.manifests()
+    monkeypatch.setattr(Store, "read_bytes", fail)
+    with pytest.raises(StoreError, match=r"tried again for 900s$"):
+        read_table(label_set.store, manifest.keys, KEYS, manifest.num_rows, manifest.unit_key)
