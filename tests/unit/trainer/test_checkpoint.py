@@ -299,19 +299,27 @@ def die_after(store: Store, monkeypatch: pytest.MonkeyPatch, dies_in: str) -> No
             save(store, 10)
 
 
-def test_random_streams_start_anew_on_another_number_of_workers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", [0, 1 << 24, 1 << 70])
+def test_random_streams_start_anew_on_another_number_of_workers(tmp_path: Path, seed: int) -> None:
     store = Store(str(tmp_path))
     save(store, 5)
     folder, manifest, _ = find(store, tmp_path)
     assert folder is not None
     assert manifest is not None
-    by_four = manifest.model_copy(update={"world_size": 4})
+
+    def draw(seed: int, step: int) -> list[float]:
+        loader = LoaderState(view_hash="v", seed=seed, epoch=0, step=step)
+        known = progress(step).model_copy(update={"loader": loader})
+        saved = manifest.model_copy(update={"world_size": 4, "progress": known})
+        load_checkpoint(Engine(), folder, saved, is_leader=True)
+        return torch.rand(2).tolist()
+
     draws = []
     for number in (1, 2):
         torch.manual_seed(number)
-        load_checkpoint(Engine(), folder, by_four, is_leader=True)
-        draws.append(torch.rand(2))
-    assert torch.equal(*draws)
+        draws.append(draw(seed, 5))
+    assert draws[0] == draws[1]
+    assert draws[0] not in (draw(seed + 1, 5), draw(seed, 6))
 
 
 def test_hyperparameters_are_the_configurations(tmp_path: Path) -> None:
