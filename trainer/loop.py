@@ -249,18 +249,21 @@ class Worker:
         folder, manifest, passed_over = find_checkpoint(store, cache, is_node_leader)
         for line in passed_over:
             self._note(line)
+        start = LoaderState(
+            view_hash=self._view.view_hash, seed=self._config.data.seed, epoch=0, step=0
+        )
         if folder is None or manifest is None:
             return TrainProgress(
                 step=0,
-                loader=LoaderState(
-                    view_hash=self._view.view_hash, seed=self._config.data.seed, epoch=0, step=0
-                ),
+                loader=start,
                 tokens=0,
                 labels=0,
                 final_loss=0.0,
                 pending=no_sums(),
                 base_digest=self._base_digest,
             )
+        saved = f"checkpoint {store.path(FOLDER, folder.name)}"
+        manifest.progress.loader.check_order(start, saved, "choose a new run folder: run=...")
         check_base(self._config.student, self._base_digest, manifest.progress.base_digest)
         is_leader = self._rank == 0 if store.is_local else is_node_leader
         load_checkpoint(self._engine, folder, manifest, is_leader)
