@@ -18,6 +18,7 @@ from trainer import checkpoint_writer
 from trainer.checkpoint import (
     CheckpointManifest,
     TrainProgress,
+    checkpoint_at_hand,
     find_checkpoint,
     list_checkpoints,
     read_manifest,
@@ -257,6 +258,29 @@ def test_damage_is_passed_over_and_said(
     assert folder.name == "step_5-aa"
     assert len(passed_over) == 1
     assert reason in passed_over[0]
+
+
+def test_what_was_downloaded_goes_away(tmp_path: Path) -> None:
+    """Copies that are passed over at once, the one that is loaded after that, also if it fails."""
+    store, cache = Store(f"memory://run-{tmp_path.name}"), tmp_path / "cache"
+    save(store, 5, 10)
+    rewrite(store, "checkpoints/step_10-aa/weights.pt", b"")
+    with checkpoint_at_hand(store, cache, is_node_leader=True) as (folder, _, passed_over):
+        assert folder == cache / "step_5-aa"
+        assert len(passed_over) == 1
+        assert [path.name for path in cache.iterdir()] == ["step_5-aa"]
+    assert not cache.exists()
+    with (
+        pytest.raises(RuntimeError, match="does not load"),
+        checkpoint_at_hand(store, cache, is_node_leader=True),
+    ):
+        raise RuntimeError("does not load")
+    assert not cache.exists()
+    rewrite(store, "checkpoints/step_5-aa/weights.pt", b"")
+    with checkpoint_at_hand(store, cache, is_node_leader=True) as (folder, _, _):
+        assert folder is None
+    assert not cache.exists()
+    store.delete("checkpoints")
 
 
 def test_a_torn_manifest_is_passed_over(store: Store, tmp_path: Path) -> None:
