@@ -10,9 +10,10 @@ they finish late is a true checkpoint of the same run.
 Written by `trainer.checkpoint_writer`, loaded by `trainer.checkpoint_load`.
 """
 
+import contextlib
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
@@ -136,8 +137,26 @@ def find_checkpoint(
             problem = next(filter(None, gathered(problems)), "")
             if not problem:
                 return folder, manifest, passed_over
+            if is_node_leader and not store.is_local:
+                shutil.rmtree(folder, ignore_errors=True)
         passed_over.append(f"checkpoint {store.path(FOLDER, name)} is passed over: {problem}")
     return None, None, passed_over
+
+
+@contextlib.contextmanager
+def checkpoint_at_hand(
+    store: Store, cache: Path, is_node_leader: bool
+) -> Iterator[tuple[Path | None, CheckpointManifest | None, list[str]]]:
+    """``find_checkpoint``, for as long as it is needed: what was downloaded goes away. Collective.
+
+    Where a rank fails in between, the others may find the copy gone and fail as well.
+    """
+    try:
+        yield find_checkpoint(store, cache, is_node_leader)
+        dist.barrier()  # the ranks of a node read one copy
+    finally:
+        if is_node_leader:
+            shutil.rmtree(cache, ignore_errors=True)
 
 
 def keep_only(

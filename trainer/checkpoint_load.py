@@ -19,6 +19,7 @@ from seed, step and rank. Without dropout nothing in training is random.
 
 import argparse
 import contextlib
+import hashlib
 import io
 import os
 import shutil
@@ -71,7 +72,7 @@ def load_checkpoint(
         _set_random_state(torch.load(folder / f"random_state_{rank}.pt"))
     else:
         progress = manifest.progress
-        torch.manual_seed((progress.loader.seed << 40) + (progress.step << 16) + rank)
+        torch.manual_seed(_stream(progress.loader.seed, progress.step, rank))
 
 
 def check_universal(optimizer: str, saved_by: int) -> None:
@@ -181,6 +182,12 @@ def _convert(folder: Path, to: Path) -> None:
 
 def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
+
+
+def _stream(seed: int, step: int, rank: int) -> int:
+    """A seed for torch, which takes 64 bits, from numbers of any size."""
+    digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
 
 
 def _set_random_state(state: dict[str, torch.Tensor]) -> None:

@@ -4,16 +4,18 @@ The training waits only while its state is copied to memory of the host. A threa
 file, hashes it on the way, and, when the threads of all ranks are done, rank 0 writes the manifest.
 The threads speak to each other over a process group of their own, since the training uses its own
 at the same time. One checkpoint is written at a time: the next save waits for the last. What fails
-in the thread is raised in the training, at its next step.
+in the thread is raised in the training, at its next step: what the store has against the files, as
+an error for a person; that another rank was lost, as it is, so that the workers start again.
 """
 
+import contextlib
 import copy
 import hashlib
 import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import IO, Any
 
@@ -78,7 +80,8 @@ class CheckpointWriter:
             label_sets: fingerprints of the label sets that are trained on.
 
         Raises:
-            TutelageError: the checkpoint before could not be written.
+            TutelageError: the checkpoint before could not be written. Where another rank was lost
+                meanwhile, what torch raises.
         """
         before = time.perf_counter()
         self._join()
@@ -119,35 +122,50 @@ class CheckpointWriter:
         before = time.perf_counter()
         try:
             self._write(states, manifest)
-        except TutelageError as error:
-            self._error = error
         except BaseException as error:  # noqa: BLE001  (raised again in the training)
-            reason = " ".join(str(error).split())[:300]
-            self._error = StudentError(
-                f"the checkpoint of step {manifest.progress.step} could not be written to "
-                f"{self._store.path(FOLDER)} ({type(error).__name__}: {reason}); look whether "
-                "there is room and the store can be reached, then start the run again: it goes on "
-                "from the checkpoint before"
-            )
+            self._error = error
         self.busy_s += time.perf_counter() - before
 
     def _write(self, states: dict[str, Any], manifest: CheckpointManifest) -> None:
-        name = checkpoint_name(manifest.progress.step, self._attempt)
-        self._check_owner()
+        step = manifest.progress.step
+        name = checkpoint_name(step, self._attempt)
         folder = f"{FOLDER}/{name}"
-        # Each state is let go once it is written.
-        files = [write_state(self._store, folder, p, states.pop(p)) for p in sorted(states)]
+        with self._blaming_the_store(step):
+            self._check_owner()
+            # Each state is let go once it is written.
+            files = [write_state(self._store, folder, p, states.pop(p)) for p in sorted(states)]
         everyone = gathered(files, self._group)
         if self._rank == 0:
-            self._check_owner()
             whole = manifest.model_copy(
                 update={"files": sorted(everyone, key=lambda file: file.path)}
             )
-            data = whole.model_dump_json(indent=2).encode()
-            self._store.write_bytes(f"{folder}/{MANIFEST}", data)
-            keep_only(self._store, name, whole, self._config)
+            with self._blaming_the_store(step):
+                self._check_owner()
+                data = whole.model_dump_json(indent=2).encode()
+                self._store.write_bytes(f"{folder}/{MANIFEST}", data)
+                keep_only(self._store, name, whole, self._config)
         # So that no rank goes on to the next checkpoint, or ends, before this one is finished.
         dist.barrier(self._group)
+
+    @contextlib.contextmanager
+    def _blaming_the_store(self, step: int) -> Iterator[None]:
+        """Says what to do about what fails here.
+
+        Not for what ranks say to each other: that fails where one of them was lost, for which the
+        workers start again, while a StudentError would end the run.
+        """
+        try:
+            yield
+        except TutelageError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise StudentError(
+                f"the checkpoint of step {step} could not be written to "
+                f"{self._store.path(FOLDER)} ({type(error).__name__}: {reason}); look whether "
+                "there is room and the store can be reached, then start the run again: it goes on "
+                "from the checkpoint before"
+            ) from error
 
 
 def write_state(store: Store, folder: str, path: str, state: Any) -> CheckpointFile:

@@ -37,6 +37,7 @@ def build_engine(student: StudentWithHead, config: TrainConfig) -> Any:
     import deepspeed
 
     _no_compiled_ops(deepspeed)
+    _no_step_before_the_first()
     num_parameters = sum(parameter.numel() for parameter in student.parameters())
     is_frozen = any(not parameter.requires_grad for parameter in student.parameters())
     native = native_section(config, "optimizer")
@@ -128,3 +129,17 @@ def _no_compiled_ops(deepspeed: Any) -> None:
     Can go when ``deepspeed.comm`` no longer builds ``deepspeed_shm_comm`` on every start on CPU.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _no_step_before_the_first() -> None:
+    """Keeps bf16 without ZeRO from starting with an optimizer step over gradients of zero.
+
+    DeepSpeed 0.19 takes it to allocate the optimizer's state. It decays every float32 master once
+    and puts Adam's count of steps one ahead for good; state is made at the first real step anyway,
+    as with ZeRO. Can go when these optimizers no longer step while they are built.
+    """
+    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    for wrapper in (FP16_Optimizer, FP16_UnfusedOptimizer):
+        wrapper.initialize_optimizer_states = lambda _: None

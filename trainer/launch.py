@@ -128,7 +128,7 @@ def _train(
 
     from trainer.loop import TrainJob, train_worker
 
-    board = ray.remote(num_cpus=0)(Board).remote()
+    board = _start_board()
     job = TrainJob(config, os.getcwd(), folder.claim(), view_hash, num_steps, board)
     watcher = Watcher(lambda seen: ray.get(board.news.remote(seen)))
     try:
@@ -143,6 +143,19 @@ def _train(
         raise known from failure
     if failure is not None:
         raise StudentError(_unforeseen(failure, config)) from failure
+
+
+def _start_board() -> Any:
+    """The board's actor, on the driver's own node, without which there is no run.
+
+    It is not restarted, as it would have forgotten the error that ends a run; elsewhere it would go
+    with any node that is taken away, and the run with it.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=here)(Board).remote()
 
 
 def _fit(trainer: Any) -> Exception | None:

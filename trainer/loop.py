@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import tempfile
 import time
 import uuid
@@ -15,7 +14,13 @@ import torch.distributed as dist
 
 from schemas.errors import ConfigError, TutelageError
 from schemas.view import View
-from trainer.checkpoint import FOLDER, TrainProgress, checkpoint_name, find_checkpoint
+from trainer.checkpoint import (
+    FOLDER,
+    CheckpointManifest,
+    TrainProgress,
+    checkpoint_at_hand,
+    checkpoint_name,
+)
 from trainer.checkpoint_load import load_checkpoint
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.collective import from_rank_0
@@ -241,39 +246,48 @@ class Worker:
 
     def _resume(self) -> TrainProgress:
         """Brings back the newest good checkpoint; the start of the run where there is none."""
-        from trainer.lora import check_base
-
         store = self._folder.store
         is_node_leader = os.environ.get("LOCAL_RANK", "0") == "0"  # set by Ray Train
         cache = Path(tempfile.gettempdir(), f"tutelage-{self._attempt}")
-        folder, manifest, passed_over = find_checkpoint(store, cache, is_node_leader)
-        for line in passed_over:
-            self._note(line)
-        if folder is None or manifest is None:
-            return TrainProgress(
-                step=0,
-                loader=LoaderState(
-                    view_hash=self._view.view_hash, seed=self._config.data.seed, epoch=0, step=0
-                ),
-                tokens=0,
-                labels=0,
-                final_loss=0.0,
-                pending=no_sums(),
-                base_digest=self._base_digest,
-            )
-        check_base(self._config.student, self._base_digest, manifest.progress.base_digest)
-        is_leader = self._rank == 0 if store.is_local else is_node_leader
-        load_checkpoint(self._engine, folder, manifest, is_leader)
-        self._last_checkpoint = store.path(FOLDER, folder.name)
-        dist.barrier()
-        if is_node_leader:
-            shutil.rmtree(cache, ignore_errors=True)
+        with checkpoint_at_hand(store, cache, is_node_leader) as (folder, manifest, passed_over):
+            for line in passed_over:
+                self._note(line)
+            if folder is None or manifest is None:
+                return self._beginning()
+            is_leader = self._rank == 0 if store.is_local else is_node_leader
+            self._load(folder, manifest, is_leader)
         was = manifest.world_size
         self._note(
             f"going on from step {manifest.progress.step} of {self._job.num_steps}"
             + (f", now on {self._world_size} workers instead of {was}" * (was != self._world_size))
         )
         return manifest.progress
+
+    def _beginning(self) -> TrainProgress:
+        return TrainProgress(
+            step=0,
+            loader=LoaderState(
+                view_hash=self._view.view_hash, seed=self._config.data.seed, epoch=0, step=0
+            ),
+            tokens=0,
+            labels=0,
+            final_loss=0.0,
+            pending=no_sums(),
+            base_digest=self._base_digest,
+        )
+
+    def _load(self, folder: Path, manifest: CheckpointManifest, is_leader: bool) -> None:
+        """Loads a checkpoint, which must be of this run's order of rows and frozen weights."""
+        from trainer.lora import check_base
+
+        self._last_checkpoint = self._folder.store.path(FOLDER, folder.name)
+        manifest.progress.loader.check_order(
+            self._beginning().loader,
+            f"checkpoint {self._last_checkpoint}",
+            "choose a new run folder: run=...",
+        )
+        check_base(self._config.student, self._base_digest, manifest.progress.base_digest)
+        load_checkpoint(self._engine, folder, manifest, is_leader)
 
     def _open_curve(self) -> Curve | None:
         """The learning curve, on rank 0."""

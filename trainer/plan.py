@@ -49,6 +49,14 @@ Int32s = np.ndarray[tuple[int], np.dtype[np.int32]]
 Int64s = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
+_ORDER_KEPT_BY = {
+    "view_hash": "open the view that it was made with",
+    "seed": "give the same data.seed",
+    "packer_version": "go on with the version of Tutelage that wrote it",
+}
+"""What the order of rows follows from, besides the epoch, and how to have it again."""
+
+
 class LoaderState(StrictModel):
     """Where a run stands in its data: the whole state of the loader.
 
@@ -61,6 +69,25 @@ class LoaderState(StrictModel):
     epoch: int
     step: int
     packer_version: int = PACKER_VERSION
+
+    def check_order(self, now: "LoaderState", what: str, instead: str) -> None:
+        """Refuses to go on from here in another order, in which rows would be lost and doubled.
+
+        Args:
+            now: the beginning of the order that there is now.
+            what: holds this state.
+            instead: what to do where the old order is not wanted.
+
+        Raises:
+            ConfigError: names both orders.
+        """
+        for name, remedy in _ORDER_KEPT_BY.items():
+            theirs, ours = getattr(self, name), getattr(now, name)
+            if theirs != ours:
+                raise ConfigError(
+                    f"{what} is of {name} = {theirs}, but here it is {ours}; its next steps would "
+                    f"lose some rows and repeat others. To go on, {remedy}; or {instead}"
+                )
 
 
 @dataclass(frozen=True)

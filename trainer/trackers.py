@@ -95,8 +95,9 @@ def _wanted(config: LogConfig) -> list[str]:
 
 
 def _run_id(config: TrainConfig) -> str:
-    """The same for a run and its continuation."""
-    return hashlib.sha256(os.path.abspath(config.run).encode()).hexdigest()[:16]
+    """The same for a run and its continuation, from wherever that is started."""
+    run = config.run if "://" in config.run else os.path.abspath(config.run)
+    return hashlib.sha256(run.rstrip("/").encode()).hexdigest()[:16]
 
 
 class _WandbRun:

@@ -170,13 +170,7 @@ class ViewDataset(IterableDataset[ViewBatch]):
                 ranks had other parts of.
         """
         found = _State.model_validate(state)
-        for name in ("view_hash", "seed", "packer_version"):
-            theirs, ours = getattr(found.loader, name), getattr(self._start.loader, name)
-            if theirs != ours:
-                raise ConfigError(
-                    f"the state is of {name} = {theirs}, but this dataset has {ours}; its steps "
-                    "would not be the ones that come next. Open the same view with the same seed"
-                )
+        found.loader.check_order(self._start.loader, "the state", "begin anew")
         if found.micro_batch and found.world_size != self._world_size:
             raise ConfigError(
                 f"the state is from within step {found.step + 1} of a run on {found.world_size} "

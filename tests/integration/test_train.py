@@ -1,5 +1,6 @@
 """Training on real Ray Train and DeepSpeed: exact on any split, and after any interruption."""
 
+import json
 import random
 import re
 from pathlib import Path
@@ -171,6 +172,18 @@ def test_another_configuration_needs_another_folder(
     changed = config(reference[0], view, tokenizer, optimizer={"lr": 0.5})
     with pytest.raises(ConfigError, match=r"optimizer\.lr \(there 0\.01, now 0\.5\).*run="):
         run_train_job(changed)
+
+
+def test_a_checkpoint_of_another_packer_is_refused(
+    tmp_path: Path, reference: tuple[Path, TrainSummary], view: View, tokenizer: Path
+) -> None:
+    run = back_to_step(reference[0], tmp_path / "run", STEPS)
+    manifest = next((run / "checkpoints").glob("*/manifest.json"))
+    saved = json.loads(manifest.read_text())
+    saved["progress"]["loader"]["packer_version"] = 1
+    manifest.write_text(json.dumps(saved))
+    with pytest.raises(ConfigError, match=r"packer_version = 1, but here it is 2.*run="):
+        run_train_job(config(run, view, tokenizer, ray={"max_failures": 0}))
 
 
 @pytest.mark.parametrize(

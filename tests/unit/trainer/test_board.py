@@ -1,9 +1,14 @@
 """What a person sees while a run goes on."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+import ray
 
 from schemas.errors import DamagedError, StudentError
 from trainer.board import Board, Progress, Watcher
+from trainer.launch import _start_board
 
 PROGRESS = Progress(
     step=120,
@@ -37,6 +42,21 @@ def test_the_first_error_is_kept() -> None:
     board.fail(DamagedError("the cause"))
     board.fail(StudentError("its consequence"))
     assert str(board.error()) == "the cause"
+
+
+def test_the_board_is_on_the_drivers_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {}
+
+    def remote(**given: Any) -> Any:
+        options.update(given)
+        return lambda kind: SimpleNamespace(remote=kind)
+
+    here = SimpleNamespace(get_node_id=lambda: "ab" * 28)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: here)
+    monkeypatch.setattr(ray, "remote", remote)
+    assert isinstance(_start_board(), Board)
+    assert options["scheduling_strategy"].node_id == "ab" * 28
+    assert not options["scheduling_strategy"].soft
 
 
 def test_notes_are_shown_once_and_the_last_progress_always(

@@ -82,6 +82,17 @@ def test_resuming_after_the_last_step_of_an_epoch_starts_the_next() -> None:
     assert (following.epoch, following.step) == (1, 1)
 
 
+def test_a_state_of_another_order_is_refused() -> None:
+    now = LoaderState(view_hash="v", seed=0, epoch=0, step=0)
+    later = LoaderState(view_hash="v", seed=0, epoch=2, step=9)
+    later.check_order(now, "it", "start again")
+    for name, value in (("view_hash", "w"), ("seed", 1), ("packer_version", 1)):
+        other = later.model_copy(update={name: value})
+        named = rf"it is of {name} = {value}, but here it is .* start again"
+        with pytest.raises(ConfigError, match=named):
+            other.check_order(now, "it", "start again")
+
+
 def test_steps_run_over_as_many_epochs_as_they_need() -> None:
     rows, data = make_rows([10]), make_data(epochs=None, steps=100)
     start = LoaderState(view_hash="v", seed=0, epoch=0, step=0)

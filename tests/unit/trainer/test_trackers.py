@@ -8,7 +8,7 @@ from training_runs import make_config
 
 from schemas.errors import ConfigError
 from trainer.launch import run_train_job
-from trainer.trackers import Trackers
+from trainer.trackers import Trackers, _run_id
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,25 @@ def test_a_missing_package_names_its_install_command(
     config = make_config(tmp_path / "run", "no view", "no tokenizer", log={key: "file:x"})
     with pytest.raises(ConfigError, match=rf"log\.{key} is set.*{command}"):
         run_train_job(config, progress=False)
+
+
+def test_a_run_is_found_again_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_id(run: str) -> str:
+        config = make_config(Path("run"), "view", "tokenizer")
+        return _run_id(config.model_copy(update={"run": run}))
+
+    found = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        urls = ("s3://bucket/run", "s3://bucket/run/", "s3://bucket/other")
+        found.append([run_id(run) for run in (*urls, str(tmp_path / "run"), "run")])
+    one, two = found
+    assert one[0] == one[1] != one[2]
+    assert one[:4] == two[:4]
+    assert one[4] != two[4]  # two runs, each in its own folder
 
 
 class Away:

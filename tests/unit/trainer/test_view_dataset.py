@@ -158,7 +158,7 @@ def test_state_dict_follows_the_iteration_and_refuses_where_it_cannot(view):
 
 def test_what_does_not_fit_is_refused(view):
     good = dataset(view, data())
-    with pytest.raises(ConfigError, match="seed = 0, but this dataset has 1"):
+    with pytest.raises(ConfigError, match=r"seed = 0, but here it is 1; .*same data\.seed"):
         dataset(view, data(seed=1)).load_state_dict(good.state_dict())
     with pytest.raises(ConfigError, match=r"rank = 2 of world_size = 2"):
         dataset(view, data(), 2, 2)
