@@ -163,8 +163,12 @@ def test_what_architectures_do_to_their_logits_is_known(model_type, fields):
         )
 
 
-def test_logits_that_need_more_than_a_head_are_refused(tiny_model_dir):
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
+def test_logits_that_need_more_than_a_head_are_refused(tiny_model_dir, attention):
+    """Also for a kernel that a CPU does not have."""
     model, _ = build_student(StudentConfig(path=str(tiny_model_dir)))
+    model.config._attn_implementation = attention
+    check_student(model)
     whole = model.forward
 
     def with_bias(**inputs: Any) -> Any:
@@ -175,6 +179,8 @@ def test_logits_that_need_more_than_a_head_are_refused(tiny_model_dir):
     model.forward = with_bias
     with pytest.raises(StudentError, match="more than a head"):
         check_student(model)
+    assert model.config._attn_implementation == attention
+    assert model.training
 
 
 def test_attention_across_documents_is_refused():
