@@ -266,7 +266,10 @@ def _random_model(config: StudentConfig, tokenizer: PreTrainedTokenizerBase) -> 
             )
 
     model: PreTrainedModel = _user_call("student.config", build)
-    return model.to(getattr(torch, config.dtype))
+    # Not the buffers: rotary frequencies are float32 in a model that is loaded, whatever its type.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, config.dtype))
+    return model
 
 
 def _check_fields(model_type: str, fields: dict[str, Any]) -> None:

@@ -70,6 +70,8 @@ def test_bfloat16_students_are_the_float32_ones_rounded(tiny_model_dir):
     half, _ = build_student(config.model_copy(update={"dtype": "bfloat16"}))
     assert half.dtype == torch.bfloat16
     assert torch.equal(full.lm_head.weight.bfloat16(), half.lm_head.weight)
+    # As in a student that is loaded: positions would be others after the export.
+    assert all(map(torch.equal, full.buffers(), half.buffers()))
 
 
 def test_a_checkpoint_is_loaded_with_its_own_tokenizer(tiny_model_dir):
