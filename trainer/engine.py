@@ -38,6 +38,8 @@ def build_engine(student: StudentWithHead, config: TrainConfig) -> Any:
 
     _no_compiled_ops(deepspeed)
     _no_step_before_the_first()
+    if config.deepspeed.precision == "fp32":
+        _train_in_float32(student)
     num_parameters = sum(parameter.numel() for parameter in student.parameters())
     is_frozen = any(not parameter.requires_grad for parameter in student.parameters())
     native = native_section(config, "optimizer")
@@ -57,6 +59,17 @@ def build_engine(student: StudentWithHead, config: TrainConfig) -> Any:
     if is_frozen:
         _keep_only_what_is_trained(engine)
     return engine
+
+
+def _train_in_float32(student: nn.Module) -> None:
+    """Widens what is trained; what is frozen stays as it was built.
+
+    DeepSpeed keeps float32 masters in its bf16 mode only. Without it, it would train bfloat16
+    weights as they are, and lose every update below half a percent of a weight.
+    """
+    for parameter in student.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def _without_frozen(

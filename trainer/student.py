@@ -186,35 +186,55 @@ def check_student(model: PreTrainedModel) -> None:
     Two documents of three tokens are packed. Changing the first must leave the hidden states of the
     second alone; and the model's own logits must follow from the hidden states.
 
+    The kernel of flash_attention_2 runs on GPUs only. On a CPU the head is proved with another in
+    its place, and packing is not: that kernel cuts documents by position ids in its own way.
+
     Raises:
         StudentError: either fails.
     """
-    if model.config._attn_implementation == "flash_attention_2" and model.device.type == "cpu":
-        return  # this kernel runs on GPUs only; it cuts documents by position ids as well
-    positions = torch.arange(3, device=model.device).repeat(2)[None]
-    tokens = (
-        torch.arange(6, device=model.device)[None] % model.get_input_embeddings().num_embeddings
-    )
-    changed = torch.cat([tokens[:, :3].flip(1), tokens[:, 3:]], 1)
-    training = model.training
+    config, training = model.config, model.training
+    wanted = config._attn_implementation
     model.eval()
-    with torch.no_grad():
-        hidden = hidden_states(model, tokens, positions)
-        leak = (hidden - hidden_states(model, changed, positions))[:, 3:].abs().max()
-        logits = output_logits(model, hidden)
-        whole = model(input_ids=tokens, position_ids=positions, use_cache=False).logits.float()
-    model.train(training)
-    kind = type(model).__name__
+    try:
+        with torch.no_grad():
+            if wanted == "flash_attention_2" and model.device.type == "cpu":
+                # Not by set_attn_implementation, which asks for a GPU on the way back.
+                config._attn_implementation = "eager"
+            else:
+                _check_packing(model)
+            _check_head(model)
+    finally:
+        config._attn_implementation = wanted
+        model.train(training)
+
+
+def _six_tokens(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Token ids and position ids, [1, 6] each, of two documents."""
+    ids = torch.arange(6, device=model.device)[None] % model.get_input_embeddings().num_embeddings
+    return ids, torch.arange(3, device=model.device).repeat(2)[None]
+
+
+def _check_packing(model: PreTrainedModel) -> None:
+    tokens, positions = _six_tokens(model)
+    changed = torch.cat([tokens[:, :3].flip(1), tokens[:, 3:]], 1)
+    hidden = hidden_states(model, tokens, positions)
+    leak = (hidden - hidden_states(model, changed, positions))[:, 3:].abs().max()
     if not leak <= 1e-3 * hidden.abs().max():
         raise StudentError(
-            f"{kind} with {model.config._attn_implementation} attention lets packed documents see "
-            "each other (its attention ignores restarting position ids); choose another "
-            "student.attn_implementation or architecture"
+            f"{type(model).__name__} with {model.config._attn_implementation} attention lets "
+            "packed documents see each other (its attention ignores restarting position ids); "
+            "choose another student.attn_implementation or architecture"
         )
+
+
+def _check_head(model: PreTrainedModel) -> None:
+    tokens, positions = _six_tokens(model)
+    logits = output_logits(model, hidden_states(model, tokens, positions))
+    whole = model(input_ids=tokens, position_ids=positions, use_cache=False).logits.float()
     if not torch.allclose(logits, whole, rtol=2e-2, atol=2e-2 * float(whole.std())):
         raise StudentError(
-            f"{kind} computes its logits with more than a head, a scale and a soft cap, which the "
-            "fused loss does not know; choose another architecture"
+            f"{type(model).__name__} computes its logits with more than a head, a scale and a soft "
+            "cap, which the fused loss does not know; choose another architecture"
         )
 
 
@@ -246,7 +266,10 @@ def _random_model(config: StudentConfig, tokenizer: PreTrainedTokenizerBase) -> 
             )
 
     model: PreTrainedModel = _user_call("student.config", build)
-    return model.to(getattr(torch, config.dtype))
+    # Not the buffers: rotary frequencies are float32 in a model that is loaded, whatever its type.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, config.dtype))
+    return model
 
 
 def _check_fields(model_type: str, fields: dict[str, Any]) -> None:

@@ -36,7 +36,9 @@ class StudentConfig(StrictModel):
     seed: int = Field(0, description="seed of random initialisation, of adapters too")
     tokenizer: str = Field("", description="folder or hub name; empty: the one in `path`")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="type of the weights as built; deepspeed.precision sets the compute"
+        "float32",
+        description="type of the weights as built, in which those that adapters leave frozen stay; "
+        "deepspeed.precision sets that of the training",
     )
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     lora: LoraConfig | None = Field(

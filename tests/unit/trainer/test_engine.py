@@ -69,3 +69,26 @@ def test_the_first_step_in_bf16_is_the_first_of_the_optimizer(stage: int) -> Non
     found = torch.cat([p.detach().flatten().cpu() for p in trained])[: 8 * 8 + 8]
     wanted = torch.cat([p.detach().flatten() for p in masters.parameters()])
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_what_is_trained_in_fp32_is_float32_whatever_it_was_built_in(stage: int) -> None:
+    torch.manual_seed(0)
+    frozen, trained = nn.Linear(8, 8).bfloat16(), nn.Linear(8, 8, dtype=torch.bfloat16)
+    frozen.requires_grad_(False)
+    engine = build_engine(Adapted(frozen, trained), config(stage, "fp32"))
+    assert trained.weight.dtype == torch.float32
+    assert frozen.weight.dtype == torch.bfloat16
+    step(engine, torch.randn(4, 8))
+
+
+class Adapted(nn.Module):
+    """A frozen layer with something beside it that is trained."""
+
+    def __init__(self, base: nn.Module, adapter: nn.Module) -> None:
+        super().__init__()
+        self.base, self.adapter = base, adapter
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.base(inputs.bfloat16()) + self.adapter(inputs)
+        return result

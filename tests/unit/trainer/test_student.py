@@ -70,6 +70,8 @@ def test_bfloat16_students_are_the_float32_ones_rounded(tiny_model_dir):
     half, _ = build_student(config.model_copy(update={"dtype": "bfloat16"}))
     assert half.dtype == torch.bfloat16
     assert torch.equal(full.lm_head.weight.bfloat16(), half.lm_head.weight)
+    # As in a student that is loaded: positions would be others after the export.
+    assert all(map(torch.equal, full.buffers(), half.buffers()))
 
 
 def test_a_checkpoint_is_loaded_with_its_own_tokenizer(tiny_model_dir):
@@ -163,8 +165,12 @@ def test_what_architectures_do_to_their_logits_is_known(model_type, fields):
         )
 
 
-def test_logits_that_need_more_than_a_head_are_refused(tiny_model_dir):
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
+def test_logits_that_need_more_than_a_head_are_refused(tiny_model_dir, attention):
+    """Also for a kernel that a CPU does not have."""
     model, _ = build_student(StudentConfig(path=str(tiny_model_dir)))
+    model.config._attn_implementation = attention
+    check_student(model)
     whole = model.forward
 
     def with_bias(**inputs: Any) -> Any:
@@ -175,6 +181,8 @@ def test_logits_that_need_more_than_a_head_are_refused(tiny_model_dir):
     model.forward = with_bias
     with pytest.raises(StudentError, match="more than a head"):
         check_student(model)
+    assert model.config._attn_implementation == attention
+    assert model.training
 
 
 def test_attention_across_documents_is_refused():
