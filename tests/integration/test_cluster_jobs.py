@@ -49,10 +49,13 @@ def environment() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def job_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the job server of a one-node cluster that lives as long as this module."""
-    port, dashboard = free_port(), free_port()
+    # All of its own: another Ray on the machine, as of a second test run, has the usual ones.
+    port, dashboard, agent, agent_grpc = (free_port() for _ in range(4))
     log = tmp_path_factory.mktemp("ray_head") / "log"
     command = [str(RAY), "start", "--head", "--block", "--num-cpus=2"]
     command += [f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+    command += [f"--dashboard-agent-listen-port={agent}"]
+    command += [f"--dashboard-agent-grpc-port={agent_grpc}"]
     command += ["--node-ip-address=127.0.0.1", "--disable-usage-stats"]
     with log.open("w") as sink:
         head = subprocess.Popen(
