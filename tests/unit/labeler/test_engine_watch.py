@@ -85,7 +85,7 @@ def survivor(folder: Path, stall_s: float = 60.0) -> Survivor:
 
 
 def test_an_engine_that_hangs_is_ended_and_its_row_found(tmp_path: Path) -> None:
-    found, _ = survivor(tmp_path, stall_s=4.0).label(requests([STOP]))
+    found, _ = survivor(tmp_path, stall_s=8.0).label(requests([STOP]))
     assert [row.reason for row in found.quarantined] == ["kills_engine"]
 
 
