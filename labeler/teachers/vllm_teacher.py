@@ -18,10 +18,7 @@ from labeler.identity import (
     context_tokens,
     eos_ids,
     load_model_config,
-    model_folder,
     model_vocab_size,
-    resolve_dtype,
-    resolve_head_dtype,
 )
 from labeler.teachers.base import (
     RowFailure,
@@ -34,29 +31,11 @@ from labeler.teachers.base import (
 from labeler.teachers.candidates import LIMITS, beyond_candidates
 from labeler.teachers.engine_thread import EngineRequest, EngineThread
 from labeler.teachers.vllm_flat_path import flat_params, flat_row_labels
+from labeler.teachers.vllm_options import STOCK_CANDIDATES, engine_options, prepare_environment
 from schemas.errors import TeacherError
 from schemas.spec import GenerationSpec, RecordSpec
 
 _Result = TypeVar("_Result")
-
-# Why teacher.engine may not say these.
-_NOT_OPTIONS = {
-    "model": "use teacher.model",
-    "tokenizer": "use teacher.tokenizer",
-    "dtype": "use teacher.dtype",
-    "max_model_len": "use teacher.max_model_len",
-    "tensor_parallel_size": "use teacher.tensor_parallel_size",
-    "pipeline_parallel_size": "use teacher.pipeline_parallel_size",
-    "skip_tokenizer_init": "rows arrive as token ids",
-    "worker_extension_cls": "the label head is one",
-    "logprobs_mode": "labels are of the raw distribution",
-}
-
-# What vLLM allows where nobody asks for more.
-_STOCK_CANDIDATES = 20
-
-# What the key-value cache of a CPU engine may take, unless teacher.engine says.
-_CPU_KV_CACHE_BYTES = 2 * 2**30
 
 
 class VllmTeacher:
@@ -77,7 +56,7 @@ class VllmTeacher:
         self._vocab_size = model_vocab_size(model_config)
         self._context = context_tokens(config)
         self._eos_ids = eos_ids(config)
-        self._options = _engine_options(config, self._context, record)
+        self._options = engine_options(config, self._context, record)
         self._flat_because = ""
         self._llm: Any = None
         self._runners: list[str] = []
@@ -90,7 +69,7 @@ class VllmTeacher:
             raise
 
     def _start(self) -> None:
-        _prepare_environment()
+        prepare_environment()
         try:
             from vllm import LLM
         except ImportError as error:
@@ -140,7 +119,7 @@ class VllmTeacher:
             self._check_candidates()
 
     def _check_candidates(self) -> None:
-        allowed = self._options.get("max_logprobs", _STOCK_CANDIDATES)
+        allowed = self._options.get("max_logprobs", STOCK_CANDIDATES)
         if 0 <= allowed < self._record.k:
             raise TeacherError(
                 f"vLLM's own path tells {allowed} candidates (teacher.engine.max_logprobs), the "
@@ -220,7 +199,7 @@ class VllmTeacher:
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
-            prompt_logprobs=self._options.get("max_logprobs", _STOCK_CANDIDATES),
+            prompt_logprobs=self._options.get("max_logprobs", STOCK_CANDIDATES),
             flat_logprobs=True,
             detokenize=False,
         )
@@ -332,71 +311,6 @@ def engine_request(
     from vllm.inputs import tokens_input
 
     return EngineRequest(tokens_input(token_ids.tolist()), params, prepare)
-
-
-def _prepare_environment() -> None:
-    """What vLLM reads when it is imported. A value that the user has set stays."""
-    import torch
-
-    # The label head replaces a step of the V1 model runner; GPUs would get V2 by default.
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if not torch.cuda.is_available():
-        # In a process of its own the engine competes with this one for the same cores.
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-
-
-def _engine_options(config: TeacherConfig, context: int, record: RecordSpec) -> dict[str, Any]:
-    for name in config.engine:
-        if name in _NOT_OPTIONS:
-            raise TeacherError(f"teacher.engine.{name} cannot be set: {_NOT_OPTIONS[name]}")
-    return {
-        **_machine_options(),
-        **_executor_options(),
-        **_candidate_options(record),
-        "disable_log_stats": True,
-        "use_tqdm_on_load": False,
-        **config.engine,
-        "model": str(model_folder(config)),
-        "skip_tokenizer_init": True,
-        "dtype": resolve_dtype(config),
-        "max_model_len": context,
-        "tensor_parallel_size": config.tensor_parallel_size,
-        "pipeline_parallel_size": config.pipeline_parallel_size,
-        "hf_overrides": _overrides(config),
-        "worker_extension_cls": "labeler.teachers.vllm_label_head.LabelHeadExtension",
-    }
-
-
-def _machine_options() -> dict[str, Any]:
-    import torch
-
-    if torch.cuda.is_available():
-        return {}
-    return {"enforce_eager": True, "kv_cache_memory_bytes": _CPU_KV_CACHE_BYTES}
-
-
-def _executor_options() -> dict[str, Any]:
-    """Where the replica is spread over nodes, the engine's workers are Ray's, in its group."""
-    import ray
-
-    if ray.is_initialized() and ray.util.get_current_placement_group() is not None:
-        return {"distributed_executor_backend": "ray"}
-    return {}
-
-
-def _candidate_options(record: RecordSpec) -> dict[str, Any]:
-    """Lets vLLM's own path tell as many candidates as the record wants."""
-    beyond = beyond_candidates(record)
-    return {} if beyond or record.k <= _STOCK_CANDIDATES else {"max_logprobs": record.k}
-
-
-def _overrides(config: TeacherConfig) -> dict[str, Any]:
-    overrides = dict(config.engine.get("hf_overrides", {}))
-    if resolve_head_dtype(config) != resolve_dtype(config):
-        overrides["head_dtype"] = resolve_head_dtype(config)
-    return overrides
 
 
 def _plain(value: Any) -> object:
