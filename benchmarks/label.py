@@ -6,8 +6,9 @@ threshold that keeps about 12 ids; and the floor. The models are the demo's teac
 of a realistic shape (`wide`: d = 1024, 28 layers, V = 152k). Printed and left as JSON, by model:
 
 - `plain_tokens_per_s`, `labelled_tokens_per_s`, `stock_tokens_per_s`: medians;
-- `limit`: what labelling can reach of plain prefill, as measured, with the head's product and a
-  logsumexp at every label; `limit_gemm`: 1 / (1 + V d / parameters of the body);
+- `limit`: what labelling can reach of plain prefill, as measured, with the engine's own product of
+  the head and the fastest logsumexp that we know at every label; `limit_gemm`: 1 / (1 + V d /
+  parameters of the body);
 - `efficiency_over_limit`: labelled over plain tokens/s, over `limit`; the same of the least times
   of all repeats (`..._of_least_times`), which says more on a machine that others use;
 - `host_us_per_label`: CPU time of the host outside the engine, on the arrays that the engine

@@ -19,15 +19,12 @@ import numpy as np
 
 from benchmarks.label_cases import K, make_folder, make_rows, records, shape_of, teacher_config
 from benchmarks.label_figures import Generated, engine_figures, generation_figures
+from benchmarks.label_floor import floor_seconds
 from benchmarks.label_profile import profile_us
 from benchmarks.label_units import label_units, make_requests, prompt_requests
 from labeler.teachers.base import RowFailure, RowLabels
 from labeler.teachers.vllm_teacher import VllmTeacher, engine_request
 from schemas.spec import GenerationSpec, RecordSpec
-
-_CHUNK_ROWS, _CHUNK_ELEMENTS = 256, 2**22
-"""Logits that the floor's product gives at once, as the label head has it."""
-_SLICE_ELEMENTS = 2**20
 
 _CALLS = 3
 """Units that are in work together, as in a label job's teacher actor."""
@@ -150,10 +147,11 @@ class EngineBenchmark:
         return seconds, sum(unit.num_tokens for unit in done)
 
     def _floor(self, num_labels: int) -> float:
-        """Seconds of what no labeller can do without: the head's product, and its normaliser."""
-        return self.teacher._on_engine_thread(
-            _head_seconds, num_labels, self.shape.hidden_size, self.shape.vocab_size
+        """Seconds of what no labeller can do without; see ``label_floor``."""
+        seconds = functools.partial(
+            floor_seconds, num_labels=num_labels, hidden_size=self.shape.hidden_size
         )
+        return max(self.teacher._on_engine_thread(self.teacher._llm.apply_model, seconds))
 
     def _generation(self) -> Generated:
         """Some responses a prompt: generated alone; and generated, scored and committed."""
@@ -180,33 +178,6 @@ class EngineBenchmark:
             self._prefill(rows),
             self._floor(num_labels),
         )
-
-
-def _head_seconds(num_labels: int, hidden_size: int, vocab_size: int) -> float:
-    import torch
-    from torch.nn.functional import linear
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.inference_mode():
-        head = torch.randn(vocab_size, hidden_size, dtype=torch.bfloat16, device=device)
-        hidden = torch.randn(num_labels, hidden_size, dtype=torch.bfloat16, device=device)
-        chunk = max(_CHUNK_ROWS, _CHUNK_ELEMENTS // vocab_size)
-        rows = max(1, _SLICE_ELEMENTS // vocab_size) if device == "cpu" else chunk
-        linear(hidden[:chunk], head)
-        _wait(device)
-        started = time.perf_counter()
-        for first in range(0, num_labels, chunk):
-            for part in linear(hidden[first : first + chunk], head).split(rows):
-                torch.logsumexp(part.float(), dim=-1)
-        _wait(device)
-        return time.perf_counter() - started
-
-
-def _wait(device: str) -> None:
-    import torch
-
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def label_logits(
             buffers,
         )
 
-    slices = list(_slices(logits, 1 if workers is None else workers.count))
+    slices = list(row_slices(logits, 1 if workers is None else workers.count))
     if workers is None:
         scratch = Scratch()
         parts = [label(rows, scratch) for rows in slices]
@@ -143,7 +143,8 @@ def label_logits(
     return PositionLabels(*(_cat(columns) for columns in zip(*parts, strict=True)))
 
 
-def _slices(logits: torch.Tensor, num_workers: int) -> Iterator[slice]:
+def row_slices(logits: torch.Tensor, num_workers: int) -> Iterator[slice]:
+    """What of logits [T, V] is worked on at once, by so many workers."""
     num_rows, vocab_size = logits.shape
     elements = _SLICE_ELEMENTS_CPU if logits.device.type == "cpu" else _SLICE_ELEMENTS_GPU
     step = max(1, elements // vocab_size)

@@ -1,0 +1,61 @@
+"""What no labeller can do without: the head's product and a logsumexp at every label."""
+
+import time
+from functools import partial
+from typing import Any
+
+import torch
+
+from labeler.label_head import row_slices
+from labeler.scratch import Scratch
+from labeler.slice_workers import SliceWorkers
+from labeler.teachers.label_step import LOGIT_ELEMENTS, MIN_ROWS
+from schemas.spec import RecordSpec
+
+_BARE = RecordSpec(kind="topk", k=1, entropy=False)
+"""A record that needs no memory but that of the softmax."""
+
+
+def floor_seconds(model: Any, num_labels: int, hidden_size: int) -> float:
+    """Seconds for so many labels, inside the engine.
+
+    The product is the engine's own, in the label head's pieces. The logsumexp is the fastest that
+    we know: on a CPU, log Z = x - log p(x) of a softmax in memory that is used again, the slices
+    dealt to all cores; `torch.logsumexp` takes several times longer there.
+
+    Args:
+        model: the engine's, with ``compute_logits``.
+        num_labels: T.
+        hidden_size: H, of random hidden states [T, H].
+    """
+    device = next(model.parameters()).device
+    workers = SliceWorkers(device)
+    with torch.inference_mode():
+        hidden = torch.randn(num_labels, hidden_size, dtype=torch.bfloat16, device=device)
+        step = max(MIN_ROWS, LOGIT_ELEMENTS // model.compute_logits(hidden[:1]).shape[1])
+
+        def piece(first: int) -> None:
+            logits = model.compute_logits(hidden[first : first + step])
+            workers.each(partial(_normaliser, logits), list(row_slices(logits, workers.count)))
+
+        piece(0)  # threads and memory
+        _wait(device)
+        started = time.perf_counter()
+        for first in range(0, num_labels, step):
+            piece(first)
+        _wait(device)
+        return time.perf_counter() - started
+
+
+def _normaliser(logits: torch.Tensor, rows: slice, scratch: Scratch) -> torch.Tensor:
+    if logits.device.type != "cpu":
+        return torch.logsumexp(logits[rows].float(), dim=-1)
+    buffers = scratch.buffers(rows.stop - rows.start, logits, _BARE)
+    part = buffers.in_float32(logits[rows])
+    probs = torch.softmax(part, dim=-1, out=buffers.probs[: len(part)])
+    return part[:, 0] - probs[:, 0].log()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
