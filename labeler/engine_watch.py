@@ -45,7 +45,7 @@ class EngineWatch:
             stall_s: How long nothing may come back while somebody waits.
             end_process: Ends this process with an exit code.
         """
-        self._stall_s = stall_s
+        self.stall_s = stall_s
         self._check_s = min(stall_s / _CHECKS_A_STALL, _MAX_CHECK_S)
         self._end_process = end_process
         self._changed = threading.Condition()
@@ -93,7 +93,7 @@ class EngineWatch:
                 self._last_sign_s = time.monotonic()
                 self._set_alarm()  # not in the thread, which may never get to run
             self._waiting += 1
-            if self._thread is None and math.isfinite(self._stall_s):
+            if self._thread is None and math.isfinite(self.stall_s):
                 self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
@@ -121,6 +121,10 @@ class EngineWatch:
             return False
         return _oom_kills() == self._oom_kills
 
+    def has_ended_it(self) -> bool:
+        """Whether it was this watch that ended the engine's processes, because it hung."""
+        return self._killed_here
+
     def _find_processes(self, is_over: threading.Event) -> None:
         while not is_over.wait(_FIND_S):
             self._processes |= set(multiprocessing.active_children()) - self._before
@@ -134,15 +138,15 @@ class EngineWatch:
                     self._changed.wait_for(lambda: self._waiting)
                 quiet_s = time.monotonic() - self._last_sign_s
             self._set_alarm()
-            if quiet_s >= self._stall_s:
+            if quiet_s >= self.stall_s:
                 self._end_engine(quiet_s)
             self._wake_if_gone()
             time.sleep(self._check_s)
 
     def _set_alarm(self) -> None:
         """Ends this process should no thread run any more: an engine may hold Python's lock."""
-        if math.isfinite(self._stall_s):
-            after_s = self._stall_s + 2 * self._check_s
+        if math.isfinite(self.stall_s):
+            after_s = self.stall_s + 2 * self._check_s
             faulthandler.dump_traceback_later(after_s, exit=True, file=sys.__stderr__ or 2)
 
     def _wake_if_gone(self) -> None:

@@ -177,21 +177,38 @@ class Survivor:
         return halves[0].joined(halves[1])
 
     def _running(self) -> Teacher:
-        if self._teacher is None:
-            record = self._begin_harmless(_START)
-            # What cannot be loaded at all raises here, and says why; a crash leaves the record.
+        last: TeacherError | None = None
+        while self._teacher is None:
+            record = self._begin_harmless(_START, last)
             try:
                 with self._watch.starting():
                     self._teacher = self._make_teacher()
                 self._watch.wake = getattr(self._teacher, "wake", None)
             except TeacherError as error:
-                self._attempts.end(record)
-                if not self._was_ended_from_outside(error):
-                    raise
-                self._tell_of(error)
-                return self._running()
-            self._attempts.clear(self._attempts.own_key(_START))
+                last = self._after_no_start(record, error)
+        self._attempts.clear(self._attempts.own_key(_START))
         return self._teacher
+
+    def _after_no_start(self, record: str, error: TeacherError) -> TeacherError:
+        """What an engine did not start for, where another may be tried.
+
+        One that hung counts as having died, as one does that takes its process along.
+
+        Raises:
+            TeacherError: No other can be: what cannot be loaded at all says why.
+        """
+        if self._watch.has_ended_it():
+            self._attempts.failed(record)
+            error = TeacherError(
+                f"it gave nothing back for {self._watch.stall_s:.0f}s; if it needs longer to "
+                f"start, raise run.stall_s ({first_line(error)})"
+            )
+        else:
+            self._attempts.end(record)
+            if not self._was_ended_from_outside(error):
+                raise error
+        self._tell_of(error)
+        return error
 
     def _note_death(self, record: str, error: TeacherError) -> None:
         """Leaves the record of an attempt over which the engine died, if that counts."""

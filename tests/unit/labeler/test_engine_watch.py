@@ -102,6 +102,40 @@ def test_an_engine_that_ends_by_itself_is_held_against_the_row(tmp_path: Path, h
     assert [row.reason for row in found.quarantined] == ["kills_engine"]
 
 
+class SlowStarter(ProcessTeacher):
+    """Its engine stops while it starts: the first of all, or each."""
+
+    def __init__(self, folder: Path, always: bool) -> None:
+        super().__init__(folder)
+        if always or SlowStarter.started == 1:
+            try:
+                self._pipe.send([STOP])
+                self._pipe.recv()
+            except EOFError as error:
+                raise TeacherError("the engine does not start") from error
+
+
+def slow_starters(folder: Path, always: bool) -> Survivor:
+    SlowStarter.started = 0
+    attempts = Attempts(Store(str(folder / "attempts")), "run")
+    watch = EngineWatch(8.0 if not always else 3.0)
+    return Survivor(lambda: SlowStarter(folder, always), attempts, None, watch=watch)
+
+
+def test_an_engine_that_hangs_while_it_starts_is_started_anew(tmp_path: Path) -> None:
+    found, _ = slow_starters(tmp_path, always=False).label(requests([20]))
+    assert len(found.requests) == 1
+    assert SlowStarter.started == 2
+    assert not any(path.is_file() for path in (tmp_path / "attempts").rglob("*"))
+
+
+def test_engines_that_all_hang_while_they_start_end_the_run(tmp_path: Path) -> None:
+    expected = "3 engines died while they started: .*; the last one: .* raise run.stall_s"
+    with pytest.raises(TeacherError, match=expected):
+        slow_starters(tmp_path, always=True).label(requests([20]))
+    assert SlowStarter.started == 3
+
+
 class DeafTeacher(ProcessTeacher):
     """Does not notice that its engine is gone until somebody says so, as vLLM does not."""
 
