@@ -14,8 +14,13 @@ from schemas.spec import RecordSpec
 
 # Logits that exist at once: enough rows that the product with the head is efficient, whatever the
 # vocabulary, and few enough that they stay in the cache of a CPU where the vocabulary is small.
-MIN_ROWS = 256
-LOGIT_ELEMENTS = 2**22
+_MIN_ROWS = 256
+_LOGIT_ELEMENTS = 2**22
+
+
+def rows_at_once(vocab_size: int) -> int:
+    """Positions whose logits [rows, V] exist at once."""
+    return max(_MIN_ROWS, _LOGIT_ELEMENTS // vocab_size)
 
 
 def label_step(
@@ -46,7 +51,7 @@ def label_step(
     rows = torch.from_numpy(hidden_rows).to(device)
     uniforms = joined(shares, "uniforms") if record.has_draws else None
     audited = joined(shares, "is_audited")
-    step = max(MIN_ROWS, LOGIT_ELEMENTS // vocab_size)
+    step = rows_at_once(vocab_size)
     packed: list[Packed] = []
     audits: list[torch.Tensor] = []
     for first in range(0, len(rows), step):
