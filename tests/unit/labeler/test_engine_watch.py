@@ -1,6 +1,7 @@
 """Engines that hang are ended; those that somebody else ended are not held against their rows."""
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
@@ -102,38 +103,38 @@ def test_an_engine_that_ends_by_itself_is_held_against_the_row(tmp_path: Path, h
     assert [row.reason for row in found.quarantined] == ["kills_engine"]
 
 
-class SlowStarter(ProcessTeacher):
+class StuckStarter(ProcessTeacher):
     """Its engine stops while it starts: the first of all, or each."""
 
     def __init__(self, folder: Path, always: bool) -> None:
         super().__init__(folder)
-        if always or SlowStarter.started == 1:
+        if always or StuckStarter.started == 1:
             try:
                 self._pipe.send([STOP])
                 self._pipe.recv()
-            except EOFError as error:
+            except (EOFError, OSError) as error:
                 raise TeacherError("the engine does not start") from error
 
 
-def slow_starters(folder: Path, always: bool) -> Survivor:
-    SlowStarter.started = 0
+def stuck_starters(folder: Path, always: bool, stall_s: float) -> Survivor:
+    StuckStarter.started = 0
     attempts = Attempts(Store(str(folder / "attempts")), "run")
-    watch = EngineWatch(8.0 if not always else 3.0)
-    return Survivor(lambda: SlowStarter(folder, always), attempts, None, watch=watch)
+    make = functools.partial(StuckStarter, folder, always)
+    return Survivor(make, attempts, None, watch=EngineWatch(stall_s))
 
 
 def test_an_engine_that_hangs_while_it_starts_is_started_anew(tmp_path: Path) -> None:
-    found, _ = slow_starters(tmp_path, always=False).label(requests([20]))
+    found, _ = stuck_starters(tmp_path, always=False, stall_s=8.0).label(requests([20]))
     assert len(found.requests) == 1
-    assert SlowStarter.started == 2
+    assert StuckStarter.started == 2
     assert not any(path.is_file() for path in (tmp_path / "attempts").rglob("*"))
 
 
 def test_engines_that_all_hang_while_they_start_end_the_run(tmp_path: Path) -> None:
     expected = "3 engines died while they started: .*; the last one: .* raise run.stall_s"
     with pytest.raises(TeacherError, match=expected):
-        slow_starters(tmp_path, always=True).label(requests([20]))
-    assert SlowStarter.started == 3
+        stuck_starters(tmp_path, always=True, stall_s=3.0).label(requests([20]))
+    assert StuckStarter.started == 3
 
 
 class DeafTeacher(ProcessTeacher):
