@@ -40,7 +40,7 @@ class Target:
 
 
 # About 14 ids a label, each.
-_THRESHOLD = '{kind = "threshold", tau = 0.047}'
+_THRESHOLD = '{kind = "threshold", tau = 0.048}'
 _SAMPLED = '{kind = "sampled", draws = 24}'
 
 TARGETS = {
@@ -70,10 +70,10 @@ def measure(out: Path, seeds: Sequence[int], targets: Sequence[str]) -> dict[str
     """Labels, trains and evaluates; what is there from an earlier run is reused."""
     write_corpus(out / "corpus", {"students": STUDENT_BYTES, "heldout": HELDOUT_BYTES})
     with local_ray():
-        _label(out, "heldout", "threshold", f"corpus.path={out}/corpus/heldout")
+        _label(out, "heldout", "threshold")
         # Hard labels need none of their own: they are the tokens of any label set.
         labelled = {"hard": "threshold"} | {name: name for name in targets if name != "hard"}
-        ids = {name: _label(out, "label", labelled[name]).ids_per_label for name in targets}
+        ids = {name: _label(out, "students", labelled[name]).ids_per_label for name in targets}
         for seed in seeds:
             for name in targets:
                 _train(out, name, labelled[name], seed)
@@ -84,24 +84,23 @@ def measure(out: Path, seeds: Sequence[int], targets: Sequence[str]) -> dict[str
     return figures
 
 
-def _label(out: Path, config: str, target: str, *more: str) -> LabelSummary:
+def _label(out: Path, part: str, target: str) -> LabelSummary:
     overrides = [
         f"labels={out}/labels/{target}",
-        f"view={out}/views/{config}_{target}",
-        f"corpus.path={out}/corpus/students",
+        f"view={out}/views/{part}_{target}",
+        f"corpus.path={out}/corpus/{part}",
         f"record={TARGETS[target].record}",
         # The order of training goes by row groups. A unit of one row is one row group whatever is
         # kept of a position, so that the order is the same for all targets.
         "run.unit_rows=1",
-        *more,
     ]
-    return run_label_job(load_toml(str(EXAMPLES / f"{config}.toml"), LabelConfig, overrides))
+    return run_label_job(load_toml(str(EXAMPLES / "label.toml"), LabelConfig, overrides))
 
 
 def _train(out: Path, target: str, labels: str, seed: int) -> None:
     overrides = [
         f"run={out}/students/{target}_{seed}",
-        f"view={out}/views/label_{labels}",
+        f"view={out}/views/students_{labels}",
         f"loss={TARGETS[target].loss}",
         f"student.seed={seed}",
         f"data.seed={seed}",

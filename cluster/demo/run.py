@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "demo"
 
 # Enough for a clear gap between the students within five minutes on two cores.
-STUDENT_BYTES = 900_000
+STUDENT_BYTES = 1_800_000
 HELDOUT_BYTES = 340_000
 NUM_PROMPTS = 100
 
@@ -127,26 +127,24 @@ def local_ray() -> Iterator[None]:
 def _label(out: Path, stages: Stages) -> dict[str, Any]:
     from labeler.config import LabelConfig
     from labeler.job import run_label_job
-    from schemas.label_set import LabelSet
-    from schemas.view import build_view
 
     def job(name: str) -> Any:
         return run_label_job(load_toml(str(out / f"{name}.toml"), LabelConfig))
 
-    with stages.stage("label", "the students' files, by the teacher in vLLM"):
+    with stages.stage("label", "the students' files and the held-out ones, by the teacher in vLLM"):
         corpus = job("label")
     with stages.stage("generate", "the teacher completes function headers, then scores them"):
         responses = job("generate")
-    with stages.stage("label_heldout", "the held-out files, for the comparison"):
-        heldout = job("heldout")
-    build_view(
-        str(out / "views" / "train"),
-        [
-            (LabelSet.open(str(out / "labels")), corpus.run),
-            (LabelSet.open(str(out / "responses")), responses.run),
-        ],
+    labels = f"{out / 'labels'}:{corpus.run}"
+    prefix = (out / "corpus" / "heldout").as_posix() + "/"
+    is_heldout = f"source.startswith({prefix!r})"
+    _make_view(out / "views" / "heldout", [labels], is_heldout)
+    _make_view(
+        out / "views" / "train",
+        [labels, f"{out / 'responses'}:{responses.run}"],
+        f"not {is_heldout}",
     )
-    jobs = [corpus, responses, heldout]
+    jobs = [corpus, responses]
     counts = [
         "rows_read",
         "rows_labelled",
@@ -164,6 +162,13 @@ def _label(out: Path, stages: Stages) -> dict[str, Any]:
         "bytes_per_label": corpus.bytes_per_label,
         "ids_per_label": corpus.ids_per_label,
     }
+
+
+def _make_view(url: Path, sources: list[str], where: str) -> None:
+    from schemas.view_make import Selection, make_views
+
+    view, *_ = make_views(str(url), "", Selection(sources=tuple(sources), where=where))
+    print(f"{url}: {view.num_rows:,} rows, {view.num_labels:,} labels")
 
 
 def _train(out: Path, stages: Stages) -> dict[str, dict[str, Any]]:
