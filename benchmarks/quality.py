@@ -7,7 +7,7 @@ distribution (a head as wide as the vocabulary). Repeated over seeds of weights 
 
 Prints, and leaves as JSON, the held-out cross-entropy `ce` (nats), `kl` to the teacher (nats) and
 `ece` by target, averaged over the seeds, and `kept`: which share of what the full distribution
-gains over hard labels in cross-entropy a target keeps. About 25 minutes on two cores.
+gains over hard labels in cross-entropy a target keeps. About 45 minutes on two cores.
 """
 
 import argparse
