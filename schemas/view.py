@@ -140,6 +140,11 @@ class View:
             )
         return View(url, file, table)
 
+    def __str__(self) -> str:
+        """One line for people: where it is, and how much of what."""
+        counts = f"{self.num_rows:,} rows, {self.num_tokens:,} tokens, {self.num_labels:,} labels"
+        return f"{self.url}: {counts} (view {self.view_hash})"
+
     def check_shards(self) -> None:
         """Shows that every shard that the view pins is there, whole by its size.
 

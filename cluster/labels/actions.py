@@ -101,8 +101,7 @@ def _view(args: argparse.Namespace) -> Outcome:
     )
     views = make_views(train if args.holdout else out, heldout, selection)
     for view in views:
-        shown = f"{view.num_rows:,} rows, {view.num_tokens:,} tokens, {view.num_labels:,} labels"
-        print(f"{view.url}: {shown} (view {view.view_hash})")
+        print(view)
     facts = [
         {"url": view.url, "view_hash": view.view_hash, "rows": view.num_rows,
          "tokens": view.num_tokens, "labels": view.num_labels}
