@@ -58,7 +58,7 @@ class Trial:
         self._driver: subprocess.Popen[bytes] | None = None
         self._log = self.run.with_name(f"{self.run.name}.log").open("ab")
         self.faults: list[Fault] = []
-        self._seen_resumed = 0
+        self._curve_then = 0
 
     def start(self, **ray_section: object) -> None:
         """Starts a driver, beside whatever is left of the one before."""
@@ -85,7 +85,7 @@ class Trial:
         if self._driver is None:
             self.start()
         if self.faults:
-            self.wait_until(lambda: self._num_resumed() > self._seen_resumed)
+            self.wait_until(lambda: self._curve() != self._curve_then)
         step = after_step + self._rng.randrange(3)
         self.wait_until(lambda: last_step(self.run) >= step)
         FAULTS[what](self)
@@ -111,7 +111,8 @@ class Trial:
         ]
 
     def stop(self) -> None:
-        """The driver and all its workers."""
+        """The driver and all its workers, which would go on, perhaps to the end, while it ends."""
+        send(self.ranks(), signal.SIGSTOP)
         self.kill_driver()
         send(self.ranks(), signal.SIGKILL)
 
@@ -138,13 +139,17 @@ class Trial:
     def note(self, what: str, when: str) -> None:
         """Adds a line to the table."""
         self.faults.append(Fault(what, f"step {last_step(self.run)}, {when}", self.name))
-        self._seen_resumed = self._num_resumed()
+        self._curve_then = self._curve()
 
     def _log_path(self) -> Path:
         return Path(self._log.name)
 
-    def _num_resumed(self) -> int:
-        return self.said().count("going on from step")
+    def _curve(self) -> int:
+        """Which file (inode) the learning curve is: a run that goes on puts a new one in its place.
+
+        The driver says so, too, but as much as a second later, which is half of a short run.
+        """
+        return (self.run / "metrics.jsonl").stat().st_ino
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Waits for what a living driver will bring about."""

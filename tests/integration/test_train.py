@@ -1,6 +1,7 @@
 """Training on real Ray Train and DeepSpeed: exact on any split, and after any interruption."""
 
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -243,8 +244,8 @@ def test_killed_and_damaged_then_run_again(
     tmp_path: Path, reference: tuple[Path, TrainSummary], view: View, tokenizer: Path
 ) -> None:
     """A short version of tests/fault/training, without the faults that take a moment to be met."""
-    seed = random.randrange(10**6)
-    print(f"seed {seed}")
+    seed = int(os.environ.get("TUTELAGE_FAULT_SEED", random.randrange(10**6)))
+    print(f"TUTELAGE_FAULT_SEED={seed}")
     trial = Trial("short", config(tmp_path / "run", view, tokenizer), random.Random(seed))
     for what, after_step in (("rank", 9), ("checkpoint", 10)):
         trial.fault(what, after_step)
