@@ -10,10 +10,10 @@ import numpy as np
 
 from cluster.demo.corpus import write_corpus
 from labeler.config import TeacherConfig
-from labeler.identity import load_tokenizer
-from labeler.teachers.base import RowLabels
+from labeler.corpus.windows import all_but_first, cut_windows
+from labeler.teacher_model.identity import load_tokenizer
+from labeler.teachers.protocol import RowLabels
 from labeler.teachers.transformers_teacher import TransformersTeacher
-from labeler.windows import all_but_first, cut_windows
 from schemas.keys import row_key, stack_keys
 from schemas.spec import RecordSpec
 

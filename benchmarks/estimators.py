@@ -38,14 +38,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.demo_positions import Positions, teacher_positions
-from labeler.label_head import PositionLabels, label_logits
-from schemas.draws import uniforms
+from labeler.label_head.position_labels import PositionLabels, label_logits
 from schemas.record import round_logprobs
-from schemas.rounding import FLOAT16_BITS
+from schemas.record.rounding import FLOAT16_BITS
+from schemas.record.uniforms import uniforms
 from schemas.spec import RecordSpec
-from trainer.config import LossConfig
-from trainer.objectives import StudentPartition, pull_of
-from trainer.targets import SparseTargets
+from trainer.config.train import LossConfig
+from trainer.losses.objectives import StudentPartition, pull_of
+from trainer.losses.targets import SparseTargets
 
 ROW_KEY = bytes(range(16))
 IDS_PER_LABEL = 12.0

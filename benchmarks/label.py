@@ -31,7 +31,7 @@ from typing import Any
 
 from benchmarks.label_cases import MODELS, records
 from benchmarks.label_host import host_us_per_label
-from labeler.cpu_environment import cpu_environment
+from labeler.run.openmp_env import cpu_environment
 
 HOST_REPEATS = 5
 

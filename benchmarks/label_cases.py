@@ -7,8 +7,8 @@ import numpy as np
 
 from benchmarks.demo_labels import TEACHER, TokenRows, real_rows
 from labeler.config import TeacherConfig
-from labeler.identity import load_model_config
-from labeler.windows import all_but_first
+from labeler.corpus.windows import all_but_first
+from labeler.teacher_model.identity import load_model_config
 from schemas.keys import row_key, stack_keys
 from schemas.spec import RecordSpec
 

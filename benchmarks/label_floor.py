@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from labeler.label_head import row_slices
-from labeler.scratch import Scratch
-from labeler.slice_workers import SliceWorkers
-from labeler.teachers.label_step import rows_at_once
+from labeler.label_head.buffers import Scratch
+from labeler.label_head.position_labels import row_slices
+from labeler.label_head.thread_pool import SliceWorkers
+from labeler.teachers.vllm.worker.label_step import rows_at_once
 from schemas.spec import RecordSpec
 
 _BARE = RecordSpec(kind="topk", k=1, entropy=False)

@@ -9,13 +9,13 @@ import torch
 
 from benchmarks.demo_labels import TokenRows
 from benchmarks.label_units import make_label_set, make_requests
-from labeler.label_head import PositionLabels
-from labeler.requests import key_of_unit
-from labeler.teachers.base import RowLabels
-from labeler.teachers.packed_labels import Packed, pack, unpack
-from labeler.unit_labels import UnitLabels
-from schemas.invariants import validate
+from labeler.corpus.requests import key_of_unit
+from labeler.label_head.position_labels import PositionLabels
+from labeler.teachers.protocol import RowLabels
+from labeler.teachers.vllm.packed_labels import Packed, pack, unpack
+from labeler.units.unit_labels import UnitLabels
 from schemas.record import LabelRows
+from schemas.record.validate import validate
 from schemas.spec import RecordSpec
 
 _NOT_AUDITED = np.zeros(0, np.int64)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from labeler.teachers import label_step, vllm_label_head
-from labeler.teachers.vllm_teacher import VllmTeacher
+from labeler.teachers.vllm.teacher import VllmTeacher
+from labeler.teachers.vllm.worker import label_step, runner_v1
 
 
 def profile_us(
@@ -26,7 +26,7 @@ def profile_us(
     spent: dict[str, float] = defaultdict(float)
     places: list[tuple[Any, str, str]] = [
         (teacher._llm.llm_engine, "step", "step"),
-        (vllm_label_head, "label_step", "head"),
+        (runner_v1, "label_step", "head"),
         (label_step, "label_logits", "arithmetic"),
         (label_step, "audits_of", "audits"),
         (label_step, "pack", "carry"),

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.demo_labels import TokenRows
-from labeler.attempts import Attempts
 from labeler.config import GatesConfig
-from labeler.gates import Gates
-from labeler.requests import Request, sample_requests
-from labeler.survivor import Survivor
-from labeler.teachers.base import Teacher
-from labeler.units import UnitLabeller
-from schemas.label_set import LabelSet
+from labeler.corpus.requests import Request, sample_requests
+from labeler.quality.gates import Gates
+from labeler.run.unit_labeller import UnitLabeller
+from labeler.supervision.attempts import Attempts
+from labeler.supervision.supervisor import Survivor
+from labeler.teachers.protocol import Teacher
+from schemas.label_set.label_set import LabelSet
 from schemas.spec import GenerationSpec, LabelSetSpec, RecordSpec, TeacherIdentity, TextSpec
 
 _GATES = GatesConfig(parity_rows=0)

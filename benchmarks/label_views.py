@@ -7,14 +7,14 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.demo_labels import TokenRows, label, teacher_config
-from labeler.assemble import assemble_rows
-from labeler.identity import load_tokenizer
+from labeler.teacher_model.identity import load_tokenizer
+from labeler.units.assemble import assemble_rows
 from schemas.keys import content_key, stack_keys, unit_key
-from schemas.label_set import LabelSet
-from schemas.roster import close_roster, write_part
-from schemas.rows import LabelRows
+from schemas.label_set.label_set import LabelSet
+from schemas.label_set.roster import close_roster, write_part
+from schemas.record.rows import LabelRows
 from schemas.spec import LabelSetSpec, RecordSpec, TeacherIdentity, TextSpec
-from schemas.view import View, build_view
+from schemas.views.view import View, build_view
 
 IDS_PER_LABEL = 12.0
 UNIT_LABELS = 200_000

@@ -25,10 +25,10 @@ import torch
 from benchmarks.demo_labels import real_rows
 from benchmarks.label_views import TOPK, make_view, threshold_record
 from schemas.config import validated
-from schemas.view import View
-from trainer.config import TrainConfig
-from trainer.loader import Loader
-from trainer.plan import LoaderState, count_steps, read_row_table
+from schemas.views.view import View
+from trainer.config.train import TrainConfig
+from trainer.data.loader import Loader
+from trainer.data.row_order import LoaderState, count_steps, read_row_table
 
 TEACHER_VOCABULARY = 4096
 LABELS_ONCE = 20_000

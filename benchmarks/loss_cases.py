@@ -13,9 +13,9 @@ from torch import Tensor
 from benchmarks.demo_positions import Positions
 from benchmarks.estimators import labelled
 from schemas.spec import RecordSpec
-from trainer.config import LossConfig
-from trainer.fused_head import fused_distillation_loss
-from trainer.targets import SparseTargets
+from trainer.config.train import LossConfig
+from trainer.head.fused_head import fused_distillation_loss
+from trainer.losses.targets import SparseTargets
 
 IDS_PER_LABEL = 12.0
 TEMPERATURE = 2.0

@@ -20,13 +20,13 @@ from typing import Any
 from cluster.__main__ import quiet_libraries
 from cluster.demo.corpus import write_corpus
 from cluster.demo.run import EXAMPLES, HELDOUT_BYTES, STUDENT_BYTES, local_ray
-from labeler.accounts import LabelSummary
 from labeler.config import LabelConfig
-from labeler.job import run_label_job
+from labeler.run.job import run_label_job
+from labeler.run.summary import LabelSummary
 from schemas.config import load_toml
-from trainer.config import TrainConfig
-from trainer.evaluate_config import EvaluateConfig
-from trainer.launch import run_train_job
+from trainer.config.evaluate import EvaluateConfig
+from trainer.config.train import TrainConfig
+from trainer.run.launch import run_train_job
 
 MEASURES = {"ce": "cross_entropy", "kl": "kl_to_teacher", "ece": "ece"}
 
@@ -110,7 +110,7 @@ def _train(out: Path, target: str, labels: str, seed: int) -> None:
 
 
 def _evaluate(out: Path, targets: Sequence[str], seed: int) -> Mapping[str, Any]:
-    from trainer.evaluate import run_evaluate
+    from trainer.evaluation.compare import run_evaluate
 
     students = ", ".join(f'{name} = "{out}/students/{name}_{seed}/student"' for name in targets)
     overrides = [f"view={out}/views/heldout_threshold", f"students={{{students}}}"]

@@ -1,10 +1,11 @@
 """The whole training step, distilled against hard-label: `python -m benchmarks.step`.
 
 One student, one DeepSpeed engine as the trainer builds it (a process group of one, without Ray),
-and the demo teacher's labels of real text. A step is the trainer's own (`trainer.step`): wait for
-the batch, forward and backward of every micro-batch, gradient norm, optimizer. The same global
-steps are taken once on hard labels and once distilled, in turns in one process, by two loaders that
-read the same rows in the same order; which comes first alternates.
+and the demo teacher's labels of real text. A step is the trainer's own
+(`trainer.engine.train_step`): wait for the batch, forward and backward of every micro-batch,
+gradient norm, optimizer. The same global steps are taken once on hard labels and once distilled, in
+turns in one process, by two loaders that read the same rows in the same order; which comes first
+alternates.
 
 **Time**: the median over turns of the ratio of the two, for each kind of labels; beside it the same
 of CPU seconds of the whole process, loaders included, and the ratio of the least times, both of
@@ -40,14 +41,14 @@ import torch.distributed as dist
 from benchmarks.demo_labels import TEACHER, real_rows
 from benchmarks.label_views import TOPK, make_view, threshold_record
 from schemas.config import validated
-from schemas.view import View
-from trainer.config import TrainConfig
-from trainer.engine import build_engine, prepare_process
-from trainer.guards import Guard
-from trainer.loader import Loader, StepBatch
-from trainer.plan import LoaderState, read_row_table
-from trainer.step import TrainStep
-from trainer.student import StudentWithHead, build_student
+from schemas.views.view import View
+from trainer.config.train import TrainConfig
+from trainer.data.loader import Loader, StepBatch
+from trainer.data.row_order import LoaderState, read_row_table
+from trainer.engine.deepspeed_engine import build_engine, prepare_process
+from trainer.engine.guards import Guard
+from trainer.engine.train_step import TrainStep
+from trainer.student.build import StudentWithHead, build_student
 
 LABELS_ONCE = 20_000
 SKIPPED = 1

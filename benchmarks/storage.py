@@ -24,14 +24,14 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from benchmarks.demo_labels import TokenRows, label, real_rows
-from labeler.assemble import assemble_rows
-from labeler.fidelity import partition_kl
-from labeler.teachers.base import RowLabels
+from labeler.quality.fidelity import partition_kl
+from labeler.teachers.protocol import RowLabels
+from labeler.units.assemble import assemble_rows
 from schemas.keys import content_key, stack_keys
-from schemas.rows import LabelRows
-from schemas.shards import read_shard, write_shard
+from schemas.label_set.shards import read_shard, write_shard
+from schemas.record.rows import LabelRows
 from schemas.spec import RecordSpec
-from schemas.storage import Store
+from schemas.storage.store import Store
 
 VOCAB_SIZE = 4096
 IDS_PER_LABEL = 12.0

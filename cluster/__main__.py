@@ -83,12 +83,12 @@ def _write_json(path: str | None, text: str) -> None:
 
 def _label(args: argparse.Namespace) -> int:
     from labeler.config import LabelConfig
-    from labeler.job import run_label_job
+    from labeler.run.job import run_label_job
     from schemas.config import load_toml
 
     config = load_toml(args.config, LabelConfig, args.overrides)
     if args.plan:
-        from labeler.plan_job import plan_label_job
+        from labeler.planning.job import plan_label_job
 
         plan = plan_label_job(config, price_per_hour=args.price_per_hour)
         _write_json(args.json, plan.model_dump_json(indent=2))
@@ -100,8 +100,8 @@ def _label(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     from schemas.config import load_toml
-    from trainer.config import TrainConfig
-    from trainer.launch import run_train_job
+    from trainer.config.train import TrainConfig
+    from trainer.run.launch import run_train_job
 
     config = load_toml(args.config, TrainConfig, args.overrides)
     summary = run_train_job(config)
@@ -111,10 +111,12 @@ def _train(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from schemas.config import load_toml
-    from trainer.evaluate_config import EvaluateConfig
+    from trainer.config.evaluate import EvaluateConfig
 
     config = load_toml(args.config, EvaluateConfig, args.overrides)
-    from trainer.evaluate import run_evaluate  # imports torch: a wrong config need not wait
+    from trainer.evaluation.compare import (
+        run_evaluate,  # imports torch: a wrong config need not wait
+    )
 
     summary = run_evaluate(config)
     _write_json(args.json, summary.model_dump_json(indent=2))
@@ -122,7 +124,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _labels(args: argparse.Namespace) -> int:
-    from cluster.labels.actions import run_action
+    from cluster.labels.commands import run_action
 
     outcome = run_action(args)
     _write_json(args.json, outcome.summary)

@@ -1,14 +1,15 @@
-"""Labelling: a corpus goes in, shards of a teacher's labels come out.
+"""Labelling: a corpus in, Parquet shards of a teacher's labels out.
 
-The way through the package:
+``config``         the fields of a ``label.toml``
+``corpus/``        source files to requests: read, tokenise, cut into windows, key
+``teacher_model/`` the teacher's folder: identity, vocabulary, weights digest
+``label_head/``    logits to labels
+``teachers/``      token ids to labels, by vLLM, transformers or a remote server
+``units/``         requests to units of label rows
+``quality/``       fidelity and parity gates
+``supervision/``   keeps an engine alive and finds rows that crash it
+``run/``           the whole job on Ray: pipeline, ledger, accounts, summary
+``planning/``      ``label --plan``: tokens, bytes and hours before a job
 
-``config``     what a ``label.toml`` may say
-``sources``    the corpus, cut into pieces and read row by row, each row known by its place
-``text_rows``  a source row becomes documents of token ids with the spans to be labelled
-``windows``    a document longer than the context becomes overlapping windows
-``requests``   one window is one request; the keys that make labels reusable
-``ledger``     each distinct row is labelled once in a run
-``teachers``   the engines that label
-``pipeline``   all of these as one Ray Data job
-``job``        the whole run: checks, pipeline, accounts, view, summary
+Imports go up this list, never down; nothing here imports trainer.
 """

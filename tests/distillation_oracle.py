@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from schemas.spec import RecordSpec
-from trainer.config import LossConfig
-from trainer.fused_head import LogitTransform
-from trainer.targets import SparseTargets
+from trainer.config.train import LossConfig
+from trainer.head.fused_head import LogitTransform
+from trainer.losses.targets import SparseTargets
 
 
 def random_targets(

@@ -21,10 +21,10 @@ import numpy as np
 import psutil
 
 from schemas.fault_points import FOLDER_VARIABLE
-from schemas.label_set import LabelSet
-from schemas.label_set_file import LABEL_SET_FILE
-from schemas.rows import LabelRows
-from schemas.verify import verify
+from schemas.label_set.description import LABEL_SET_FILE
+from schemas.label_set.label_set import LabelSet
+from schemas.maintenance.verify import verify
+from schemas.record.rows import LabelRows
 
 ROOT = Path(__file__).parents[1]
 TEACHER = ROOT / "examples" / "teacher"

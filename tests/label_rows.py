@@ -5,10 +5,10 @@ from itertools import pairwise
 import numpy as np
 from label_oracle import Entries, entries_of
 
-from schemas.draws import uniforms
 from schemas.keys import content_key, row_key, stack_keys
 from schemas.record import LabelRows, round_logprobs
-from schemas.rows import offsets_of, target_positions
+from schemas.record.rows import offsets_of, target_positions
+from schemas.record.uniforms import uniforms
 from schemas.spec import LabelSetSpec, RecordSpec, TeacherIdentity, TextSpec
 
 

@@ -16,12 +16,12 @@ def main(config_path: str) -> None:
     import torch.distributed as dist
 
     from schemas.config import load_toml
-    from trainer.checkpoint import find_checkpoint
-    from trainer.checkpoint_load import load_checkpoint
-    from trainer.config import TrainConfig
-    from trainer.engine import build_engine, prepare_process
+    from trainer.checkpoints.restore import load_checkpoint
+    from trainer.checkpoints.store import find_checkpoint
+    from trainer.config.train import TrainConfig
+    from trainer.engine.deepspeed_engine import build_engine, prepare_process
     from trainer.run_folder import RunFolder
-    from trainer.student import StudentWithHead, build_student
+    from trainer.student.build import StudentWithHead, build_student
 
     config = load_toml(config_path, TrainConfig)
     with tempfile.TemporaryDirectory() as folder:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from labeler.config import TeacherConfig
-from labeler.teachers import vllm_label_head
-from labeler.teachers.base import RowFailure, RowLabels, Teacher
-from labeler.teachers.vllm_teacher import VllmTeacher
+from labeler.teachers.protocol import RowFailure, RowLabels, Teacher
+from labeler.teachers.vllm import label_requests
+from labeler.teachers.vllm.teacher import VllmTeacher
 from schemas.keys import row_key, stack_keys
 from schemas.spec import RecordSpec
 
@@ -60,7 +60,7 @@ def serving(teacher: Teacher, record: RecordSpec) -> Iterator[None]:
     usual = teacher._record
     for change in (record, usual):
         if isinstance(teacher, VllmTeacher):
-            teacher._on_engine_thread(vllm_label_head.install, teacher._llm, change)
+            teacher._on_engine_thread(label_requests.install, teacher._llm, change)
         teacher._record = change
         if change is record:
             yield

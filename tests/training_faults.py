@@ -26,8 +26,8 @@ from training_runs import losses
 
 from schemas.config import dump_toml
 from schemas.errors import DamagedError
-from trainer.config import TrainConfig
-from trainer.launch import run_train_job
+from trainer.config.train import TrainConfig
+from trainer.run.launch import run_train_job
 from trainer.run_folder import TrainSummary
 
 ROOT = Path(__file__).parents[1]

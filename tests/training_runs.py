@@ -11,12 +11,12 @@ from label_rows import make_rows, make_spec
 
 from schemas.config import validated
 from schemas.keys import unit_key
-from schemas.label_set import LabelSet
+from schemas.label_set.label_set import LabelSet
+from schemas.label_set.roster import close_roster, write_part
 from schemas.record import LabelRows
-from schemas.roster import close_roster, write_part
 from schemas.spec import RecordSpec
-from schemas.view import View, build_view
-from trainer.config import TrainConfig
+from schemas.views.view import View, build_view
+from trainer.config.train import TrainConfig
 
 MAX_TOKENS = 48
 

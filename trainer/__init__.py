@@ -1,40 +1,48 @@
-"""Labelled shards to a student: reads views of label sets, trains under DeepSpeed and Ray Train.
+"""Labelled shards in, a student out: reads views of label sets, trains under DeepSpeed.
 
-``config`` says what a run is, ``plan`` and ``packing`` say in which order rows are read, ``loader``
-reads them, ``loop`` trains, ``checkpoint`` and ``export`` keep what came of it, and ``launch`` runs
-it all on a cluster or on this machine.
+``config/``       the fields of ``train.toml`` and ``evaluate.toml``
+``losses/``       targets from stored labels; objectives and divergences over them
+``head/``         the output head fused with the loss
+``student/``      the model: built, checked, adapted
+``data/``         row order, packing, mixtures, the loader
+``engine/``       one optimizer step under DeepSpeed
+``checkpoints/``  written while training goes on, restored on any world size
+``tracking/``     learning curve, row log, external trackers
+``evaluation/``   students against their teacher on held-out rows
+``run/``          checks before launch, Ray Train, the loop of each worker
 
-As a library, in a training loop of one's own or in a Hugging Face Trainer (``docs/library.md``):
-the names below. Each is imported when it is first asked for, so that nothing heavy is imported
-here.
+Imports go up this list, never down; nothing here imports labeler.
+
+As a library, in your own training loop or in a Hugging Face Trainer (``docs/library.md``): the
+names below. Each is imported on first use, so that importing the package stays light.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer.config import DataConfig as DataConfig
-    from trainer.config import LossConfig as LossConfig
-    from trainer.distillation_head import DistillationHead as DistillationHead
-    from trainer.fused_head import LogitTransform as LogitTransform
-    from trainer.student import StudentWithHead as StudentWithHead
-    from trainer.student import check_student as check_student
-    from trainer.student import install_head as install_head
-    from trainer.targets import SparseTargets as SparseTargets
-    from trainer.view_dataset import ViewBatch as ViewBatch
-    from trainer.view_dataset import ViewDataset as ViewDataset
+    from trainer.config.train import DataConfig as DataConfig
+    from trainer.config.train import LossConfig as LossConfig
+    from trainer.data.view_dataset import ViewBatch as ViewBatch
+    from trainer.data.view_dataset import ViewDataset as ViewDataset
+    from trainer.head.distillation_head import DistillationHead as DistillationHead
+    from trainer.head.fused_head import LogitTransform as LogitTransform
+    from trainer.losses.targets import SparseTargets as SparseTargets
+    from trainer.student.build import StudentWithHead as StudentWithHead
+    from trainer.student.build import check_student as check_student
+    from trainer.student.build import install_head as install_head
 
 _HOMES = {
-    "DataConfig": "trainer.config",
-    "DistillationHead": "trainer.distillation_head",
-    "LogitTransform": "trainer.fused_head",
-    "LossConfig": "trainer.config",
-    "SparseTargets": "trainer.targets",
-    "StudentWithHead": "trainer.student",
-    "ViewBatch": "trainer.view_dataset",
-    "ViewDataset": "trainer.view_dataset",
-    "check_student": "trainer.student",
-    "install_head": "trainer.student",
+    "DataConfig": "trainer.config.train",
+    "DistillationHead": "trainer.head.distillation_head",
+    "LogitTransform": "trainer.head.fused_head",
+    "LossConfig": "trainer.config.train",
+    "SparseTargets": "trainer.losses.targets",
+    "StudentWithHead": "trainer.student.build",
+    "ViewBatch": "trainer.data.view_dataset",
+    "ViewDataset": "trainer.data.view_dataset",
+    "check_student": "trainer.student.build",
+    "install_head": "trainer.student.build",
 }
 
 __all__ = sorted(_HOMES)

@@ -9,7 +9,7 @@ RUN/
   bad_batch.json       the rows of a step that stopped the run
   rows.jsonl           with log.rows: which rows every step read
   tensorboard/         the same for TensorBoard
-  checkpoints/         see trainer.checkpoint
+  checkpoints/         see trainer.checkpoints.store
   student/             the trained student, an ordinary Hugging Face folder
   summary.json         written last: the run is finished
 ```
@@ -28,8 +28,8 @@ from typing import Any
 
 from schemas.config import StrictModel, dump_toml
 from schemas.errors import ConfigError, DamagedError, StudentError
-from schemas.storage import Store
-from trainer.config import TrainConfig
+from schemas.storage.store import Store
+from trainer.config.train import TrainConfig
 
 RunIdentity = dict[str, Any]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from cluster.demo import report
+from cluster.demo import closing_report
 from cluster.demo.corpus import write_corpus, write_prompts
 from schemas.config import load_toml
 from schemas.errors import ConfigError
@@ -76,11 +76,11 @@ def run_demo(out: Path) -> DemoSummary:
     with stages.stage("evaluate", "both students and their teacher on held-out files"):
         evaluate = _evaluate(out)
     with stages.stage("report", "learning curves and a function from each student"):
-        report.plot_curves(out, out / "learning_curves.png")
-        report.show_completions(out)
+        closing_report.plot_curves(out, out / "learning_curves.png")
+        closing_report.show_completions(out)
     summary = DemoSummary(label=label, train=train, evaluate=evaluate, seconds=stages.seconds)
     (out / "summary.json").write_text(summary.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    report.show_closing(out, summary.evaluate, summary.seconds)
+    closing_report.show_closing(out, summary.evaluate, summary.seconds)
     return summary
 
 
@@ -126,7 +126,7 @@ def local_ray() -> Iterator[None]:
 
 def _label(out: Path, stages: Stages) -> dict[str, Any]:
     from labeler.config import LabelConfig
-    from labeler.job import run_label_job
+    from labeler.run.job import run_label_job
 
     def job(name: str) -> Any:
         return run_label_job(load_toml(str(out / f"{name}.toml"), LabelConfig))
@@ -165,14 +165,14 @@ def _label(out: Path, stages: Stages) -> dict[str, Any]:
 
 
 def _make_view(url: Path, sources: list[str], where: str) -> None:
-    from schemas.view_make import Selection, make_views
+    from schemas.views.select import Selection, make_views
 
     print(*make_views(str(url), "", Selection(sources=tuple(sources), where=where)))
 
 
 def _train(out: Path, stages: Stages) -> dict[str, dict[str, Any]]:
-    from trainer.config import TrainConfig
-    from trainer.launch import run_train_job
+    from trainer.config.train import TrainConfig
+    from trainer.run.launch import run_train_job
 
     result: dict[str, dict[str, Any]] = {}
     for name, text in (("kd", "distilled from the labels"), ("ce", "on hard labels alone")):
@@ -185,7 +185,7 @@ def _train(out: Path, stages: Stages) -> dict[str, dict[str, Any]]:
 
 
 def _evaluate(out: Path) -> dict[str, dict[str, Any]]:
-    from trainer.evaluate import EvaluateConfig, run_evaluate
+    from trainer.evaluation.compare import EvaluateConfig, run_evaluate
 
     summary = run_evaluate(load_toml(str(out / "evaluate.toml"), EvaluateConfig))
     return {name: metrics.model_dump() for name, metrics in summary.models.items()}

@@ -1,1 +1,5 @@
-"""Teachers: what turns token ids into labels, behind one protocol (``labeler.teachers.base``)."""
+"""Teachers behind one protocol: token ids in, labels or sampled responses out.
+
+Start with `protocol`. Backends live in `vllm/`, `remote/` and `transformers_teacher`; `factory`
+picks one.
+"""

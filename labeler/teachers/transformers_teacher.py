@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from labeler.audit_logits import audit_logits
-from labeler.audits import audit_of, audited_labels
 from labeler.config import TeacherConfig
-from labeler.identity import (
+from labeler.label_head.audit_logits import audit_logits
+from labeler.label_head.position_labels import PositionLabels, label_logits
+from labeler.teacher_model.identity import (
     context_tokens,
     eos_ids,
     load_model_config,
@@ -24,15 +24,13 @@ from labeler.identity import (
     resolve_dtype,
     resolve_head_dtype,
 )
-from labeler.label_head import PositionLabels, label_logits
-from labeler.teachers.base import (
-    RowFailure,
-    RowLabels,
+from labeler.teachers.audits import audit_of, audited_labels
+from labeler.teachers.protocol import RowFailure, RowLabels, usable_or_failure
+from labeler.teachers.request_checks import (
     refuse_generation,
     refuse_request,
     row_uniforms,
     span_targets,
-    usable_or_failure,
 )
 from schemas.errors import TeacherError, first_line
 from schemas.spec import GenerationSpec, RecordSpec
@@ -43,7 +41,7 @@ _LOGIT_ELEMENTS = 2**26
 
 
 class TransformersTeacher:
-    """A causal language model run by transformers; see ``labeler.teachers.base.Teacher``.
+    """A causal language model run by transformers; see ``labeler.teachers.protocol.Teacher``.
 
     ``teacher.engine`` is passed to ``from_pretrained``.
     """

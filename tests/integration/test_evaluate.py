@@ -11,14 +11,14 @@ import torch
 
 from schemas.errors import ConfigError, StoreError, StudentError, VocabularyError
 from schemas.keys import content_key, row_key, stack_keys, unit_key
-from schemas.label_set import LabelSet
+from schemas.label_set.label_set import LabelSet
+from schemas.label_set.roster import close_roster, write_part
 from schemas.record import LabelRows
-from schemas.roster import close_roster, write_part
 from schemas.spec import LabelSetSpec, RecordSpec, TeacherIdentity, TextSpec
-from schemas.view import build_view
+from schemas.views.view import build_view
 from tests.conftest import make_model
-from trainer.evaluate import EvaluateConfig, format_table, run_evaluate
-from trainer.student import load_model, load_tokenizer
+from trainer.evaluation.compare import EvaluateConfig, format_table, run_evaluate
+from trainer.student.build import load_model, load_tokenizer
 
 LENGTHS = (40, 7, 23, 2, 31, 18, 40, 11)
 

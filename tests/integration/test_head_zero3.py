@@ -15,9 +15,9 @@ import torch
 
 from schemas.config import StrictModel
 from tests.distillation_oracle import random_targets
-from trainer.config import LossConfig, TrainConfig
-from trainer.student import StudentWithHead
-from trainer.targets import SparseTargets
+from trainer.config.train import LossConfig, TrainConfig
+from trainer.losses.targets import SparseTargets
+from trainer.student.build import StudentWithHead
 
 RANKS, STEPS, VOCAB, TOKENS = 2, 3, 64, 24
 LOSS = LossConfig(kind="ghost", alpha=0.7, chunk_tokens=5)
@@ -83,7 +83,7 @@ def total_weight(step: int) -> float:
 
 
 def on_one_process(tied: bool) -> Outcome:
-    from trainer.engine import build_optimizer
+    from trainer.engine.deepspeed_engine import build_optimizer
 
     student = make_student(tied)
     optimizer = build_optimizer(student, train_config(1).optimizer, fused=False)
@@ -101,7 +101,7 @@ def on_one_process(tied: bool) -> Outcome:
 def on_this_rank(tied: bool) -> Outcome:
     import deepspeed
 
-    from trainer.engine import build_engine
+    from trainer.engine.deepspeed_engine import build_engine
 
     rank = int(os.environ["RANK"])
     engine = build_engine(make_student(tied), train_config(RANKS))

@@ -9,13 +9,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from labeler.config import LabelConfig
-from labeler.job import run_label_job
+from labeler.run.job import run_label_job
 from schemas.errors import ConfigError, CorpusError, StoreError, TeacherError
-from schemas.invariants import validate
-from schemas.label_set import LabelSet
-from schemas.reduce import reduce_rows
-from schemas.roster import read_roster
-from schemas.view import View
+from schemas.label_set.label_set import LabelSet
+from schemas.label_set.roster import read_roster
+from schemas.record.reduce import reduce_rows
+from schemas.record.validate import validate
+from schemas.views.view import View
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -14,13 +14,13 @@ import pytest
 from label_faults import TEACHER_POINTS, FaultRun
 
 from labeler.config import GatesConfig, LabelConfig
-from labeler.job import open_label_set
-from labeler.pieces import FrozenKeys
-from labeler.pipeline import RunSetup, run_pipeline
-from labeler.progress import Progress
-from labeler.resources import Resources
-from labeler.sources import list_corpus
-from schemas.roster import close_roster, read_roster
+from labeler.corpus.listing import list_corpus
+from labeler.corpus.piece_reader import FrozenKeys
+from labeler.run.job import open_label_set
+from labeler.run.pipeline import RunSetup, run_pipeline
+from labeler.run.progress import Progress
+from labeler.run.resources import Resources
+from schemas.label_set.roster import close_roster, read_roster
 
 ROOT = Path(__file__).parents[2]
 NOTHING = np.empty(0, "S16")
@@ -69,7 +69,7 @@ def deadly_teacher(poison: str) -> Callable[..., Any]:
     def make(folder: Path, *_: Any) -> Any:
         from typing import Any  # this function travels without its module
 
-        from labeler.teachers.base import RowLabels
+        from labeler.teachers.protocol import RowLabels
 
         class Deadly:
             shareable = False

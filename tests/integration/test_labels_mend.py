@@ -13,14 +13,14 @@ import pytest
 
 from cluster.__main__ import main
 from labeler.config import LabelConfig
-from labeler.job import run_label_job
-from schemas.columns import arrow_schema
-from schemas.label_set import LabelSet
-from schemas.manifest import Manifest
+from labeler.run.job import run_label_job
+from schemas.label_set.label_set import LabelSet
+from schemas.label_set.manifest import Manifest
+from schemas.label_set.shards import FINGERPRINT_KEY, read_shard
+from schemas.maintenance.verify import verify
 from schemas.record import LabelRows
-from schemas.shards import FINGERPRINT_KEY, read_shard
+from schemas.record.columns import arrow_schema
 from schemas.spec import RecordSpec
-from schemas.verify import verify
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -11,7 +11,7 @@ from conftest import make_tokenizer
 from training_runs import make_view
 
 from schemas.spec import RecordSpec
-from schemas.view import View
+from schemas.views.view import View
 from trainer import DataConfig, LossConfig, StudentWithHead, ViewDataset
 
 LOSS = LossConfig(kind="forward_kl", alpha=0.7)
@@ -63,8 +63,8 @@ def expected(
     """Losses and final weights by the trainer's own loader, all micro-batches of a step at once."""
     from training_runs import make_config
 
-    from trainer.loader import Loader
-    from trainer.plan import LoaderState, read_row_table
+    from trainer.data.loader import Loader
+    from trainer.data.row_order import LoaderState, read_row_table
 
     student, _ = student_and_dataset(examples, tokenizer, view)
     config = make_config(Path("run"), view.url, str(tokenizer))

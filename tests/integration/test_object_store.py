@@ -21,17 +21,17 @@ from s3_server import S3Server
 
 from cluster.__main__ import main
 from schemas.errors import StoreError
-from schemas.garbage import collect_garbage
 from schemas.keys import unit_key
-from schemas.label_set import LabelSet, QuarantineRow
-from schemas.listing import list_label_sets
-from schemas.manifest import Manifest
-from schemas.patience import patience
-from schemas.roster import close_roster, read_accounts, read_roster, write_part
+from schemas.label_set.label_set import LabelSet, QuarantineRow
+from schemas.label_set.manifest import Manifest
+from schemas.label_set.roster import close_roster, read_accounts, read_roster, write_part
+from schemas.maintenance.garbage import collect_garbage
+from schemas.maintenance.listing import list_label_sets
+from schemas.maintenance.verify import verify
 from schemas.spec import RecordSpec
-from schemas.storage import Store
-from schemas.verify import verify
-from schemas.view import View, build_view
+from schemas.storage.retry import patience
+from schemas.storage.store import Store
+from schemas.views.view import View, build_view
 
 pytest.importorskip("s3fs", reason="pip install 'tutelage[s3]'")
 if importlib.util.find_spec("moto") is None:  # not imported: see s3_server
@@ -116,7 +116,7 @@ RACE = """
 import sys
 from label_rows import make_rows, make_spec
 from schemas.keys import unit_key
-from schemas.label_set import LabelSet
+from schemas.label_set.label_set import LabelSet
 from schemas.spec import RecordSpec
 spec = make_spec(RecordSpec(kind="topk", k=8), 60)
 label_set = LabelSet.create_or_open(sys.argv[1], spec, {"a": 0})

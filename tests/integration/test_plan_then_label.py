@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from labeler.calibration import unit_bytes
 from labeler.config import LabelConfig
-from labeler.job import run_label_job
-from labeler.plan_job import plan_label_job
-from schemas.label_set import LabelSet
+from labeler.planning.calibration import unit_bytes
+from labeler.planning.job import plan_label_job
+from labeler.run.job import run_label_job
+from schemas.label_set.label_set import LabelSet
 
 SEED = 7
 # Two runs on a shared machine; the test says how far apart it found them.

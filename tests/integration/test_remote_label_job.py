@@ -12,11 +12,11 @@ from teacher_requests import config as teacher_config
 from teacher_requests import label, labelled, make_rows
 
 from labeler.config import LabelConfig, TeacherConfig
-from labeler.teachers.base import RowFailure
-from labeler.teachers.remote_teacher import RemoteTeacher
+from labeler.teachers.protocol import RowFailure
+from labeler.teachers.remote.teacher import RemoteTeacher
 from labeler.teachers.transformers_teacher import TransformersTeacher
 from schemas.errors import TeacherError
-from schemas.label_set import LabelSet
+from schemas.label_set.label_set import LabelSet
 from schemas.spec import GenerationSpec, RecordSpec
 
 K = 16
@@ -110,7 +110,8 @@ def test_a_job_by_a_server_passes_the_parity_gate(
     run = job(tmp_path, table, K, parity_rows=2)
     # A process and a Ray of its own, which get the key with the environment of this one.
     code = (
-        "import sys; from labeler.config import LabelConfig; from labeler.job import run_label_job;"
+        "import sys; from labeler.config import LabelConfig;"
+        "from labeler.run.job import run_label_job;"
         "print(run_label_job(LabelConfig.model_validate_json(sys.argv[1])).rows_labelled)"
     )
     command = [sys.executable, "-c", code, run.model_dump_json()]

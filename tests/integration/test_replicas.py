@@ -18,14 +18,14 @@ import pytest
 import ray
 
 from labeler.config import LabelConfig
-from labeler.job import open_label_set
-from labeler.pieces import FrozenKeys
-from labeler.pipeline import RunSetup, run_pipeline
-from labeler.progress import Progress
-from labeler.resources import Resources
-from labeler.sources import list_corpus
+from labeler.corpus.listing import list_corpus
+from labeler.corpus.piece_reader import FrozenKeys
+from labeler.run.job import open_label_set
+from labeler.run.pipeline import RunSetup, run_pipeline
+from labeler.run.progress import Progress
+from labeler.run.resources import Resources
 from schemas.errors import TeacherError
-from schemas.roster import close_roster
+from schemas.label_set.roster import close_roster
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -68,7 +68,7 @@ def slow_teacher(broken: bool) -> Callable[..., Any]:
     def make(folder: Path, *_: Any) -> Any:
         from typing import Any  # this function travels without its module
 
-        from labeler.teachers.base import RowLabels
+        from labeler.teachers.protocol import RowLabels
 
         class Slow:
             shareable = False
@@ -151,7 +151,7 @@ def test_a_job_that_waits_for_its_teachers_says_so(
     job = config(tmp_path, tiny_model_dir)
     open_label_set(job)
     setup = RunSetup("run", job, functools.partial(slow_teacher(broken=False), tmp_path))
-    monkeypatch.setattr("labeler.teacher_wait.PATIENCE_S", 3.0)
+    monkeypatch.setattr("labeler.run.startup_notice.PATIENCE_S", 3.0)
     other = ray.util.placement_group([{"CPU": CPUS}])  # all that there are
     assert other.wait(60)
     lines = io.StringIO()

@@ -18,7 +18,8 @@ from teacher_requests import (
 )
 
 from labeler.config import TeacherConfig
-from labeler.teachers.base import make_teacher, span_targets
+from labeler.teachers.factory import make_teacher
+from labeler.teachers.request_checks import span_targets
 from schemas.errors import TeacherError
 from schemas.spec import GenerationSpec, RecordSpec
 

@@ -21,16 +21,20 @@ from teacher_requests import (
     serving,
 )
 
-from labeler.assemble import assemble_rows
-from labeler.label_head import label_logits
-from labeler.teachers import label_step, transformers_teacher, vllm_label_head
-from labeler.teachers.base import RowFailure, RowLabels, Teacher, make_teacher, span_targets
+from labeler.label_head.position_labels import label_logits
+from labeler.teachers import transformers_teacher
+from labeler.teachers.factory import make_teacher
+from labeler.teachers.protocol import RowFailure, RowLabels, Teacher
+from labeler.teachers.request_checks import span_targets
 from labeler.teachers.transformers_teacher import TransformersTeacher
-from labeler.teachers.vllm_teacher import VllmTeacher, engine_request
-from schemas.draws import uniforms
+from labeler.teachers.vllm import label_requests
+from labeler.teachers.vllm.teacher import VllmTeacher, engine_request
+from labeler.teachers.vllm.worker import label_step, runner_v1
+from labeler.units.assemble import assemble_rows
 from schemas.errors import TeacherError
 from schemas.keys import content_key, row_key, stack_keys
 from schemas.record import validate
+from schemas.record.uniforms import uniforms
 from schemas.spec import GenerationSpec, RecordSpec
 
 FLAT = RecordSpec(kind="topk", k=RECORD.k, entropy=False)
@@ -70,9 +74,9 @@ def stock_labels(vllm: VllmTeacher, tokens: list[np.ndarray]) -> list[Any]:
     spans = np.array([1, 5], dtype=np.int32)
     mixed = []
     for ids in tokens:
-        ours = vllm_label_head.label_params(spans, np.zeros(16, np.uint8), 0.0)
+        ours = label_requests.label_params(spans, np.zeros(16, np.uint8), 0.0)
         mixed.append(engine_request(ids, params))
-        mixed.append(engine_request(tokens[2], ours, vllm_label_head.keep_arrays))
+        mixed.append(engine_request(tokens[2], ours, label_requests.keep_arrays))
     return [output.prompt_logprobs for output in vllm._engine.outputs(mixed)[::2]]
 
 
@@ -105,7 +109,7 @@ def test_the_flat_path_gives_the_labels_of_the_head(
         assert vllm.provenance()["label_path"] == "head"
         with monkeypatch.context() as patch:
             refuse = Mock(side_effect=TeacherError("another vLLM"))
-            patch.setattr(vllm_label_head, "install", refuse)
+            patch.setattr(label_requests, "install", refuse)
             vllm.use_record(FLAT)
             flat = label(vllm, tokens, spans)
             assert vllm.provenance()["label_path"] == "flat"
@@ -232,13 +236,13 @@ def test_a_vllm_that_is_another_one_is_refused(
     vllm: VllmTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert vllm.provenance()["model_runner"] == "CPUModelRunner"
-    monkeypatch.setattr(vllm_label_head, "TESTED_VERSIONS", ("9.9.",))
+    monkeypatch.setattr(label_requests, "TESTED_VERSIONS", ("9.9.",))
     with pytest.raises(TeacherError, match=r"written against vLLM 9\.9\.\*"):
-        vllm_label_head.install(vllm._llm, RECORD)
+        label_requests.install(vllm._llm, RECORD)
     monkeypatch.undo()
-    monkeypatch.setattr(vllm_label_head, "_STEP_PARAMETERS", ("hidden_states", "something_new"))
+    monkeypatch.setattr(runner_v1, "_STEP_PARAMETERS", ("hidden_states", "something_new"))
     with pytest.raises(TeacherError, match="_get_prompt_logprobs_dict takes"):
-        vllm_label_head.install(vllm._llm, RECORD)
+        label_requests.install(vllm._llm, RECORD)
 
 
 def test_one_engine_in_one_process(vllm: Teacher, tiny_model_dir: Path) -> None:

@@ -16,9 +16,9 @@ from training_runs import back_to_step, losses, make_config, make_view
 
 from schemas.errors import ConfigError, DamagedError, StudentError
 from schemas.spec import RecordSpec
-from schemas.view import View
-from trainer.config import TrainConfig
-from trainer.launch import run_train_job
+from schemas.views.view import View
+from trainer.config.train import TrainConfig
+from trainer.run.launch import run_train_job
 from trainer.run_folder import TrainSummary
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -113,7 +113,7 @@ def test_the_exported_student_has_the_same_logits_in_transformers_and_in_vllm(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from labeler.teachers.base import make_teacher
+    from labeler.teachers.factory import make_teacher
 
     folder = Path(reference[1].exported)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -299,7 +299,7 @@ def test_divergence_stops_the_run(tmp_path: Path, view: View, tokenizer: Path) -
 
 def test_rows_that_give_no_number_are_named(tmp_path: Path, view: View, tokenizer: Path) -> None:
     """One embedding of the student is no number; only rows with its token are to blame."""
-    from trainer.bad_batch import BadBatch
+    from trainer.run.bad_batch import BadBatch
 
     run, token = tmp_path / "run", rare_token(view)
     spoil_embedding(tmp_path / "spoilt", tokenizer, token)

@@ -9,8 +9,8 @@ from training_runs import losses, make_config, make_view
 
 from schemas.errors import ConfigError
 from schemas.spec import RecordSpec
-from trainer.config import TrainConfig
-from trainer.launch import run_train_job
+from trainer.config.train import TrainConfig
+from trainer.run.launch import run_train_job
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -6,8 +6,8 @@ import pytest
 from training_runs import curve, losses, make_config, make_view
 
 from schemas.spec import RecordSpec
-from trainer.evaluate import EvaluateConfig, run_evaluate
-from trainer.launch import run_train_job
+from trainer.evaluation.compare import EvaluateConfig, run_evaluate
+from trainer.run.launch import run_train_job
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -20,13 +20,13 @@ from training_runs import make_config, make_world
 from schemas.config import dump_toml
 from schemas.errors import StudentError
 from schemas.spec import RecordSpec
-from schemas.storage import Store
-from trainer.checkpoint import TrainProgress, find_checkpoint
-from trainer.checkpoint_writer import CheckpointWriter
-from trainer.export import upload
-from trainer.plan import LoaderState
+from schemas.storage.store import Store
+from trainer.checkpoints.store import TrainProgress, find_checkpoint
+from trainer.checkpoints.writer import CheckpointWriter
+from trainer.data.row_order import LoaderState
+from trainer.engine.export import upload
 from trainer.run_folder import RunFolder
-from trainer.step_lines import StepLines
+from trainer.tracking.step_lines import StepLines
 
 pytest.importorskip("s3fs", reason="pip install 'tutelage[s3]'")
 if importlib.util.find_spec("moto") is None:  # not imported: see s3_server
@@ -39,9 +39,9 @@ PROGRAM = """
 import sys
 import ray
 from schemas.config import load_toml
-from schemas.storage import Store
-from trainer.config import TrainConfig
-from trainer.launch import run_train_job
+from schemas.storage.store import Store
+from trainer.config.train import TrainConfig
+from trainer.run.launch import run_train_job
 
 config = load_toml(sys.argv[1], TrainConfig)
 store = Store(config.run)

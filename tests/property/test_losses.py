@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from schemas.spec import RecordSpec
 from tests.distillation_oracle import dense_loss, drawn_targets, random_targets
-from trainer.config import LossConfig
-from trainer.fused_head import fused_distillation_loss
-from trainer.targets import SparseTargets
+from trainer.config.train import LossConfig
+from trainer.head.fused_head import fused_distillation_loss
+from trainer.losses.targets import SparseTargets
 
 TEMPERATURES = (0.7, 3.0)
 

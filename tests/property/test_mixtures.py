@@ -5,8 +5,8 @@ from fractions import Fraction
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config import WeightedView
-from trainer.mixture import place_of, shares_of, taken
+from trainer.config.train import WeightedView
+from trainer.data.mixture import place_of, shares_of, taken
 
 WEIGHTS = st.lists(st.floats(0.001, 1000.0, allow_nan=False), min_size=1, max_size=5)
 

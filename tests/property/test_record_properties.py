@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from label_rows import make_rows
 
-from schemas import shards
 from schemas.errors import RecordError
 from schemas.keys import contains, find_keys, keys_to_sorted
+from schemas.label_set import shards
+from schemas.label_set.shards import read_row_group, read_shard, write_shard
 from schemas.record import LabelRows, round_logprobs, target_positions, validate
-from schemas.shards import read_row_group, read_shard, write_shard
 from schemas.spec import RecordSpec
-from schemas.storage import Store
+from schemas.storage.store import Store
 
 VOCAB = 40
 

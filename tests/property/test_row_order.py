@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.config import DataConfig
-from trainer.plan import LoaderState, RowTable, count_steps, epoch_steps, run_steps
+from trainer.config.train import DataConfig
+from trainer.data.row_order import LoaderState, RowTable, count_steps, epoch_steps, run_steps
 
 MAX_TOKENS = 32
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labeler.windows import all_but_first, cut_windows
+from labeler.corpus.windows import all_but_first, cut_windows
 
 
 @st.composite

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labeler.accounts import LabelSummary
 from labeler.config import LabelConfig
-from labeler.job import run_label_job
-from schemas.label_set import LabelSet
-from schemas.roster import read_roster
-from schemas.verify import verify
+from labeler.run.job import run_label_job
+from labeler.run.summary import LabelSummary
+from schemas.label_set.label_set import LabelSet
+from schemas.label_set.roster import read_roster
+from schemas.maintenance.verify import verify
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -18,8 +18,8 @@ from training_faults import ROOT, Trial, loss_difference, samples, table
 from training_runs import make_config, make_world
 
 from schemas.spec import RecordSpec
-from trainer.config import TrainConfig, WorkerRange
-from trainer.launch import run_train_job
+from trainer.config.train import TrainConfig, WorkerRange
+from trainer.run.launch import run_train_job
 
 STEPS = 50
 SECTIONS: dict[str, dict[str, Any]] = {

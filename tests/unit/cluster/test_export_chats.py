@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 
 from cluster.__main__ import main
 from schemas.keys import content_key, generated_row_key, stack_keys, unit_key
-from schemas.label_set import LabelSet
+from schemas.label_set.label_set import LabelSet
+from schemas.label_set.roster import close_roster, write_part
 from schemas.record import LabelRows
-from schemas.roster import close_roster, write_part
-from schemas.rows import offsets_of
+from schemas.record.rows import offsets_of
 from schemas.spec import GenerationSpec, LabelSetSpec, RecordSpec, TeacherIdentity, TextSpec
 
 PROMPTS = ["def f(x):\n", "say Ärger → ok"]

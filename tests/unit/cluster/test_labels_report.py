@@ -10,10 +10,10 @@ import pytest
 from label_rows import make_rows, make_spec
 
 from cluster.__main__ import main
-from cluster.labels.measures import bytes_by_column, calibration, units_over_time
+from cluster.labels.report.measures import bytes_by_column, calibration, units_over_time
 from schemas.keys import unit_key
-from schemas.label_set import LabelSet
-from schemas.sample import SampledGroup, labelled_positions, sample_groups
+from schemas.label_set.label_set import LabelSet
+from schemas.maintenance.sample import SampledGroup, labelled_positions, sample_groups
 from schemas.spec import RecordSpec
 
 VOCAB = 60

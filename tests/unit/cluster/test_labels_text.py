@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.labels.actions import _Progress
-from cluster.labels.text import distribution_lines, histogram, size_text, table
+from cluster.labels.commands import _Progress
+from cluster.labels.terminal import distribution_lines, histogram, size_text, table
 from schemas.errors import StoreError
-from schemas.storage import Store
+from schemas.storage.store import Store
 
 
 def test_tables_line_up() -> None:
@@ -37,7 +37,7 @@ def test_progress_says_what_is_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("cluster.labels.actions.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("cluster.labels.commands.time.monotonic", lambda: now[0])
     progress = _Progress("verify")
     for seconds, done in ((1.0, 1e6), (10.0, 10e6), (11.0, 11e6), (20.0, 20e6)):
         now[0] = seconds

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from labeler.assemble import assemble_rows
-from labeler.label_head import label_logits
-from labeler.teachers.base import RowLabels, span_targets
+from labeler.label_head.position_labels import label_logits
+from labeler.teachers.protocol import RowLabels
+from labeler.teachers.request_checks import span_targets
+from labeler.units.assemble import assemble_rows
 from schemas.record import LOWEST_LOGPROB, LabelRows, validate
 from schemas.spec import RecordSpec
 

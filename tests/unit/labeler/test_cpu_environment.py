@@ -2,7 +2,7 @@
 
 import pytest
 
-from labeler.cpu_environment import cpu_environment
+from labeler.run.openmp_env import cpu_environment
 
 
 def test_waiting_threads_sleep_unless_the_user_says_otherwise(

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from labeler.windows import all_but_first, clip_spans, cut_windows
+from labeler.corpus.windows import all_but_first, clip_spans, cut_windows
 
 
 def test_example_of_the_docstring() -> None:

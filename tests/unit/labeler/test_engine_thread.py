@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from labeler.teachers.base import RowFailure
-from labeler.teachers.engine_thread import EngineRequest, EngineThread
+from labeler.teachers.protocol import RowFailure
+from labeler.teachers.vllm.engine_thread import EngineRequest, EngineThread
 from schemas.errors import TeacherError
 
 REFUSED, DEADLY = "refused", "deadly"

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from test_survivor import FragileTeacher, requests
 
-import labeler.survivor
-from labeler.attempts import Attempts
-from labeler.engine_watch import EXIT_STALLED, EngineWatch
-from labeler.survivor import Survivor
-from labeler.teachers.base import RowFailure, RowLabels
+import labeler.supervision.supervisor
+from labeler.supervision.attempts import Attempts
+from labeler.supervision.supervisor import Survivor
+from labeler.supervision.watchdog import EXIT_STALLED, EngineWatch
+from labeler.teachers.protocol import RowFailure, RowLabels
 from schemas.errors import TeacherError
-from schemas.storage import Store
+from schemas.storage.store import Store
 
 STOP, KILL, CRASH, FAIL = 901, 902, 903, 904
 ONCE = "once"
@@ -172,7 +172,7 @@ def test_a_call_that_does_not_notice_a_death_is_told(tmp_path: Path) -> None:
 def test_engines_that_are_always_ended_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(labeler.survivor, "MAX_OUTSIDE", 2)
+    monkeypatch.setattr(labeler.supervision.supervisor, "MAX_OUTSIDE", 2)
     watched = survivor(tmp_path)
     monkeypatch.setattr(watched._watch, "was_ended_from_outside", lambda: True)
     expected = "2 engines in a row were ended by a signal .*; the last one: the engine died"
@@ -190,7 +190,7 @@ def test_engines_that_are_always_ended_end_the_run(
 )
 def test_an_engine_that_hangs_in_this_process_takes_it_along(hang: str, code: int) -> None:
     child = (
-        "from labeler.engine_watch import EngineWatch\n"
+        "from labeler.supervision.watchdog import EngineWatch\n"
         f"with EngineWatch(1.0).waiting():\n    {hang}"
     )
     done = subprocess.run([sys.executable, "-c", child], capture_output=True, timeout=50)

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from labeler.assemble import assemble_rows
-from labeler.audit_logits import audit_logits
-from labeler.audits import audit_of, audited_labels
-from labeler.fidelity import measure, partition_kl
-from labeler.label_head import label_logits
-from labeler.teachers.base import RowLabels, row_uniforms
-from schemas.manifest import Fidelity
+from labeler.label_head.audit_logits import audit_logits
+from labeler.label_head.position_labels import label_logits
+from labeler.quality.fidelity import measure, partition_kl
+from labeler.teachers.audits import audit_of, audited_labels
+from labeler.teachers.protocol import RowLabels
+from labeler.teachers.request_checks import row_uniforms
+from labeler.units.assemble import assemble_rows
+from schemas.label_set.manifest import Fidelity
 from schemas.record import LabelRows
 from schemas.spec import RecordSpec
 

@@ -13,24 +13,24 @@ from typing import cast
 import numpy as np
 import pytest
 
-from labeler.attempts import Attempts
 from labeler.config import GatesConfig, TeacherConfig
-from labeler.gates import Claim, Gates
-from labeler.ledger import PARITY_CLAIM_S, Ledger
-from labeler.parity import Reference
-from labeler.requests import Request, label_request
-from labeler.survivor import Survivor
-from labeler.teachers.base import RowFailure, RowLabels
-from labeler.teachers.references import StockPath, TransformersOnCpu, reference_of
+from labeler.corpus.requests import Request, label_request
+from labeler.corpus.windows import all_but_first
+from labeler.quality.gates import Claim, Gates
+from labeler.quality.parity import Reference
+from labeler.quality.reference_teacher import StockPath, TransformersOnCpu, reference_of
+from labeler.run.ledger import PARITY_CLAIM_S, Ledger
+from labeler.run.unit_labeller import UnitLabeller
+from labeler.supervision.attempts import Attempts
+from labeler.supervision.supervisor import Survivor
+from labeler.teachers.protocol import RowFailure, RowLabels
 from labeler.teachers.transformers_teacher import TransformersTeacher
-from labeler.unit_labels import UnitLabels
-from labeler.units import UnitLabeller
-from labeler.windows import all_but_first
+from labeler.units.unit_labels import UnitLabels
 from schemas.errors import TeacherError
-from schemas.label_set import LabelSet
-from schemas.parity import PARITY_FILE
+from schemas.label_set.label_set import LabelSet
+from schemas.label_set.parity_result import PARITY_FILE
 from schemas.spec import LabelSetSpec, RecordSpec, TeacherIdentity, TextSpec
-from schemas.storage import Store
+from schemas.storage.store import Store
 
 RECORD = RecordSpec(kind="threshold", tau=0.05)
 
@@ -198,7 +198,7 @@ def claims(ledger: Ledger, name: str) -> Claim:
 
 def test_threads_of_a_teacher_compare_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     comparisons = Comparisons()
-    monkeypatch.setattr("labeler.gates.check_parity", comparisons)
+    monkeypatch.setattr("labeler.quality.gates.check_parity", comparisons)
     gates = gates_of(tmp_path)
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(gates.check_parity, [UNIT] * 3))
@@ -211,8 +211,8 @@ def test_replicas_compare_one_by_one(
 ) -> None:
     """If the one that claimed it fails, the next one does it."""
     comparisons = Comparisons(failing)
-    monkeypatch.setattr("labeler.gates.check_parity", comparisons)
-    monkeypatch.setattr("labeler.gates._POLL_S", 0.01)
+    monkeypatch.setattr("labeler.quality.gates.check_parity", comparisons)
+    monkeypatch.setattr("labeler.quality.gates._POLL_S", 0.01)
     ledger = Ledger(bytes_total=0)
     replicas = [gates_of(tmp_path, claims(ledger, f"replica-{n}")) for n in range(4)]
     with ThreadPoolExecutor(4) as pool:
@@ -232,7 +232,7 @@ def test_a_teacher_without_reference_is_waited_for_by_nobody(tmp_path: Path) -> 
 
 def test_the_claim_of_a_dead_replica_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("labeler.ledger.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("labeler.run.ledger.time.monotonic", lambda: now[0])
     ledger = Ledger(bytes_total=0)
     assert ledger.may_check("dead")
     assert not ledger.may_check("other")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from labeler.config import TeacherConfig
-from labeler.identity import (
+from labeler.teacher_model.identity import (
     eos_ids,
     load_tokenizer,
     model_folder,
@@ -17,7 +17,7 @@ from labeler.identity import (
     resolve_head_dtype,
     teacher_identity,
 )
-from labeler.weights import weights_digest
+from labeler.teacher_model.weights_digest import weights_digest
 from schemas.errors import TeacherError, VocabularyError
 
 

@@ -64,7 +64,7 @@ def test_importing_the_configuration_imports_no_engine() -> None:
     import sys
 
     code = (
-        "import sys, labeler.config, labeler.job; "
+        "import sys, labeler.config, labeler.run.job; "
         "heavy = {'torch', 'vllm', 'ray', 'transformers'} & set(sys.modules); "
         "assert not heavy, heavy"
     )

@@ -5,10 +5,10 @@ import pytest
 import torch
 from label_oracle import Entries, entries_of
 
-from labeler import label_head, row_kernels
-from labeler.label_head import PositionLabels, label_logits
-from labeler.slice_workers import SliceWorkers
-from labeler.topk import ordered_topk
+from labeler.label_head import numpy_kernels, position_labels
+from labeler.label_head.position_labels import PositionLabels, label_logits
+from labeler.label_head.thread_pool import SliceWorkers
+from labeler.label_head.topk import ordered_topk
 from schemas.spec import RecordSpec
 
 TEMPERATURES = (0.5, 2.0, 4.0)
@@ -127,7 +127,7 @@ def test_a_head_as_wide_as_the_vocabulary_has_no_tail() -> None:
 def test_equal_logits_are_ordered_by_id(
     vocab_size: int, numpy_threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_kernels, "NUMPY_THREADS", numpy_threads)
+    monkeypatch.setattr(numpy_kernels, "NUMPY_THREADS", numpy_threads)
     # bfloat16 keeps 8 bits, so that ties are everywhere, at the boundary of the head too.
     logits = make_logits(50, vocab_size, 1.0).bfloat16().float()
     logits[0] = 0.25
@@ -159,7 +159,7 @@ def test_a_slice_of_any_size_gives_the_same_labels(monkeypatch: pytest.MonkeyPat
     logits, targets = make_logits(37, 400, 2.0), torch.arange(37)
     record = RecordSpec(kind="topk", k=10, temperatures=(2.0,))
     whole = label_logits(logits, targets, record)
-    monkeypatch.setattr(label_head, "_SLICE_ELEMENTS_CPU", 5 * 400)
+    monkeypatch.setattr(position_labels, "_SLICE_ELEMENTS_CPU", 5 * 400)
     for one, other in zip(whole, label_logits(logits, targets, record), strict=True):
         if one is not None:
             torch.testing.assert_close(one, other)
@@ -168,7 +168,7 @@ def test_a_slice_of_any_size_gives_the_same_labels(monkeypatch: pytest.MonkeyPat
 def test_workers_with_memory_of_earlier_calls_change_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(label_head, "_SLICE_ELEMENTS_CPU", 10_000)
+    monkeypatch.setattr(position_labels, "_SLICE_ELEMENTS_CPU", 10_000)
     num_threads = torch.get_num_threads()
     workers = SliceWorkers(torch.device("cpu"))
     workers.count = 3

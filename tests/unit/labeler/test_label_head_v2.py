@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from labeler.label_head import label_logits
-from labeler.teachers.base import RowLabels, row_uniforms, span_targets
-from labeler.teachers.vllm_label_head import AUDIT_RATE, ROW_KEY, SPANS, row_labels
-from labeler.teachers.vllm_label_head_v2 import LabelHeadV2, complaint_about, install_into
+from labeler.label_head.position_labels import label_logits
+from labeler.teachers.protocol import RowLabels
+from labeler.teachers.request_checks import row_uniforms, span_targets
+from labeler.teachers.vllm.label_requests import AUDIT_RATE, ROW_KEY, SPANS, row_labels
+from labeler.teachers.vllm.worker.runner_v2 import LabelHeadV2, complaint_about, install_into
 from schemas.spec import RecordSpec
 
 VOCAB = 50

@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labeler.calibration import Calibration
 from labeler.config import LabelConfig
-from labeler.corpus_sample import COUNTS, CorpusSample, Estimate, sample_corpus, scaled_up
-from labeler.identity import load_tokenizer
-from labeler.pieces import FrozenKeys, PieceReader
-from labeler.plan import describe, make_plan
-from labeler.resources import Resources
-from labeler.sources import list_corpus
-from labeler.text_rows import TextRows, text_spec
+from labeler.corpus.documents import TextRows, text_spec
+from labeler.corpus.listing import list_corpus
+from labeler.corpus.piece_reader import FrozenKeys, PieceReader
+from labeler.planning.calibration import Calibration
+from labeler.planning.corpus_sample import COUNTS, CorpusSample, Estimate, sample_corpus, scaled_up
+from labeler.planning.estimate import describe, make_plan
+from labeler.run.resources import Resources
+from labeler.teacher_model.identity import load_tokenizer
 
 SEED = 20261125
 NOTHING = np.empty(0, "S16")
@@ -70,8 +70,8 @@ def test_a_small_corpus_is_counted_and_a_large_one_sampled(
     assert counts["rows_read"] > counts["rows"] >= 300  # duplicates are not labelled
     assert sum(len(request.token_ids) for request in whole.requests) == counts["tokens"]
     assert whole.counts["tokens"].error == 0.0
-    monkeypatch.setattr("labeler.corpus_sample.WHOLE_BYTES", 10)
-    monkeypatch.setattr("labeler.corpus_sample.SAMPLE_BYTES", 10)
+    monkeypatch.setattr("labeler.planning.corpus_sample.WHOLE_BYTES", 10)
+    monkeypatch.setattr("labeler.planning.corpus_sample.SAMPLE_BYTES", 10)
     some = sample_corpus(pieces, reader, FRESH, seed=1)
     assert (some.is_whole, some.pieces_read) == (False, 8)
     estimate = some.counts["tokens"]

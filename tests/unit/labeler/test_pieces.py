@@ -10,15 +10,15 @@ import pytest
 from transformers import AutoTokenizer
 
 from labeler.config import CorpusConfig
-from labeler.ledger import Ledger
-from labeler.pieces import FrozenKeys, PieceReader, PieceResult
-from labeler.requests import Request, from_table, key_of_unit, to_table
-from labeler.sources import list_corpus
-from labeler.text_rows import TextRows
-from labeler.units import UnitDone
+from labeler.corpus.documents import TextRows
+from labeler.corpus.listing import list_corpus
+from labeler.corpus.piece_reader import FrozenKeys, PieceReader, PieceResult
+from labeler.corpus.requests import Request, from_table, key_of_unit, to_table
+from labeler.run.ledger import Ledger
+from labeler.run.unit_labeller import UnitDone
 from schemas.keys import Keys, keys_to_sorted, stack_keys
+from schemas.label_set.tables import quarantine_table
 from schemas.spec import GenerationSpec, TextSpec
-from schemas.tables import quarantine_table
 
 VOCAB_SIZE = 320
 TEXT = TextSpec(max_tokens=32, overlap=4, add_bos=True, add_eos=True, split_long=True)

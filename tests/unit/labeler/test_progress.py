@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from labeler.progress import Progress, RunState, describe, duration
+from labeler.run.progress import Progress, RunState, describe, duration
 
 
 def state(**changes: int) -> RunState:
@@ -46,7 +46,7 @@ def test_durations_for_people() -> None:
 
 def test_a_file_gets_few_lines_and_no_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("labeler.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("labeler.run.progress.time.monotonic", lambda: now[0])
     stream = io.StringIO()
     progress = Progress(stream)
     for second in range(60):

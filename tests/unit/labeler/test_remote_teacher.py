@@ -8,9 +8,9 @@ import pytest
 from scripted_server import POISON, server, told
 
 from labeler.config import TeacherConfig
-from labeler.teachers.base import RowFailure, RowLabels
-from labeler.teachers.remote_answers import row_labels
-from labeler.teachers.remote_teacher import RemoteTeacher
+from labeler.teachers.protocol import RowFailure, RowLabels
+from labeler.teachers.remote.parse_logprobs import row_labels
+from labeler.teachers.remote.teacher import RemoteTeacher
 from schemas.errors import TeacherError, TeacherGoneError
 from schemas.spec import GenerationSpec, RecordSpec
 

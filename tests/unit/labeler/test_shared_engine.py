@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 from test_survivor import POISON, FragileTeacher, _labels, requests
 
-from labeler.attempts import Attempts, Deaths
-from labeler.engine_users import EngineUsers
-from labeler.requests import Request, key_of_unit
-from labeler.survivor import Survivor
-from labeler.teachers.base import RowFailure, RowLabels
-from labeler.unit_labels import UnitLabels
+from labeler.corpus.requests import Request, key_of_unit
+from labeler.supervision.attempts import Attempts, Deaths
+from labeler.supervision.shared_lock import EngineUsers
+from labeler.supervision.supervisor import Survivor
+from labeler.teachers.protocol import RowFailure, RowLabels
+from labeler.units.unit_labels import UnitLabels
 from schemas.errors import TeacherError
-from schemas.storage import Store
+from schemas.storage.store import Store
 
 SEED = int(os.environ.get("TUTELAGE_SEED", "7"))
 
@@ -119,9 +119,9 @@ def test_deaths_beside_others_quarantine_nobody(tmp_path: Path) -> None:
 CHILD = """
 import json, sys
 sys.path[:0] = {paths!r}
-from labeler.attempts import Attempts
-from labeler.survivor import Survivor
-from schemas.storage import Store
+from labeler.supervision.attempts import Attempts
+from labeler.supervision.supervisor import Survivor
+from schemas.storage.store import Store
 from test_shared_engine import SharedTeacher, label_all, units
 survivor = Survivor(lambda: SharedTeacher(2, crash=True), Attempts(Store({folder!r}), "run"), None)
 found = label_all(survivor, units({tokens!r}))

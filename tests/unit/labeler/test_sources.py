@@ -15,8 +15,8 @@ import pytest
 import zstandard
 
 from labeler.config import CorpusConfig
-from labeler.readers import SourceRow, read_piece
-from labeler.sources import list_corpus
+from labeler.corpus.listing import list_corpus
+from labeler.corpus.readers import SourceRow, read_piece
 from schemas.errors import CorpusError, StoreError
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[3]
 
 CHILD = """
 import sys, time
-from labeler.stopping import StopRequests
+from labeler.run.shutdown import StopRequests
 from schemas.errors import JobStoppedError
 
 stop = StopRequests(float(sys.argv[1]))

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labeler.attempts import Attempts, Deaths, remove_attempts
-from labeler.requests import Request, key_of_unit, label_request
-from labeler.survivor import MAX_STARTS, Survivor
-from labeler.teachers.base import RowFailure, RowLabels, Teacher
-from labeler.windows import all_but_first
+from labeler.corpus.requests import Request, key_of_unit, label_request
+from labeler.corpus.windows import all_but_first
+from labeler.supervision.attempts import Attempts, Deaths, remove_attempts
+from labeler.supervision.supervisor import MAX_STARTS, Survivor
+from labeler.teachers.protocol import RowFailure, RowLabels, Teacher
 from schemas.errors import TeacherError, TeacherGoneError
 from schemas.spec import GenerationSpec
-from schemas.storage import Store
+from schemas.storage.store import Store
 
 POISON = 666
 REFUSED = 13

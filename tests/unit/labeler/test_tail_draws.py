@@ -5,9 +5,9 @@ import pytest
 import torch
 from label_oracle import entries_of, probs_at
 
-from labeler import label_head, tail_draws
-from labeler.label_head import PositionLabels, label_logits
-from labeler.teachers.packed_labels import empty_packed, pack, unpack
+from labeler.label_head import draws, position_labels
+from labeler.label_head.position_labels import PositionLabels, label_logits
+from labeler.teachers.vllm.packed_labels import empty_packed, pack, unpack
 from schemas.spec import RecordSpec
 
 HIGHEST = 1 - 2.0**-53
@@ -143,8 +143,8 @@ def test_labels_do_not_depend_on_how_rows_are_put_together(
 
     whole = some(slice(0, 23))
     ways = [[some(slice(row, row + 1)) for row in range(23)]]
-    monkeypatch.setattr(label_head, "_SLICE_ELEMENTS_CPU", 4 * vocab_size)
-    monkeypatch.setattr(tail_draws, "_CONVERTED_AT_ONCE_CPU", 3 * vocab_size)
+    monkeypatch.setattr(position_labels, "_SLICE_ELEMENTS_CPU", 4 * vocab_size)
+    monkeypatch.setattr(draws, "_CONVERTED_AT_ONCE_CPU", 3 * vocab_size)
     ways.append([some(slice(0, 9)), some(slice(9, 23))])
     for parts in ways:
         for column, pieces in zip(whole, zip(*parts, strict=True), strict=True):

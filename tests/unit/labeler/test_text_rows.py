@@ -8,8 +8,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from labeler.config import CorpusConfig, TextConfig
-from labeler.readers import SourceRow
-from labeler.text_rows import Document, Rejection, TextRows, text_spec
+from labeler.corpus.documents import Document, Rejection, TextRows, text_spec
+from labeler.corpus.readers import SourceRow
 from schemas.errors import ConfigError
 from schemas.spec import TextSpec
 

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from labeler.attempts import Attempts
 from labeler.config import TeacherConfig
-from labeler.requests import label_request
-from labeler.survivor import Survivor
-from labeler.teachers.base import RowLabels
+from labeler.corpus.requests import label_request
+from labeler.corpus.windows import all_but_first
+from labeler.supervision.attempts import Attempts
+from labeler.supervision.supervisor import Survivor
+from labeler.teachers.protocol import RowLabels
 from labeler.teachers.transformers_teacher import TransformersTeacher
-from labeler.windows import all_but_first
 from schemas.errors import TeacherError
 from schemas.spec import GenerationSpec, RecordSpec
-from schemas.storage import Store
+from schemas.storage.store import Store
 
 POISON = 13
 ROW = np.array([5, POISON, 9], np.int32)

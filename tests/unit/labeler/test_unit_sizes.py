@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labeler.config import LabelConfig
-from labeler.requests import from_table, label_request, to_table
-from labeler.unit_sizes import cut_units, rows_gathered, unwrapped, wrapped
+from labeler.corpus.requests import from_table, label_request, to_table
+from labeler.units.sizing import cut_units, rows_gathered, unwrapped, wrapped
 
 
 def requests(lengths: list[int]) -> pa.Table:

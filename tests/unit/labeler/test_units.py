@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from labeler.attempts import Attempts
-from labeler.requests import Request, label_request, sample_requests
-from labeler.survivor import Survivor
-from labeler.teachers.base import RowFailure, RowLabels, Teacher
-from labeler.units import UnitLabeller
-from labeler.windows import all_but_first
-from schemas.label_set import LabelSet
+from labeler.corpus.requests import Request, label_request, sample_requests
+from labeler.corpus.windows import all_but_first
+from labeler.run.unit_labeller import UnitLabeller
+from labeler.supervision.attempts import Attempts
+from labeler.supervision.supervisor import Survivor
+from labeler.teachers.protocol import RowFailure, RowLabels, Teacher
+from schemas.label_set.label_set import LabelSet
 from schemas.spec import GenerationSpec, LabelSetSpec, RecordSpec, TeacherIdentity, TextSpec
 
 VOCAB_SIZE = 50

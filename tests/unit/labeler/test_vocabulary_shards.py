@@ -15,12 +15,12 @@ SEED = 11
 WORKER = """
 import sys
 import numpy as np, torch, torch.distributed as dist
-from labeler.audit_logits import audit_logits
-from labeler.label_head import label_logits
-from labeler.slice_workers import SliceWorkers
-from labeler.teachers.base import row_uniforms
-from labeler.teachers.packed_labels import pack
-from labeler.teachers.vocabulary_shards import label_shards
+from labeler.label_head.audit_logits import audit_logits
+from labeler.label_head.position_labels import label_logits
+from labeler.label_head.thread_pool import SliceWorkers
+from labeler.teachers.request_checks import row_uniforms
+from labeler.teachers.vllm.packed_labels import pack
+from labeler.teachers.vllm.worker.tensor_parallel import label_shards
 from schemas.spec import RecordSpec
 
 rank, world, meeting, seed = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
@@ -78,7 +78,7 @@ def test_two_workers_make_the_labels_of_one(tmp_path: Path, world: int) -> None:
 
 @pytest.mark.parametrize(("count", "ranks"), [(1, 2), (7, 2), (8, 4), (3, 4), (100, 8)])
 def test_every_position_is_of_one_share(count: int, ranks: int) -> None:
-    from labeler.teachers.vocabulary_shards import share_bounds
+    from labeler.teachers.vllm.worker.tensor_parallel import share_bounds
 
     bounds = share_bounds(count, ranks)
     assert bounds[0] == 0
@@ -97,7 +97,7 @@ def test_only_models_that_do_nothing_else_to_their_logits_are_sharded() -> None:
     from vllm.model_executor.models.llama import LlamaForCausalLM
     from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
-    from labeler.teachers.vocabulary_shards import _plain_head
+    from labeler.teachers.vllm.worker.tensor_parallel import _plain_head
 
     for known in (LlamaForCausalLM, Qwen3ForCausalLM, Gemma2ForCausalLM):
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from schemas.draws import LABELLING, REDUCING, uniforms
+from schemas.record.uniforms import LABELLING, REDUCING, uniforms
 
 KEY = bytes(range(16))
 EVERYWHERE = np.arange(1, 400)

@@ -8,8 +8,8 @@ from label_rows import make_rows, make_spec
 from cluster.__main__ import main
 from schemas.errors import DamagedError, StoreError
 from schemas.keys import unit_key
-from schemas.label_set import LabelSet
-from schemas.manifest import Manifest
+from schemas.label_set.label_set import LabelSet
+from schemas.label_set.manifest import Manifest
 from schemas.record import LabelRows
 from schemas.spec import RecordSpec
 

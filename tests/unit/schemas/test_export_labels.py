@@ -12,8 +12,7 @@ from datasets import load_dataset
 from label_rows import make_rows, make_spec
 
 from cluster.__main__ import main
-from schemas.errors import RecordError
-from schemas.export_labels import (
+from cluster.labels.export.layouts import (
     IGNORED,
     axolotl_table,
     check_exportable,
@@ -21,10 +20,11 @@ from schemas.export_labels import (
     index_bits,
     pack_ids,
 )
+from schemas.errors import RecordError
 from schemas.keys import unit_key
-from schemas.label_set import LabelSet
+from schemas.label_set.label_set import LabelSet
+from schemas.maintenance.sample import labelled_positions
 from schemas.record import LabelRows
-from schemas.sample import labelled_positions
 from schemas.spec import RecordSpec
 
 VOCAB = 60

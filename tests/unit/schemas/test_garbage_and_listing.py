@@ -13,13 +13,13 @@ from label_rows import make_rows, make_spec
 
 from cluster.__main__ import main
 from schemas.errors import ConfigError, DamagedError, StoreError
-from schemas.garbage import collect_garbage
 from schemas.keys import unit_key
-from schemas.label_set import LabelSet, QuarantineRow
-from schemas.listing import list_label_sets
-from schemas.manifest import Manifest
+from schemas.label_set.label_set import LabelSet, QuarantineRow
+from schemas.label_set.manifest import Manifest
+from schemas.maintenance.garbage import collect_garbage
+from schemas.maintenance.listing import list_label_sets
+from schemas.maintenance.verify import verify
 from schemas.spec import RecordSpec
-from schemas.verify import verify
 
 VOCAB = 60
 SPEC = make_spec(RecordSpec(kind="topk", k=8), VOCAB)

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from label_rows import make_rows, make_spec
 
-from schemas import shards
 from schemas.errors import DamagedError, RecordError, StoreError
 from schemas.keys import contains, unit_key
-from schemas.label_set import LabelSet, QuarantineRow
-from schemas.manifest import Manifest, read_manifest
+from schemas.label_set import shards
+from schemas.label_set.label_set import LabelSet, QuarantineRow
+from schemas.label_set.manifest import Manifest, read_manifest
 from schemas.record import LabelRows
 from schemas.spec import RecordSpec
-from schemas.storage import Store
+from schemas.storage.store import Store
 
 VOCAB = 60
 RECORD = RecordSpec(kind="topk", k=8)
@@ -258,15 +258,15 @@ def test_killed_between_any_two_steps(label_set: LabelSet, step: str, when: str)
 
 def _die_at(step: str, when: str) -> None:
     """Makes this process kill itself before or after one step of the next commit."""
-    from schemas import label_set as module
-    from schemas import storage
+    from schemas.label_set import label_set as module
+    from schemas.storage import store
 
     owners: dict[str, tuple[Any, str]] = {
         "write_shard": (module, "write_shard"),
         "_write_keys": (LabelSet, "_write_keys"),
         "_write_quarantine": (LabelSet, "_write_quarantine"),
         "create": (Store, "create_exclusive"),
-        "link": (storage.os, "link"),
+        "link": (store.os, "link"),
     }
     owner, name = owners[step]
     original: Callable[..., Any] = getattr(owner, name)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from schemas.errors import StoreError
-from schemas.patience import is_transient, patience, patiently
-from schemas.storage import Store
+from schemas.storage.retry import is_transient, patience, patiently
+from schemas.storage.store import Store
 
 TESTS = Path(__file__).parents[2]
 
@@ -82,8 +82,8 @@ sys.path[:0] = {paths!r}
 from label_rows import make_rows, make_spec
 from schemas.errors import StoreError
 from schemas.keys import unit_key
-from schemas.label_set import LabelSet
-from schemas.patience import patience
+from schemas.label_set.label_set import LabelSet
+from schemas.storage.retry import patience
 from schemas.spec import RecordSpec
 
 spec = make_spec(RecordSpec(kind="topk", k=8), 60)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from schemas.errors import RecordError
-from schemas.invariants import validate
 from schemas.keys import stack_keys
-from schemas.reduce import reduce_rows, subsumes
-from schemas.rows import LabelRows, offsets_of
+from schemas.record.reduce import reduce_rows, subsumes
+from schemas.record.rows import LabelRows, offsets_of
+from schemas.record.validate import validate
 from schemas.spec import RecordSpec
 from tests.label_rows import add_labels, make_rows
 

@@ -10,14 +10,14 @@ import pyarrow as pa
 import pytest
 from label_rows import make_rows, make_spec
 
-from schemas import shards
 from schemas.errors import AccountsError, DamagedError, RecordError, StoreError
 from schemas.keys import keys_to_sorted, unit_key
-from schemas.label_set import LabelSet, QuarantineRow
+from schemas.label_set import shards
+from schemas.label_set.label_set import LabelSet, QuarantineRow
+from schemas.label_set.roster import Accounts, close_roster, read_accounts, read_roster, write_part
 from schemas.record import LabelRows
-from schemas.roster import Accounts, close_roster, read_accounts, read_roster, write_part
 from schemas.spec import RecordSpec
-from schemas.view import View, build_view
+from schemas.views.view import View, build_view
 
 VOCAB = 60
 RECORD = RecordSpec(kind="topk", k=8)

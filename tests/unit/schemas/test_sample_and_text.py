@@ -10,13 +10,13 @@ from label_rows import make_rows, make_spec
 from tokenizers import Tokenizer
 
 from cluster.__main__ import main
-from schemas import shards
+from cluster.labels.show.token_text import TokenText
 from schemas.keys import unit_key
-from schemas.label_set import LabelSet
+from schemas.label_set import shards
+from schemas.label_set.label_set import LabelSet
+from schemas.maintenance.sample import distributions, labelled_positions, sample_groups
 from schemas.record import LabelRows
-from schemas.sample import distributions, labelled_positions, sample_groups
 from schemas.spec import RecordSpec
-from schemas.token_text import TokenText
 
 VOCAB = 60
 SPEC = make_spec(RecordSpec(kind="topk", k=8), VOCAB)

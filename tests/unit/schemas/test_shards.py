@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from label_rows import make_rows
 
-from schemas import shards
 from schemas.errors import DamagedError, MissingError, RecordError, StoreError, TutelageError
+from schemas.label_set import shards
+from schemas.label_set.shards import check_digest, read_row_group, read_shard, write_shard
 from schemas.record import LabelRows
-from schemas.shards import check_digest, read_row_group, read_shard, write_shard
 from schemas.spec import RecordSpec
-from schemas.storage import Store
+from schemas.storage.store import Store
 
 VOCAB = 60
 SPEC = RecordSpec(kind="topk", k=8, temperatures=(2.0,), teacher_context=True)

@@ -10,10 +10,10 @@ from typing import Any
 import fsspec
 import pytest
 
-from schemas import storage
 from schemas.errors import StoreError
-from schemas.patience import patience
-from schemas.storage import Store
+from schemas.storage import store as store_module
+from schemas.storage.retry import patience
+from schemas.storage.store import Store
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -140,7 +140,7 @@ def test_store_that_overwrites_is_found_out(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_driver_without_conditional_writes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "EXCLUSIVE_PROTOCOLS", frozenset({"s3"}))
+    monkeypatch.setattr(store_module, "EXCLUSIVE_PROTOCOLS", frozenset({"s3"}))
     with pytest.raises(StoreError, match="can be read from but not written to"):
         Store("memory://any").create_exclusive("x", b"")
 
@@ -148,13 +148,13 @@ def test_driver_without_conditional_writes_is_refused(monkeypatch: pytest.Monkey
 def test_answer_lost_by_a_network_file_system(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    link = storage.os.link
+    link = store_module.os.link
 
     def link_and_fail(source: Path, target: Path) -> None:
         link(source, target)
         raise FileExistsError(str(target))
 
-    monkeypatch.setattr(storage.os, "link", link_and_fail)
+    monkeypatch.setattr(store_module.os, "link", link_and_fail)
     assert Store(str(tmp_path)).create_exclusive("x", b"1")
 
 
@@ -164,7 +164,7 @@ def test_file_system_without_hard_links_is_named(
     def refuse(source: Path, target: Path) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(storage.os, "link", refuse)
+    monkeypatch.setattr(store_module.os, "link", refuse)
     with pytest.raises(StoreError, match="need a file system with hard links"):
         Store(str(tmp_path)).create_exclusive("x", b"1")
     assert list(tmp_path.iterdir()) == []

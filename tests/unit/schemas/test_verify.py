@@ -12,18 +12,18 @@ import pytest
 from label_rows import make_rows, make_spec
 
 from cluster.__main__ import main
-from schemas import shards
-from schemas.columns import arrow_schema
 from schemas.errors import StoreError
 from schemas.keys import unit_key
-from schemas.label_set import LabelSet, QuarantineRow
-from schemas.manifest import Manifest
+from schemas.label_set import shards
+from schemas.label_set.label_set import LabelSet, QuarantineRow
+from schemas.label_set.manifest import Manifest
+from schemas.label_set.shards import FINGERPRINT_KEY
+from schemas.label_set.tables import KEYS, read_table
+from schemas.maintenance.verify import Verified, verify
 from schemas.record import LabelRows
-from schemas.shards import FINGERPRINT_KEY
+from schemas.record.columns import arrow_schema
 from schemas.spec import RecordSpec
-from schemas.storage import Store
-from schemas.tables import KEYS, read_table
-from schemas.verify import Verified, verify
+from schemas.storage.store import Store
 
 VOCAB = 60
 SPEC = make_spec(RecordSpec(kind="threshold", tau=0.05, temperatures=(2.0,)), VOCAB)

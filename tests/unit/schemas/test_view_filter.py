@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 
 from schemas.errors import ConfigError
-from schemas.view_filter import names_in, parse_filter
+from schemas.views.where import names_in, parse_filter
 
 TABLE = pa.table(
     {

@@ -12,12 +12,12 @@ from label_rows import make_rows, make_spec
 from cluster.__main__ import main
 from schemas.errors import ConfigError, StoreError
 from schemas.keys import unit_key
-from schemas.label_set import LabelSet
-from schemas.roster import close_roster, write_part
+from schemas.label_set.label_set import LabelSet
+from schemas.label_set.roster import close_roster, write_part
+from schemas.label_set.tables import key_array
 from schemas.spec import RecordSpec
-from schemas.tables import key_array
-from schemas.view import View
-from schemas.view_make import Selection, make_views
+from schemas.views.select import Selection, make_views
+from schemas.views.view import View
 
 VOCAB = 60
 SPEC = make_spec(RecordSpec(kind="topk", k=8), VOCAB)
@@ -59,7 +59,7 @@ def no_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a shard was read")
 
-    monkeypatch.setattr("schemas.label_set.read_row_group", refuse)
+    monkeypatch.setattr("schemas.label_set.label_set.read_row_group", refuse)
 
 
 def one(tmp_path: Path, name: str, *sources: str, **fields: Any) -> View:

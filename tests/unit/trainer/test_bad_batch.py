@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-from trainer.bad_batch import BadBatch, BadRow, summary
-from trainer.guards import GRADIENT, LOSS, BadStep
+from trainer.engine.guards import GRADIENT, LOSS, BadStep
+from trainer.run.bad_batch import BadBatch, BadRow, summary
 
 
 def row(number: int, is_finite: bool | None) -> BadRow:

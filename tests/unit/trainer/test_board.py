@@ -7,8 +7,8 @@ import pytest
 import ray
 
 from schemas.errors import DamagedError, StudentError
-from trainer.board import Board, Progress, Watcher
-from trainer.launch import _start_board
+from trainer.run.launch import _start_board
+from trainer.tracking.board import Board, Progress, Watcher
 
 PROGRESS = Progress(
     step=120,

@@ -13,9 +13,10 @@ import torch.distributed as dist
 from training_runs import make_config
 
 from schemas.errors import StudentError, TutelageError
-from schemas.storage import Store
-from trainer import checkpoint_writer
-from trainer.checkpoint import (
+from schemas.storage.store import Store
+from trainer.checkpoints import writer as checkpoint_writer
+from trainer.checkpoints.restore import load_checkpoint
+from trainer.checkpoints.store import (
     CheckpointManifest,
     TrainProgress,
     checkpoint_at_hand,
@@ -23,9 +24,8 @@ from trainer.checkpoint import (
     list_checkpoints,
     read_manifest,
 )
-from trainer.checkpoint_load import load_checkpoint
-from trainer.checkpoint_writer import CheckpointWriter
-from trainer.plan import LoaderState
+from trainer.checkpoints.writer import CheckpointWriter
+from trainer.data.row_order import LoaderState
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import pytest
 
 from schemas.config import dump_toml, load_toml
 from schemas.errors import ConfigError
-from trainer.config import TrainConfig
+from trainer.config.train import TrainConfig
 
 MINIMAL = """
 run = "runs/x"

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from schemas.errors import ConfigError
-from trainer.config import TrainConfig
-from trainer.deepspeed_config import build_deepspeed_config
-from trainer.plan import num_micro_batches
+from trainer.config.train import TrainConfig
+from trainer.data.row_order import num_micro_batches
+from trainer.engine.deepspeed_config import build_deepspeed_config
 
 WORLD = 1
 
@@ -153,7 +153,7 @@ def test_native_optimizer_and_scheduler_are_checked(
 
 
 def test_only_what_deepspeed_converts_goes_on_with_other_workers() -> None:
-    from trainer.checkpoint_load import check_universal
+    from trainer.checkpoints.restore import check_universal
 
     check_universal("AdamW", saved_by=2)  # torch's own
     check_universal("adam", saved_by=2)

@@ -3,9 +3,9 @@
 import torch
 from test_fused_head import H, L, V, inputs
 
-from trainer.config import LossConfig
-from trainer.distillation_head import DistillationHead
-from trainer.fused_head import LogitTransform, fused_distillation_loss
+from trainer.config.train import LossConfig
+from trainer.head.distillation_head import DistillationHead
+from trainer.head.fused_head import LogitTransform, fused_distillation_loss
 
 
 def test_head_module_gives_logits_or_loss_and_shares_parameters():

@@ -7,10 +7,10 @@ import torch
 from schemas.errors import ConfigError
 from schemas.spec import RecordSpec
 from tests.distillation_oracle import dense_loss, drawn_targets, random_targets
-from trainer.config import LossConfig
-from trainer.divergences import DIVERGENCES, SMALLEST_MASS, Masses, terms
-from trainer.fused_head import fused_distillation_loss
-from trainer.loss_checks import check_loss, objective
+from trainer.config.train import LossConfig
+from trainer.head.fused_head import fused_distillation_loss
+from trainer.losses.compatibility import check_loss, objective
+from trainer.losses.divergences import DIVERGENCES, SMALLEST_MASS, Masses, terms
 
 T, V = 23, 40
 KINDS = tuple(DIVERGENCES)

@@ -10,12 +10,12 @@ from training_runs import make_config
 from schemas.errors import ConfigError, RecordError
 from schemas.record import LabelRows
 from schemas.spec import RecordSpec
-from trainer.config import LossConfig
-from trainer.export import model_card
-from trainer.fused_head import fused_distillation_loss
-from trainer.loss_checks import approximation, check_loss, objective
-from trainer.targets import SparseTargets, build_targets
-from trainer.teacher_weights import teacher_estimate, teacher_partition
+from trainer.config.train import LossConfig
+from trainer.engine.export import model_card
+from trainer.head.fused_head import fused_distillation_loss
+from trainer.losses.compatibility import approximation, check_loss, objective
+from trainer.losses.targets import SparseTargets, build_targets
+from trainer.losses.teacher_weights import teacher_estimate, teacher_partition
 
 THRESHOLD = RecordSpec(kind="threshold", tau=0.15, temperatures=(2.0,))
 SAMPLED = RecordSpec(kind="sampled", draws=8)

@@ -8,10 +8,10 @@ from training_runs import make_config, make_view
 
 from schemas.errors import ConfigError
 from schemas.spec import RecordSpec
-from trainer.config import EvalConfig
-from trainer.early_stop import EvalState
-from trainer.held_out import eval_loss, spread_rows
-from trainer.plan import epoch_steps, read_row_table
+from trainer.config.train import EvalConfig
+from trainer.data.row_order import epoch_steps, read_row_table
+from trainer.evaluation.held_out import eval_loss, spread_rows
+from trainer.progress import EvalState
 
 VOCABULARY = {f"t{i}": i for i in range(40)}
 

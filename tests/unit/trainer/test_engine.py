@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import nn
 from training_runs import make_config
 
-from trainer.config import TrainConfig
-from trainer.engine import build_engine, build_optimizer
+from trainer.config.train import TrainConfig
+from trainer.engine.deepspeed_engine import build_engine, build_optimizer
 
 
 # Of the module, not of a test: DeepSpeed keeps the first process group that it meets.

@@ -8,8 +8,8 @@ import torch
 from schemas.errors import ConfigError, VocabularyError
 from schemas.spec import RecordSpec
 from tests.distillation_oracle import dense_loss, drawn_targets, random_targets
-from trainer.config import LossConfig
-from trainer.fused_head import METRICS, LogitTransform, fused_distillation_loss
+from trainer.config.train import LossConfig
+from trainer.head.fused_head import METRICS, LogitTransform, fused_distillation_loss
 
 L, H, V, T = 29, 12, 40, 23
 DIVERGENCES = ("reverse_kl", "jsd", "skew_kl", "tvd")
@@ -292,7 +292,7 @@ def test_only_what_needs_a_gradient_gets_one():
 
 
 def test_no_gradient_work_without_need(monkeypatch):
-    import trainer.fused_head as module
+    import trainer.head.fused_head as module
 
     hidden, weight, _, targets = inputs(11, torch.float32)
     called = []

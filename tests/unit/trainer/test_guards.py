@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from trainer.config import GuardConfig
-from trainer.guards import FEWEST, LOSS, BadStep, Guard
+from trainer.config.train import GuardConfig
+from trainer.engine.guards import FEWEST, LOSS, BadStep, Guard
 
 
 def guard(spikes: str = "warn", recent: dict[str, list[float]] | None = None) -> Guard:

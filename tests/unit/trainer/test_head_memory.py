@@ -9,9 +9,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tests.distillation_oracle import random_targets
-from trainer.config import LossConfig
-from trainer.fused_head import LogitTransform, fused_distillation_loss
-from trainer.head_memory import CPU_BYTES, CPU_TOKENS, bytes_per_position, chunk_tokens
+from trainer.config.train import LossConfig
+from trainer.head.chunk_size import CPU_BYTES, CPU_TOKENS, bytes_per_position, chunk_tokens
+from trainer.head.fused_head import LogitTransform, fused_distillation_loss
 
 V, H, T = 3000, 16, 300
 BUDGETS = (1 << 20, 1 << 22)

@@ -12,13 +12,13 @@ import torch
 from training_runs import make_config, make_view
 
 from schemas.errors import DamagedError, StoreError
-from schemas.reduce import reduce_rows
-from schemas.rows import LabelRows
+from schemas.record.reduce import reduce_rows
+from schemas.record.rows import LabelRows
 from schemas.spec import RecordSpec
-from schemas.view import View, build_view
-from trainer.config import DataConfig, LossConfig, TrainConfig
-from trainer.loader import Loader, RowReader, StepBatch, lay_out, padded_length
-from trainer.plan import LoaderState, count_steps, epoch_steps, read_row_table
+from schemas.views.view import View, build_view
+from trainer.config.train import DataConfig, LossConfig, TrainConfig
+from trainer.data.loader import Loader, RowReader, StepBatch, lay_out, padded_length
+from trainer.data.row_order import LoaderState, count_steps, epoch_steps, read_row_table
 
 RECORD = RecordSpec(kind="topk", k=3, temperatures=(2.0,), entropy=False)
 VOCABULARY = {f"t{i}": i for i in range(40)}
@@ -221,7 +221,7 @@ def job_data() -> DataConfig:
 def test_freed_memory_stays_with_arrow_unless_told_otherwise():
     code = (
         "import pyarrow as pa\n"
-        "from trainer.loader import keep_freed_pages\n"
+        "from trainer.data.loader import keep_freed_pages\n"
         "keep_freed_pages()\n"
         "print(pa.default_memory_pool().backend_name)"
     )

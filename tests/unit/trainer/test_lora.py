@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from schemas.errors import StudentError
-from trainer.lora import base_digest, merged, scalings
-from trainer.student import StudentWithHead, build_student, hidden_states, output_logits
-from trainer.student_config import LoraConfig, StudentConfig
+from trainer.config.student import LoraConfig, StudentConfig
+from trainer.student.build import StudentWithHead, build_student, hidden_states, output_logits
+from trainer.student.lora import base_digest, merged, scalings
 
 TOKENS = torch.tensor([[5, 6, 7, 8, 9]])
 POSITIONS = torch.arange(5)[None]
@@ -69,7 +69,7 @@ def test_a_frozen_head_gets_no_gradient(tiny_model_dir: Path) -> None:
     import numpy as np
 
     from tests.distillation_oracle import random_targets
-    from trainer.config import LossConfig
+    from trainer.config.train import LossConfig
 
     whole = StudentWithHead(student(tiny_model_dir))
     targets = random_targets(np.random.default_rng(0), 3, 320, 5)

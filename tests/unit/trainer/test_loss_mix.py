@@ -7,9 +7,9 @@ import torch
 from schemas.errors import ConfigError
 from schemas.spec import RecordSpec
 from tests.distillation_oracle import dense_loss, drawn_targets, random_targets
-from trainer.config import LossConfig
-from trainer.fused_head import LogitTransform, fused_distillation_loss
-from trainer.loss_checks import approximation, check_loss
+from trainer.config.train import LossConfig
+from trainer.head.fused_head import LogitTransform, fused_distillation_loss
+from trainer.losses.compatibility import approximation, check_loss
 
 L, H, V, T, SEED = 14, 6, 30, 11, 40
 DRAWN = RecordSpec(kind="threshold", tau=0.06, temperatures=(2.0,))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.metrics import Calibration, Tally, kl_divergence
+from trainer.evaluation.metrics import Calibration, Tally, kl_divergence
 
 
 def softmax(x: np.ndarray) -> np.ndarray:

@@ -10,10 +10,17 @@ from training_runs import make_config, make_view
 from schemas.config import dump_toml, load_toml
 from schemas.errors import ConfigError
 from schemas.spec import RecordSpec
-from trainer.config import TrainConfig
-from trainer.loader import Loader
-from trainer.mixture import MixedView, open_view
-from trainer.plan import LoaderState, RowTable, epoch_steps, read_row_table, run_steps, view_rows
+from trainer.config.train import TrainConfig
+from trainer.data.loader import Loader
+from trainer.data.mixture import MixedView, open_view
+from trainer.data.row_order import (
+    LoaderState,
+    RowTable,
+    epoch_steps,
+    read_row_table,
+    run_steps,
+    view_rows,
+)
 
 RECORD = RecordSpec(kind="topk", k=3)
 VOCABULARY = {f"t{i}": i for i in range(40)}

@@ -9,7 +9,7 @@ import torch
 from training_runs import make_config
 
 from schemas.errors import ConfigError
-from trainer.schedule import LearningRate
+from trainer.engine.learning_rate import LearningRate
 
 NUM_STEPS, PEAK = 12, 0.3
 SCHEDULERS: list[dict[str, Any]] = [

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from trainer.packing import OPEN_PACKS, Packer
+from trainer.data.packing import OPEN_PACKS, Packer
 
 
 def pack(lengths: list[int], max_tokens: int) -> list[list[int]]:

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 
 from schemas.errors import ConfigError
-from trainer.config import DataConfig
-from trainer.plan import (
+from trainer.config.train import DataConfig
+from trainer.data.row_order import (
     CHUNKS_PER_LANE,
     LoaderState,
     RowTable,

@@ -8,9 +8,9 @@ import pytest
 from training_runs import losses, make_config
 
 from schemas.errors import ConfigError, DamagedError, StudentError
-from schemas.storage import Store
-from trainer.curve import Curve, Point
+from schemas.storage.store import Store
 from trainer.run_folder import RunFolder, TrainSummary, write_atomic
+from trainer.tracking.learning_curve import Curve, Point
 
 
 def summary(run: Path) -> TrainSummary:

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config import ScheduleConfig
-from trainer.schedule import lr_factor, num_warmup_steps
+from trainer.config.train import ScheduleConfig
+from trainer.engine.learning_rate import lr_factor, num_warmup_steps
 
 
 def factors(num_steps: int, **fields: object) -> list[float]:

@@ -9,10 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from schemas.errors import StudentError
 from tests.distillation_oracle import random_targets
-from trainer.config import LossConfig
-from trainer.distillation_head import DistillationHead
-from trainer.fused_head import fused_distillation_loss
-from trainer.student import (
+from trainer.config.student import StudentConfig
+from trainer.config.train import LossConfig
+from trainer.head.distillation_head import DistillationHead
+from trainer.head.fused_head import fused_distillation_loss
+from trainer.student.build import (
     StudentWithHead,
     build_student,
     check_student,
@@ -21,7 +22,6 @@ from trainer.student import (
     load_model,
     output_logits,
 )
-from trainer.student_config import StudentConfig
 
 SMALL = {
     "hidden_size": 32,

@@ -5,10 +5,10 @@ import torch
 from schemas.errors import ConfigError, RecordError
 from schemas.record import LabelRows
 from schemas.spec import RecordSpec
-from trainer.config import LossConfig
-from trainer.fused_head import fused_distillation_loss
-from trainer.targets import SparseTargets, build_targets
-from trainer.teacher_weights import TeacherPartition, teacher_partition
+from trainer.config.train import LossConfig
+from trainer.head.fused_head import fused_distillation_loss
+from trainer.losses.targets import SparseTargets, build_targets
+from trainer.losses.teacher_weights import TeacherPartition, teacher_partition
 
 EMPTY_KEYS = np.zeros((2, 16), np.uint8)
 

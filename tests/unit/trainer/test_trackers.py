@@ -7,8 +7,8 @@ import pytest
 from training_runs import make_config
 
 from schemas.errors import ConfigError
-from trainer.launch import run_train_job
-from trainer.trackers import Trackers, _run_id
+from trainer.run.launch import run_train_job
+from trainer.tracking.external import Trackers, _run_id
 
 
 @pytest.mark.parametrize(

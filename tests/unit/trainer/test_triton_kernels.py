@@ -16,8 +16,8 @@ import torch
 from schemas.errors import ConfigError
 from schemas.spec import RecordSpec
 from tests.distillation_oracle import dense_loss, drawn_targets, random_targets
-from trainer.config import LossConfig
-from trainer.fused_head import LogitTransform, fused_distillation_loss
+from trainer.config.train import LossConfig
+from trainer.head.fused_head import LogitTransform, fused_distillation_loss
 
 L, H, T, SEED = 14, 8, 9, 30
 VOCABULARIES = (40, 5000)
@@ -74,7 +74,7 @@ def check_against_the_oracle(loss: LossConfig, vocab_size: int) -> None:
 
 def check_extremes() -> None:
     """A row of one logit each way, rows at the ends of float32, and NaN, which must not be lost."""
-    from trainer.triton_softmax import TritonSoftmax
+    from trainer.head.triton_softmax import TritonSoftmax
 
     rows = torch.randn(6, 4100, generator=torch.Generator().manual_seed(SEED)) * 50
     rows[1] = torch.finfo(torch.float32).min  # what a row is whose every id is a cached one
@@ -129,7 +129,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from trainer import triton_softmax
+    from trainer.head import triton_softmax
 
     for kernel, third in ((triton_softmax._sums, "total"), (triton_softmax._times, "factor")):
         signature = dict.fromkeys(("logits", "peak", third), "*fp32")

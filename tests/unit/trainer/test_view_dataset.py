@@ -14,10 +14,10 @@ from training_runs import make_config, make_view
 import trainer
 from schemas.errors import ConfigError, VocabularyError
 from schemas.spec import RecordSpec
-from schemas.view import View
+from schemas.views.view import View
 from trainer import DataConfig, LossConfig, ViewDataset
-from trainer.loader import Loader, StepBatch
-from trainer.plan import LoaderState, count_steps, read_row_table
+from trainer.data.loader import Loader, StepBatch
+from trainer.data.row_order import LoaderState, count_steps, read_row_table
 
 RECORD = RecordSpec(kind="topk", k=3, temperatures=(2.0,), entropy=False)
 VOCABULARY = {f"t{i}": i for i in range(40)}
@@ -171,7 +171,7 @@ def test_what_does_not_fit_is_refused(view):
 
 def test_public_names_are_there_and_the_package_stays_light():
     code = (
-        "import sys, trainer, trainer.config\n"
+        "import sys, trainer, trainer.config.train\n"
         "heavy = {'torch', 'ray', 'vllm', 'transformers', 'deepspeed', 'pyarrow'}\n"
         "heavy &= set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"

@@ -3,7 +3,7 @@ import re
 import pytest
 
 from schemas.errors import VocabularyError
-from trainer.vocabulary import compare_vocabularies
+from trainer.student.vocabulary import compare_vocabularies
 
 LABELS = {f"token{i}": i for i in range(10)}
 

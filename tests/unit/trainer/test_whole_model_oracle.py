@@ -14,9 +14,9 @@ import torch
 
 from schemas.spec import RecordSpec
 from tests.distillation_oracle import dense_loss, drawn_targets, random_targets
-from trainer.config import LossConfig
-from trainer.fused_head import LogitTransform, fused_distillation_loss
-from trainer.targets import SparseTargets
+from trainer.config.train import LossConfig
+from trainer.head.fused_head import LogitTransform, fused_distillation_loss
+from trainer.losses.targets import SparseTargets
 
 L, H, V, T = 12, 6, 20, 9
 SEED = 20

@@ -1,0 +1,1 @@
+"""Labels in the layouts of other trainers: `tutelage labels export`."""

@@ -1,0 +1,198 @@
+"""Labels in the column layouts that two other trainers read from Parquet.
+
+Both layouts hold one teacher distribution for each input token, aligned with the student's output
+there: **row j is over token j + 1**. Ours is by target index t, so label t goes to row t - 1.
+
+axolotl (KD plugin, already tokenised data; one target row for each token, so the last one is
+padding)::
+
+    input_ids         list<int32> [L]
+    attention_mask    list<int8> [L]          all 1
+    labels            list<int32> [L]         the token where it is a target, else -100
+    target_token_ids  list<list<int32>> [L, K]
+    target_logprobs   list<list<float32>> [L, K]   nats, temperature 1, not renormalised
+    target_mask       list<list<int8>> [L, K] 0 in rows and slots without a teacher
+
+DistillKit (offline teacher, ``logprob_compressor`` with every value exact; as many rows as tokens,
+so the sequence goes without its last token, whose distribution is still there)::
+
+    input_ids            list<uint64> [L - 1]
+    compressed_logprobs  list<list<uint8>> [L - 1, 2 K]    little-endian float16
+    bytepacked_indices   list<list<uint8>> [L - 1, ceil(K b / 8)]   b = ceil(log2 V), high bit first
+    labels               list<int64> [L - 1]  the token where row j has a teacher, else -100; only
+                         where some row is labelled in part
+
+Neither layout has a place for draws and their weights, nor for the mass of the tail.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from schemas.errors import RecordError
+from schemas.record.rows import LabelRows, offsets_of, target_positions
+from schemas.spec import LabelSetSpec
+
+PADDING_LOGPROB = -1e9
+IGNORED = -100
+
+AXOLOTL = pa.schema(
+    [
+        ("row_key", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("attention_mask", pa.list_(pa.int8())),
+        ("labels", pa.list_(pa.int32())),
+        ("target_token_ids", pa.list_(pa.list_(pa.int32()))),
+        ("target_logprobs", pa.list_(pa.list_(pa.float32()))),
+        ("target_mask", pa.list_(pa.list_(pa.int8()))),
+    ]
+)
+DISTILLKIT = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.uint64())),
+        ("compressed_logprobs", pa.list_(pa.list_(pa.uint8()))),
+        ("bytepacked_indices", pa.list_(pa.list_(pa.uint8()))),
+        ("labels", pa.list_(pa.int64())),
+    ]
+)
+
+
+def check_exportable(spec: LabelSetSpec, layout: str) -> None:
+    """Shows that a label set can be said exactly in a layout.
+
+    Raises:
+        RecordError: it cannot; says why, and which label sets can.
+    """
+    record = spec.record
+    kinds = {"axolotl": ("topk", "topp"), "distillkit": ("topk",)}[layout]
+    if record.kind not in kinds:
+        why = {
+            "tokens": "it has no teacher's labels",
+            "topp": "its heads differ in length, and the layout has one K for all; padding them "
+            "would change the student's share of missing mass",
+        }.get(record.kind, "its draws carry weights, which a top-k layout has no place for")
+        raise RecordError(
+            f'a label set of kind "{record.kind}" cannot be written as {layout}: {why}; expected '
+            f"kind {' or '.join(kinds)}"
+        )
+    if record.teacher_context:
+        raise RecordError(
+            f"this label set has tokens that only the teacher saw, which {layout} has no place for"
+        )
+
+
+def axolotl_table(rows: LabelRows) -> pa.Table:
+    """Rows in the layout AXOLOTL."""
+    row, target = _places(rows)
+    teacher_row = rows.token_offsets[row] + target - 1  # in all tokens of the batch
+    num_tokens = rows.num_tokens
+    entries = np.diff(_have(rows.entry_offsets))
+    width = np.full(num_tokens, entries.min() if len(entries) else 1, np.int64)
+    width[teacher_row] = entries
+    slots = offsets_of(width)
+    ids = np.zeros(slots[-1], np.int32)
+    logprobs = np.full(slots[-1], PADDING_LOGPROB, np.float32)
+    mask = np.zeros(slots[-1], np.int8)
+    into = np.repeat(slots[teacher_row] - _have(rows.entry_offsets)[:-1], entries)
+    into += np.arange(len(into))
+    ids[into] = rows.entry_ids
+    logprobs[into] = _have(rows.entry_logprobs)
+    mask[into] = 1
+    labels = np.full(num_tokens, IGNORED, np.int32)
+    labels[teacher_row + 1] = rows.token_ids[teacher_row + 1]
+    outer = rows.token_offsets
+    columns = [
+        pa.array([key.tobytes().hex() for key in rows.row_key]),
+        _lists(outer, pa.array(rows.token_ids)),
+        _lists(outer, pa.array(np.ones(num_tokens, np.int8))),
+        _lists(outer, pa.array(labels)),
+        *(_lists(outer, _lists(slots, pa.array(values))) for values in (ids, logprobs, mask)),
+    ]
+    return pa.Table.from_arrays(columns, schema=AXOLOTL)
+
+
+def distillkit_table(rows: LabelRows, vocab_size: int) -> pa.Table:
+    """Rows in the layout DISTILLKIT; those of a single token have nothing to say and are left out.
+
+    Args:
+        rows: of kind ``topk``.
+        vocab_size: V, which the width of packed ids follows from.
+    """
+    row, target = _places(rows)
+    kept = np.diff(rows.token_offsets) - 1
+    outer = offsets_of(kept)
+    teacher_row = outer[row] + target - 1
+    k = int(_have(rows.head_len).max(initial=1))
+    ids = np.tile(np.arange(k, dtype=np.int64), (int(outer[-1]), 1))
+    logprobs = np.full((int(outer[-1]), k), np.log(1.0 / k), np.float16)
+    ids[teacher_row] = _have(rows.entry_ids).reshape(-1, k)
+    logprobs[teacher_row] = _have(rows.entry_logprobs).reshape(-1, k)
+    last = np.zeros(rows.num_tokens, bool)
+    last[rows.token_offsets[1:] - 1] = True
+    tokens = rows.token_ids[~last]
+    labels = np.full(len(tokens), IGNORED, np.int64)
+    labels[teacher_row] = tokens[teacher_row]
+    columns = [
+        _lists(outer, pa.array(tokens.astype(np.uint64))),
+        _lists(outer, _byte_lists(logprobs.astype("<f2").view(np.uint8))),
+        _lists(outer, _byte_lists(pack_ids(ids, index_bits(vocab_size)))),
+        _lists(outer, pa.array(labels)),
+    ]
+    table = pa.Table.from_arrays(columns, schema=DISTILLKIT)
+    return table.filter(pa.array(kept > 0))
+
+
+def index_bits(vocab_size: int) -> int:
+    """Bits of a packed id: the smallest b with 2^b >= V, at least 1."""
+    return max(1, int(vocab_size - 1).bit_length())
+
+
+def pack_ids(ids: npt.NDArray[np.int64], bits: int) -> npt.NDArray[np.uint8]:
+    """[N, K] ids to [N, ceil(K * bits / 8)] bytes, high bit first, zeros at the end of each row."""
+    spread = (ids[:, :, None] >> np.arange(bits - 1, -1, -1)) & 1
+    flat = spread.astype(np.uint8).reshape(len(ids), ids.shape[1] * bits)
+    return np.packbits(flat, axis=1)
+
+
+def compression_config(k: int, vocab_size: int) -> dict[str, Any]:
+    """DistillKit's ``teacher.logprob_compressor`` for these files: K values, each exact."""
+    return {
+        "d": vocab_size,
+        "k": k,
+        "exact_k": k,
+        "exact_dtype": "float16",
+        "polynomial_terms": None,
+        "term_dtype": "float32",
+        "residual_bins": [],
+        "delta_encoding": False,
+        "error_diffusion": False,
+        "normalize_t": False,
+    }
+
+
+def is_wholly_labelled(rows: LabelRows) -> bool:
+    """Whether every token but each row's first is a target."""
+    return bool((np.diff(rows.label_offsets) == np.diff(rows.token_offsets) - 1).all())
+
+
+def _places(rows: LabelRows) -> tuple[Any, Any]:
+    """Row, and target index in it, of each label: int64 [sum N]."""
+    targets, offsets = target_positions(rows.label_spans, rows.span_offsets)
+    row = np.repeat(np.arange(len(rows)), np.diff(offsets))
+    return row, targets
+
+
+def _lists(offsets: npt.NDArray[np.int64], values: pa.Array) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values)
+
+
+def _byte_lists(values: npt.NDArray[np.uint8]) -> pa.ListArray:
+    offsets = np.arange(len(values) + 1) * values.shape[1]
+    return _lists(offsets, pa.array(np.ascontiguousarray(values).reshape(-1)))
+
+
+def _have(values: Any) -> Any:
+    assert values is not None
+    return values

@@ -1,0 +1,33 @@
+"""Rows of a label set in the order of its index, each row key once, row group by row group."""
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+
+from schemas.errors import RecordError
+from schemas.label_set.label_set import LabelSet
+from schemas.label_set.shards import read_row_group
+from schemas.record.rows import LabelRows
+
+
+def rows_once(label_set: LabelSet) -> Iterator[LabelRows]:
+    """Yields the rows of each row group that has any; copies in later units are left out.
+
+    Raises:
+        DamagedError: a manifest, key file or shard is not what was written.
+    """
+    index = label_set.index()
+    if not len(index):
+        raise RecordError(f"{label_set.url}: holds no labelled row to export")
+    shards = index.column("shard").cast("string").to_pylist()
+    groups = index.column("row_group").to_numpy()
+    rows = index.column("row").to_numpy()
+    names = np.unique(shards, return_inverse=True)[1]
+    changes = (np.diff(names) != 0) | (np.diff(groups) != 0)
+    edges = [0, *(np.flatnonzero(changes) + 1).tolist(), len(index)]
+    for start, stop in itertools.pairwise(edges):
+        found = read_row_group(
+            label_set.store, shards[start], int(groups[start]), label_set.spec.record
+        )
+        yield found.take(rows[start:stop])

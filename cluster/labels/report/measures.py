@@ -1,0 +1,114 @@
+"""What a report shows beside the distributions: calibration, bytes by column, units over time."""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from schemas.label_set.label_set import LabelSet
+from schemas.label_set.manifest import MANIFESTS, Manifest
+from schemas.maintenance.sample import SampledGroup
+from schemas.record.rows import LabelRows, target_positions
+
+BINS = 15
+MAX_FOOTERS = 64
+"""Shards whose footers are read for bytes by column."""
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The teacher's most probable token against the token that stands there.
+
+    Attributes:
+        edges: float64 [BINS + 1], equal widths over confidence 0 to 1.
+        counts: int64 [BINS], labels in each bin.
+        confidence, accuracy: float64 [BINS], means of each bin; NaN where it is empty.
+        ece: expected calibration error, bins weighted by counts (Guo et al. 2017).
+    """
+
+    edges: Floats
+    counts: npt.NDArray[np.int64]
+    confidence: Floats
+    accuracy: Floats
+    ece: float
+
+
+def calibration(groups: list[SampledGroup]) -> Calibration | None:
+    """From the first entry of each head, which every kind but ``sampled`` and ``tokens`` has."""
+    parts = [found for group in groups if (found := _first_entries(group.rows)) is not None]
+    if not parts:
+        return None
+    confidence = np.concatenate([part[0] for part in parts])
+    hit = np.concatenate([part[1] for part in parts]).astype(np.float64)
+    if not len(confidence):
+        return None
+    edges = np.linspace(0.0, 1.0, BINS + 1)
+    into = np.clip(np.digitize(confidence, edges) - 1, 0, BINS - 1)
+    counts = np.bincount(into, minlength=BINS)
+    with np.errstate(invalid="ignore"):
+        mean_confidence = np.bincount(into, confidence, BINS) / counts
+        accuracy = np.bincount(into, hit, BINS) / counts
+    gaps = np.nan_to_num(np.abs(mean_confidence - accuracy))
+    ece = float((counts * gaps).sum() / counts.sum())
+    return Calibration(edges, counts, mean_confidence, accuracy, ece)
+
+
+def _first_entries(rows: LabelRows) -> tuple[Floats, npt.NDArray[np.bool_]] | None:
+    """Probability of the most probable id of each label, and whether it stands in the row."""
+    if rows.head_len is None or rows.entry_offsets is None:
+        return None
+    assert rows.entry_ids is not None
+    assert rows.entry_logprobs is not None
+    with_head = rows.head_len > 0
+    first = rows.entry_offsets[:-1][with_head]
+    targets, offsets = target_positions(rows.label_spans, rows.span_offsets)
+    tokens = rows.token_ids[targets + np.repeat(rows.token_offsets[:-1], np.diff(offsets))]
+    confidence = np.exp(rows.entry_logprobs[first].astype(np.float64))
+    return confidence, rows.entry_ids[first] == tokens[with_head]
+
+
+def bytes_by_column(label_set: LabelSet, seed: int) -> tuple[dict[str, float], int]:
+    """Compressed bytes a label of each column, the largest first, and how many shards were read."""
+    shards = [manifest for manifest in label_set.manifests() if manifest.shard]
+    order = np.random.default_rng(seed).permutation(len(shards))[:MAX_FOOTERS]
+    sizes: dict[str, int] = {}
+    labels = 0
+    for number in order:
+        labels += shards[number].num_labels
+        with label_set.store.open(shards[number].shard) as file:
+            meta = pq.ParquetFile(file).metadata
+        for group in range(meta.num_row_groups):
+            for index in range(meta.num_columns):
+                column = meta.row_group(group).column(index)
+                name = column.path_in_schema.split(".")[0]
+                sizes[name] = sizes.get(name, 0) + column.total_compressed_size
+    ranked = sorted(sizes.items(), key=lambda item: -item[1])
+    return {name: size / max(labels, 1) for name, size in ranked}, len(order)
+
+
+@dataclass(frozen=True)
+class UnitOverTime:
+    """One committed unit: when its manifest was written, and how fast it was labelled."""
+
+    committed: datetime
+    num_tokens: int
+    seconds: float
+
+
+def units_over_time(label_set: LabelSet, manifests: list[Manifest]) -> list[UnitOverTime]:
+    """The units whose provenance says how long they took, in the order of their commits."""
+    written = {file.rel: file.modified for file in label_set.store.walk(MANIFESTS)}
+    found = [
+        UnitOverTime(
+            written[f"{MANIFESTS}/{manifest.unit_key}.json"],
+            manifest.num_tokens,
+            float(manifest.provenance["seconds"]),
+        )
+        for manifest in manifests
+        if manifest.num_tokens and manifest.provenance.get("seconds")
+    ]
+    return sorted(found, key=lambda unit: unit.committed)

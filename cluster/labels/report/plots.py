@@ -1,0 +1,104 @@
+"""The plots of a report, each as SVG text."""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.labels.report.measures import Calibration, UnitOverTime
+
+_SIZE = (4.6, 2.9)
+_BLUE, _GREY = "#3565a8", "#999999"
+
+Values = npt.NDArray[np.float64]
+
+
+def histogram(values: Values, title: str, unit: str, log_x: bool = False) -> str:
+    """How often each value is there; over equal steps, or equal ratios with `log_x`."""
+
+    def draw(axes: Any) -> None:
+        bins: Any = 50
+        if log_x:
+            bins = np.geomspace(1, max(float(values.max()), 2.0), 50)
+            axes.set_xscale("log")
+        axes.hist(values, bins=bins, color=_BLUE, weights=np.full(len(values), 1 / len(values)))
+        axes.axvline(float(np.median(values)), color=_GREY, linestyle="--", linewidth=1)
+        axes.set_xlabel(unit)
+        axes.set_ylabel("share")
+
+    return _svg(title, draw)
+
+
+def calibration(found: Calibration) -> str:
+    """Accuracy against confidence; the area of a dot is the share of the labels in its bin."""
+
+    def draw(axes: Any) -> None:
+        share = found.counts / found.counts.sum()
+        axes.plot([0, 1], [0, 1], color=_GREY, linestyle="--", linewidth=1)
+        axes.plot(found.confidence, found.accuracy, color=_BLUE, linewidth=1)
+        axes.scatter(found.confidence, found.accuracy, s=10 + 400 * share, color=_BLUE, alpha=0.6)
+        axes.set_xlabel("the teacher's probability of its first choice")
+        axes.set_ylabel("how often it stands there")
+
+    return _svg(f"calibration of the teacher, ECE {100 * found.ece:.1f}%", draw)
+
+
+def bars(values: Mapping[str, float], title: str, unit: str) -> str:
+    """One bar each, the first on top."""
+
+    def draw(axes: Any) -> None:
+        names = list(values)[::-1]
+        shown = axes.barh(names, [values[name] for name in names], color=_BLUE)
+        axes.bar_label(shown, fmt="%.2f", fontsize=7, padding=2)
+        axes.margins(x=0.15)
+        axes.tick_params(axis="y", labelsize=7)
+        axes.set_xlabel(unit)
+
+    return _svg(title, draw)
+
+
+def throughput(units: Sequence[UnitOverTime]) -> str:
+    """Tokens a second of each unit by the time of its commit."""
+
+    def draw(axes: Any) -> None:
+        first = units[0].committed
+        minutes = [(unit.committed - first).total_seconds() / 60 for unit in units]
+        axes.plot(minutes, [u.num_tokens / u.seconds for u in units], ".", color=_BLUE)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("minutes since the first commit")
+        axes.set_ylabel("tokens a second, in its teacher")
+
+    return _svg("units over time", draw)
+
+
+def progress(units: Sequence[UnitOverTime]) -> str:
+    """Tokens committed so far."""
+
+    def draw(axes: Any) -> None:
+        first = units[0].committed
+        minutes = [(unit.committed - first).total_seconds() / 60 for unit in units]
+        axes.step(minutes, np.cumsum([u.num_tokens for u in units]), where="post", color=_BLUE)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("minutes since the first commit")
+        axes.set_ylabel("tokens committed")
+
+    return _svg("tokens over time", draw)
+
+
+def _svg(title: str, draw: Callable[[Any], None]) -> str:
+    """One pair of axes; text stays text, and the same values give the same bytes."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 8}):
+        figure = Figure(figsize=_SIZE, layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.set_title(title, fontsize=9)
+        axes.grid(alpha=0.25)
+        target = io.StringIO()
+        figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
+    text = target.getvalue()
+    return text[text.index("<svg") :]

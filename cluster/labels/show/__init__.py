@@ -1,0 +1,1 @@
+"""Labels as text on a terminal: `tutelage labels show`."""

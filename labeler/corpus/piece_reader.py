@@ -1,0 +1,195 @@
+"""The work of one tokenising task: a piece of the corpus becomes the requests that are still
+missing.
+
+Every row that is read ends in the roster part of its piece, whatever becomes of it. Rows that are
+no documents are quarantined at once, as a unit of their own: no teacher has to see them.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from labeler.config import CorpusConfig
+from labeler.corpus.documents import Document, Rejection, TextRows
+from labeler.corpus.listing import Piece
+from labeler.corpus.readers import SourceRow, read_piece
+from labeler.corpus.requests import NOT_GENERATED, Request, label_request, sample_requests
+from labeler.corpus.windows import cut_windows
+from schemas.keys import Keys, SortedKeys, contains, place_key, stack_keys
+from schemas.label_set.label_set import QuarantineRow
+from schemas.label_set.tables import first_occurrences
+from schemas.spec import GenerationSpec, TextSpec
+
+CHUNK_ROWS = 256
+"""Rows tokenised together."""
+
+DETAIL_CHARACTERS = 300
+"""What is kept of the detail of a bad row, which may quote it."""
+
+Claim = Callable[[Keys], npt.NDArray[np.bool_]]
+
+
+@dataclass(frozen=True)
+class FrozenKeys:
+    """What the label set had when the run began; decisions do not change while it runs."""
+
+    committed: SortedKeys
+    quarantined: SortedKeys
+    retry_quarantined: bool
+
+    def missing(self, keys: Keys) -> npt.NDArray[np.bool_]:
+        """bool [R]: which of ``keys``, uint8 [R, 16], this run has to label."""
+        missing = ~contains(self.committed, keys)
+        if not self.retry_quarantined:
+            missing &= ~contains(self.quarantined, keys)
+        return missing
+
+
+@dataclass(frozen=True)
+class RosterRow:
+    """One row that was read; ``columns`` is JSON of the kept source columns."""
+
+    row_key: bytes
+    source: str
+    place: int
+    window: int
+    sample: int
+    columns: str
+
+
+@dataclass
+class PieceResult:
+    """What is known when a piece was read to its end."""
+
+    roster: list[RosterRow] = field(default_factory=list)
+    quarantined: list[QuarantineRow] = field(default_factory=list)
+    rows_sent: int = 0
+
+    def roster_part(self) -> pa.Table:
+        """What was read, as the store wants it."""
+        names = [item.name for item in fields(RosterRow)]
+        return pa.table({name: [getattr(row, name) for row in self.roster] for name in names})
+
+    def newly_quarantined(self, frozen: FrozenKeys) -> list[QuarantineRow]:
+        """The quarantined rows that no earlier run has put there, each once."""
+        rows = {row.row_key: row for row in self.quarantined}
+        if not rows:
+            return []
+        known = contains(frozen.quarantined, stack_keys(list(rows)))
+        return [row for row, old in zip(rows.values(), known, strict=True) if not old]
+
+
+class PieceReader:
+    """Reads pieces of one corpus; made once in a process."""
+
+    def __init__(
+        self,
+        corpus: CorpusConfig,
+        text: TextSpec,
+        generation: GenerationSpec | None,
+        rows: TextRows,
+    ) -> None:
+        self._corpus = corpus
+        self._text = text
+        self._generation = generation
+        self._rows = rows
+
+    def requests(
+        self, piece: Piece, frozen: FrozenKeys, claim: Claim, result: PieceResult
+    ) -> Iterator[list[Request]]:
+        """Yields the requests that have to be labelled, and fills in ``result`` on the way.
+
+        Args:
+            piece: What to read.
+            frozen: What is labelled already.
+            claim: Says for keys, each once, whether this piece is the one to label them.
+            result: Complete when the iteration is.
+
+        Raises:
+            CorpusError: A file cannot be read any further.
+        """
+        seen: set[bytes] = set()
+        for chunk in _chunks(read_piece(piece, self._corpus)):
+            requests = self._requests_of(chunk, result)
+            if not requests:
+                continue
+            wanted = _wanted(requests, frozen, seen)
+            if wanted:
+                claimed = claim(stack_keys([request.row_key for request in wanted]))
+                wanted = [request for request, mine in zip(wanted, claimed, strict=True) if mine]
+            result.rows_sent += len(wanted)
+            if wanted:
+                yield wanted
+
+    def _requests_of(self, chunk: Sequence[SourceRow], result: PieceResult) -> list[Request]:
+        requests = []
+        for row, document in zip(chunk, self._rows.documents(chunk), strict=True):
+            columns = self._kept(row)
+            made = document if isinstance(document, Rejection) else self._cut(document, row)
+            if isinstance(made, Rejection):
+                key = place_key(row.source, row.place, 0)
+                detail = _printable(made.detail)
+                result.quarantined.append(
+                    QuarantineRow(key, row.source, row.place, 0, made.reason, detail)
+                )
+                roster = [RosterRow(key, row.source, row.place, 0, NOT_GENERATED, columns)]
+            else:
+                requests += made
+                roster = [
+                    RosterRow(r.row_key, r.source, r.place, r.window, r.sample, columns)
+                    for r in made
+                ]
+            result.roster += roster
+        return requests
+
+    def _cut(self, document: Document, row: SourceRow) -> list[Request] | Rejection:
+        ids, spans = document.token_ids, document.spans
+        longest = self._text.max_tokens
+        if self._generation is not None:
+            longest -= self._generation.max_tokens
+        if len(ids) > longest and (self._generation is not None or not self._text.split_long):
+            return Rejection("too_long", f"{len(ids)} tokens; at most {longest} fit")
+        if self._generation is not None:
+            return sample_requests(ids, self._generation, row.source, row.place)
+        return [
+            label_request(ids[w.start : w.end], w.spans, row.source, row.place, w.index)
+            for w in cut_windows(len(ids), spans, self._text.max_tokens, self._text.overlap)
+        ]
+
+    def _kept(self, row: SourceRow) -> str:
+        kept = {name: row.values.get(name) for name in self._corpus.keep_columns}
+        return json.dumps(kept, default=_plain) if kept else ""
+
+
+def _chunks(rows: Iterable[SourceRow]) -> Iterator[list[SourceRow]]:
+    iterator = iter(rows)
+    while chunk := list(islice(iterator, CHUNK_ROWS)):
+        yield chunk
+
+
+def _printable(detail: str) -> str:
+    """A detail that can be stored: not too long, and without halves of surrogate pairs."""
+    return detail[:DETAIL_CHARACTERS].encode(errors="backslashreplace").decode()
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value for what JSON cannot say: arrays as lists, dates and the rest as text."""
+    return value.tolist() if isinstance(value, np.ndarray) else str(value)
+
+
+def _wanted(requests: list[Request], frozen: FrozenKeys, seen: set[bytes]) -> list[Request]:
+    """The requests that are missing and stand for the first time in their piece."""
+    keys = stack_keys([request.row_key for request in requests])
+    wanted = []
+    for index in np.flatnonzero(frozen.missing(keys) & first_occurrences(keys)):
+        request = requests[index]
+        if request.row_key not in seen:
+            seen.add(request.row_key)
+            wanted.append(request)
+    return wanted

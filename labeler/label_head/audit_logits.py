@@ -1,0 +1,33 @@
+"""The full distribution of a few positions, in float64, next to the labels made of it.
+
+Worked out where the logits are, in another way than the labels themselves: no selection by blocks,
+no fixed point, no shared buffer, twice the precision. What comes of it is compared on the host with
+the labels as they are stored, after rounding; see ``labeler.quality.fidelity``.
+"""
+
+import torch
+
+
+def audit_logits(
+    logits: torch.Tensor, entry_ids: torch.Tensor, head_len: torch.Tensor
+) -> torch.Tensor:
+    """The full distribution at A positions, next to what their labels keep.
+
+    Args:
+        logits: floating [A, V], as ``label_logits`` gets them.
+        entry_ids: integer [A, K].
+        head_len: integer [A].
+
+    Returns:
+        float32 [A, K + 2]: the columns of ``labeler.teachers.audits.Audit`` but the first.
+    """
+    logprobs = torch.log_softmax(logits.double(), dim=-1)
+    ids = entry_ids.long()
+    in_head = torch.arange(ids.shape[1], device=ids.device) < head_len[:, None]
+    outside = logprobs.exp()
+    rows, slots = in_head.nonzero(as_tuple=True)
+    outside[rows, ids[rows, slots]] = 0.0
+    most = min(ids.shape[1], logits.shape[1])
+    best = logprobs.topk(most, dim=-1).values.exp() * in_head[:, :most]
+    columns = [logprobs.gather(1, ids), outside.sum(1, keepdim=True), best.sum(1, keepdim=True)]
+    return torch.cat(columns, dim=1).float()

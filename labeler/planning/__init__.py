@@ -1,0 +1,5 @@
+"""What a labelling job would cost: `tutelage label --plan`.
+
+Samples the corpus, calibrates the teacher on a few units and states ranges. Writes nothing that a
+job reads.
+"""

@@ -1,0 +1,4 @@
+"""Checks that labels pass before they are published: fidelity per unit, parity once a set.
+
+Measures and refuses; never changes a label.
+"""

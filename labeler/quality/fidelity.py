@@ -1,0 +1,146 @@
+"""How much of the teacher's distribution the stored labels have lost.
+
+Measured as the forward KL from the teacher to what a trainer reads back, on the partition of the
+vocabulary that a record stores: each exact entry by itself, everything else in one bucket. (On the
+full vocabulary it would be infinite for every sparse record.)
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from labeler.teachers.protocol import RowLabels
+from schemas.label_set.manifest import Fidelity
+from schemas.record import LabelRows
+from schemas.spec import RecordSpec
+
+# A bucket is never emptier than this: of a head that is the whole vocabulary, the teacher's own
+# bucket is what rounding leaves, and the other side's may be nothing.
+_NO_MASS = 1e-12
+
+Float64s = npt.NDArray[np.float64]
+
+
+def measure(labels: Sequence[RowLabels], stored: LabelRows, record: RecordSpec) -> Fidelity | None:
+    """Compares the audited labels of a unit, as they are stored, with the full distribution.
+
+    Args:
+        labels: one a row, with their audits.
+        stored: the same rows in the stored form, rounded.
+        record: of both.
+
+    Returns:
+        None where no label was audited.
+    """
+    places = [
+        stored.label_offsets[row] + one.audit.labels
+        for row, one in enumerate(labels)
+        if one.audit is not None
+    ]
+    audits = [one.audit for one in labels if one.audit is not None]
+    if not audits or not sum(map(len, places)):
+        return None
+    at = np.concatenate(places)
+    true = np.concatenate([audit.logprobs for audit in audits])
+    assert stored.entry_offsets is not None
+    assert stored.entry_logprobs is not None
+    assert stored.head_len is not None
+    assert stored.tail_logmass is not None
+    slots = np.arange(true.shape[1])
+    starts, ends = stored.entry_offsets[at], stored.entry_offsets[at + 1]
+    last = len(stored.entry_logprobs) - 1
+    kept = stored.entry_logprobs[np.minimum(starts[:, None] + slots, last)]
+    lengths = stored.head_len[at] if record.kind != "sampled" else ends - starts
+    tail = np.concatenate([audit.tail for audit in audits]).astype(np.float64)
+    kl = kl_of_partition(
+        true, tail, kept, stored.tail_logmass[at], slots < lengths[:, None], record
+    )
+    best = np.concatenate([audit.best for audit in audits])
+    return Fidelity(
+        labels=len(at),
+        mean_kl=float(kl.mean()),
+        max_kl=float(kl.max()),
+        covered_mass=float((1.0 - tail).mean()),
+        missed_mass=float((best - (1.0 - tail)).max()),
+    )
+
+
+def partition_kl(labels: Sequence[RowLabels], stored: LabelRows, record: RecordSpec) -> Float64s:
+    """What rounding alone costs: labels before it against the rows assembled from them.
+
+    Args:
+        labels: one a row, as the teacher gave them.
+        stored: the same rows in the stored form.
+        record: of both.
+
+    Returns:
+        float64 [sum N], nats a label.
+    """
+    lengths = np.concatenate([row.head_len.astype(np.int64) + row.tail_len for row in labels])
+    width = max(row.entry_ids.shape[1] for row in labels)
+    true = np.concatenate([_wide(row.entry_logprobs, width) for row in labels])
+    used = np.arange(width) < lengths[:, None]
+    assert stored.entry_logprobs is not None
+    assert stored.tail_logmass is not None
+    kept = np.zeros(true.shape)
+    kept[used] = stored.entry_logprobs
+    tail = np.concatenate([row.tail_logmass for row in labels])
+    if record.kind != "sampled":
+        heads = np.concatenate([row.head_len for row in labels])
+        used = np.arange(width) < heads[:, None]
+    return kl_of_partition(
+        true, np.exp(tail.astype(np.float64)), kept, stored.tail_logmass, used, record
+    )
+
+
+def kl_of_partition(
+    true_logprobs: npt.NDArray[np.floating],
+    true_tail: Float64s,
+    stored_logprobs: npt.NDArray[np.floating],
+    stored_tail_logmass: npt.NDArray[np.floating],
+    used: npt.NDArray[np.bool_],
+    record: RecordSpec,
+) -> Float64s:
+    """KL(teacher, stored) on entries and bucket, the stored side read as a trainer reads it.
+
+    Heads are rescaled to 1 - exp(tail_logmass). Draws of kind ``sampled`` have no stored mass of
+    their own; they are compared at the teacher's.
+
+    Args:
+        true_logprobs: [A, K], of the teacher at the entries.
+        true_tail: [A], its probability outside the head; unused for kind ``sampled``.
+        stored_logprobs: [A, K].
+        stored_tail_logmass: [A].
+        used: [A, K], which slots are entries of the partition.
+        record: says which kind.
+
+    Returns:
+        float64 [A], nats.
+    """
+    true = np.where(used, true_logprobs.astype(np.float64), -np.inf)
+    kept = np.where(used, stored_logprobs.astype(np.float64), -np.inf)
+    weights, kept_weights = np.exp(true), np.exp(kept)
+    if record.kind == "sampled":
+        true_tail = np.maximum(1.0 - weights.sum(1), 0.0)
+        kept_tail = true_tail
+    else:
+        kept_tail = np.exp(stored_tail_logmass.astype(np.float64))
+    kept = kept + np.log((1.0 - kept_tail) / kept_weights.sum(1))[:, None]
+    ratio = np.zeros(true.shape)
+    np.subtract(true, kept, out=ratio, where=weights > 0)
+    bucket = np.zeros(len(true))
+    some = true_tail > 0
+    floor = np.maximum(kept_tail, _NO_MASS)
+    bucket[some] = true_tail[some] * np.log(true_tail[some] / floor[some])
+    result: Float64s = (weights * ratio).sum(1) + bucket
+    return result
+
+
+def _wide(values: npt.NDArray[np.float32], width: int) -> npt.NDArray[np.float32]:
+    """The same rows with zeros at their ends, to a common width."""
+    if values.shape[1] == width:
+        return values
+    padded = np.zeros((len(values), width), np.float32)
+    padded[:, : values.shape[1]] = values
+    return padded

@@ -1,0 +1,132 @@
+"""The parity gate: once per label set, a second implementation of the teacher scores a few rows.
+
+An engine can be wrong in ways that look like labels: a kernel, a quantisation, a RoPE setting that
+it reads in another way. Rows of the set's first unit are scored again by transformers; where the
+two disagree by more than a bound, nothing is published. What was found stays in ``parity.json``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from labeler.config import GatesConfig
+from labeler.corpus.requests import Request
+from labeler.corpus.windows import clip_spans
+from labeler.quality.fidelity import kl_of_partition
+from labeler.teachers.protocol import RowLabels
+from labeler.teachers.request_checks import span_targets
+from schemas.errors import TeacherError
+from schemas.label_set.parity_result import PARITY_FILE, Parity
+from schemas.spec import LabelSetSpec
+from schemas.storage.store import Store
+
+_MAX_KL = {"float32": 1e-4}
+_MAX_KL_HALF = 1e-2
+
+# Of less probable entries the log-probabilities may differ by much that nobody will notice.
+_PROBABLE = 1e-3
+
+
+class Reference(Protocol):
+    """A second implementation of the teacher."""
+
+    name: str
+
+    def logprobs(
+        self,
+        token_ids: Sequence[np.ndarray],
+        label_spans: Sequence[np.ndarray],
+        entry_ids: Sequence[np.ndarray],
+    ) -> list[np.ndarray]:
+        """Log-probabilities, float64 [N, K] a row, of given ids [N, K] at each target; NaN where
+        it cannot tell."""
+
+
+def check_parity(
+    store: Store,
+    spec: LabelSetSpec,
+    gates: GatesConfig,
+    reference: Reference,
+    requests: Sequence[Request],
+    labels: Sequence[RowLabels],
+) -> Parity:
+    """Compares the labels of a few rows with a reference, and notes that they agree.
+
+    Args:
+        store: of the label set.
+        spec: of the label set.
+        gates: how many rows and labels, and the bound.
+        reference: scores the same rows.
+        requests, labels: of one unit; at least one.
+
+    Raises:
+        TeacherError: the two differ by more than the bound; nothing is noted then.
+    """
+    some = [
+        _first_labels(request, row, gates.parity_tokens)
+        for request, row in list(zip(requests, labels, strict=True))[: gates.parity_rows]
+    ]
+    scored = reference.logprobs(
+        [request.token_ids for request, _ in some],
+        [request.label_spans for request, _ in some],
+        [row.entry_ids for _, row in some],
+    )
+    kl, differences = [], []
+    for (_, row), true in zip(some, scored, strict=True):
+        row_kl, difference = _compare(row, true, spec)
+        kl.append(row_kl)
+        differences.append(difference)
+    bound = gates.max_parity_kl or _MAX_KL.get(spec.teacher.dtype, _MAX_KL_HALF)
+    found = Parity(
+        reference=reference.name,
+        rows=len(some),
+        labels=sum(map(len, kl)),
+        mean_kl=float(np.concatenate(kl).mean()),
+        max_kl=float(np.concatenate(kl).max()),
+        max_logprob_difference=max(differences),
+        bound=bound,
+    )
+    if not found.mean_kl <= bound:
+        raise TeacherError(
+            f"the teacher's labels are not those of {reference.name}: KL {found.mean_kl:.2e} nats "
+            f"a label on {found.labels} labels of {found.rows} rows, log-probabilities differ by "
+            f"up to {found.max_logprob_difference:.2g}; at most {bound:.0e} is allowed "
+            "(gates.max_parity_kl). Nothing was published; compare the engine's options with the "
+            "model's configuration, or allow more if the difference is meant"
+        )
+    store.create_exclusive(PARITY_FILE, found.model_dump_json(indent=1).encode())
+    return found
+
+
+def _first_labels(request: Request, row: RowLabels, most: int) -> tuple[Request, RowLabels]:
+    """The row up to its label number `most`, and the labels until there."""
+    if row.num_labels <= most:
+        return request, row
+    end = int(span_targets(request.label_spans)[most - 1]) + 1
+    short = replace(
+        request,
+        token_ids=request.token_ids[:end],
+        label_spans=clip_spans(request.label_spans, 0, end),
+    )
+    arrays: dict[str, Any] = {
+        name: value[:most] for name, value in vars(row).items() if isinstance(value, np.ndarray)
+    }
+    return short, replace(row, **arrays)
+
+
+def _compare(row: RowLabels, true: np.ndarray, spec: LabelSetSpec) -> tuple[np.ndarray, float]:
+    """KL(reference, teacher) [N] and the largest difference of probable entries, in nats."""
+    record = spec.record
+    lengths = row.head_len if record.kind != "sampled" else row.tail_len
+    used = (np.arange(true.shape[1]) < lengths[:, None]) & ~np.isnan(true)
+    weights = np.where(used, np.exp(true), 0.0)
+    tail = np.maximum(1.0 - weights.sum(1), 0.0)
+    mine = np.where(used, np.exp(row.entry_logprobs.astype(np.float64)), 0.0)
+    with np.errstate(divide="ignore"):
+        own_tail = np.log(np.maximum(1.0 - mine.sum(1), 0.0))
+    kl = kl_of_partition(true, tail, row.entry_logprobs, own_tail, used, record)
+    probable = used & (weights > _PROBABLE)
+    difference = np.abs(true - row.entry_logprobs)[probable]
+    return kl, float(difference.max(initial=0.0))

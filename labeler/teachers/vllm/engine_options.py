@@ -1,0 +1,95 @@
+"""What a vLLM engine is started with."""
+
+import os
+from typing import Any
+
+from labeler.config import TeacherConfig
+from labeler.teacher_model.identity import model_folder, resolve_dtype, resolve_head_dtype
+from labeler.teachers.topk_candidates import beyond_candidates
+from labeler.teachers.vllm.label_requests import EXTENSION
+from schemas.errors import TeacherError
+from schemas.spec import RecordSpec
+
+# Why teacher.engine may not say these.
+_NOT_OPTIONS = {
+    "model": "use teacher.model",
+    "tokenizer": "use teacher.tokenizer",
+    "dtype": "use teacher.dtype",
+    "max_model_len": "use teacher.max_model_len",
+    "tensor_parallel_size": "use teacher.tensor_parallel_size",
+    "pipeline_parallel_size": "use teacher.pipeline_parallel_size",
+    "skip_tokenizer_init": "rows arrive as token ids",
+    "worker_extension_cls": "the label head is one",
+    "logprobs_mode": "labels are of the raw distribution",
+}
+
+# What vLLM allows where nobody asks for more.
+STOCK_CANDIDATES = 20
+
+# What the key-value cache of a CPU engine may take, unless teacher.engine says.
+_CPU_KV_CACHE_BYTES = 2 * 2**30
+
+
+def prepare_environment() -> None:
+    """What vLLM reads when it is imported. A value that the user has set stays."""
+    import torch
+
+    # The label head replaces a step of the V1 model runner; GPUs would get V2 by default.
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if not torch.cuda.is_available():
+        # In a process of its own the engine competes with this one for the same cores.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+def engine_options(config: TeacherConfig, context: int, record: RecordSpec) -> dict[str, Any]:
+    """The arguments of ``vllm.LLM``.
+
+    Args:
+        config: of the teacher.
+        context: tokens of the longest row.
+        record: what is kept, for which vLLM's own path may need more candidates.
+
+    Raises:
+        TeacherError: ``teacher.engine`` has what another key says.
+    """
+    for name in config.engine:
+        if name in _NOT_OPTIONS:
+            raise TeacherError(f"teacher.engine.{name} cannot be set: {_NOT_OPTIONS[name]}")
+    return {
+        **_machine_options(),
+        **_candidate_options(record),
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        **config.engine,
+        "model": str(model_folder(config)),
+        "skip_tokenizer_init": True,
+        "dtype": resolve_dtype(config),
+        "max_model_len": context,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "pipeline_parallel_size": config.pipeline_parallel_size,
+        "hf_overrides": _overrides(config),
+        "worker_extension_cls": EXTENSION,
+    }
+
+
+def _machine_options() -> dict[str, Any]:
+    import torch
+
+    if torch.cuda.is_available():
+        return {}
+    return {"enforce_eager": True, "kv_cache_memory_bytes": _CPU_KV_CACHE_BYTES}
+
+
+def _candidate_options(record: RecordSpec) -> dict[str, Any]:
+    """Lets vLLM's own path tell as many candidates as the record wants."""
+    beyond = beyond_candidates(record)
+    return {} if beyond or record.k <= STOCK_CANDIDATES else {"max_logprobs": record.k}
+
+
+def _overrides(config: TeacherConfig) -> dict[str, Any]:
+    overrides = dict(config.engine.get("hf_overrides", {}))
+    if resolve_head_dtype(config) != resolve_dtype(config):
+        overrides["head_dtype"] = resolve_head_dtype(config)
+    return overrides

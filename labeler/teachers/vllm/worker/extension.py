@@ -1,0 +1,25 @@
+"""What vLLM mixes into its worker class: one remote call that installs the label head."""
+
+from typing import Any
+
+from labeler.teachers.vllm.worker import runner_v1, runner_v2
+from schemas.spec import RecordSpec
+
+
+class LabelHeadExtension:
+    """Mixed into vLLM's worker class; its attributes come from there."""
+
+    model_runner: Any
+
+    def install_tutelage_label_head(self, record_json: str) -> tuple[str, str]:
+        """Replaces the runner's prompt-logprobs step.
+
+        Returns:
+            The runner's class, and what about it is not as expected; the step is replaced only
+            where there is nothing. A text, because exceptions lose their class on the way home.
+        """
+        runner = self.model_runner
+        record = RecordSpec.model_validate_json(record_json)
+        if hasattr(runner, "prompt_logprobs_worker"):
+            return f"{type(runner).__name__} (V2)", runner_v2.install_into(runner, record)
+        return type(runner).__name__, runner_v1.install_into(runner, record)

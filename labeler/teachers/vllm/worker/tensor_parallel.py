@@ -1,0 +1,180 @@
+"""Labels under tensor parallelism, where each worker has the logits of a part of the vocabulary.
+
+Gathered, every worker would get all logits of all positions, and make the same labels of them.
+Here, each gets the whole vocabulary for its share of the positions: with G workers, a G-th of what
+would be sent, held and worked on. It labels these with the arithmetic that one worker alone would
+use, so every record can be had and labels are the same; and only labels are gathered.
+"""
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from labeler.label_head.audit_logits import audit_logits
+from labeler.label_head.position_labels import PositionLabels, label_logits
+from labeler.label_head.thread_pool import SliceWorkers
+from labeler.teachers.vllm.packed_labels import Packed, pack
+from schemas.spec import RecordSpec
+
+# All that compute_logits may do, without its blanks, so that it can be done to a shard.
+_PLAIN = re.compile(
+    r"\)->torch\.Tensor(?:\|None)?:logits=self\.logits_processor"
+    r"\(self\.([a-z_.]+),hidden_states\)returnlogits$"
+)
+
+
+@dataclass(frozen=True)
+class VocabularyShards:
+    """A model's logits, in parts of the vocabulary.
+
+    Attributes:
+        shard_of: this worker's part of the logits of hidden states [T, H].
+        group: the ``torch.distributed`` group of the workers.
+    """
+
+    shard_of: Callable[[torch.Tensor], torch.Tensor]
+    group: Any
+
+
+def label_shards(
+    shard: torch.Tensor,
+    target_ids: torch.Tensor,
+    uniforms: np.ndarray | None,
+    audited: np.ndarray,
+    record: RecordSpec,
+    vocab_size: int,
+    group: Any,
+    workers: SliceWorkers,
+) -> tuple[Packed, torch.Tensor | None]:
+    """Labels T positions together with the other workers of a group; every worker calls it.
+
+    Args:
+        shard: floating [T, V / G or a little more], this worker's logits; shards in the order of
+            ranks are the vocabulary and, behind it, padding.
+        target_ids: integer [T], the same in each worker, like everything below.
+        uniforms: float64 [T, numbers of a position], or None for kinds without draws.
+        audited: bool [T], which positions are audited.
+        record: what is kept.
+        vocab_size: V.
+        group: a ``torch.distributed`` group of G workers.
+        workers: the threads of this one.
+
+    Returns:
+        The labels of all T positions and the audits of all that are audited, in order; None where
+        none is.
+    """
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    logits = whole_rows(shard, ranks, group)[:, :vocab_size]
+    bounds = share_bounds(len(shard), ranks)
+    mine = slice(int(bounds[rank]), int(bounds[rank + 1]))
+    logits = logits[: mine.stop - mine.start]
+    labels = label_logits(
+        logits,
+        target_ids[mine],
+        record,
+        None if uniforms is None else uniforms[mine],
+        workers,
+    )
+    lengths = np.diff(bounds).tolist()
+    packed = Packed(*(_gathered(column, lengths, group) for column in pack(labels)))
+    if not audited.any():
+        return packed, None
+    at = torch.from_numpy(np.flatnonzero(audited[mine])).to(logits.device)
+    audits = audits_of(logits, labels, at, workers)
+    counts = [int(audited[start:end].sum()) for start, end in pairwise(bounds)]
+    return packed, _gathered(audits, counts, group)
+
+
+def audits_of(
+    logits: torch.Tensor, labels: PositionLabels, at: torch.Tensor, workers: SliceWorkers
+) -> torch.Tensor:
+    """Audits of some rows of logits, in order; see ``audit_logits``.
+
+    Args:
+        logits: [T, V].
+        labels: of these.
+        at: int64 [A], which rows.
+        workers: share the work on a CPU.
+    """
+
+    def audit(part: slice, _: object) -> torch.Tensor:
+        rows = at[part]
+        return audit_logits(logits[rows], labels.entry_ids[rows], labels.head_len[rows])
+
+    step = max(1, -(-len(at) // workers.count))
+    parts = [slice(first, first + step) for first in range(0, max(len(at), 1), step)]
+    return torch.cat(workers.each(audit, parts))
+
+
+def share_bounds(count: int, ranks: int) -> np.ndarray:
+    """Where the shares of each rank begin and end among T positions: int64 [G + 1]."""
+    return np.minimum(np.arange(ranks + 1) * _share(count, ranks), count)
+
+
+def _share(count: int, ranks: int) -> int:
+    return -(-count // ranks)
+
+
+def whole_rows(shard: torch.Tensor, ranks: int, group: Any) -> torch.Tensor:
+    """From a part of the vocabulary of all rows to all of the vocabulary of this rank's rows.
+
+    Args:
+        shard: [T, W], of each rank as wide.
+        ranks: G.
+        group: of them.
+
+    Returns:
+        [ceil(T / G), G * W]; rows behind the end of T are zeros.
+    """
+    share, width = _share(len(shard), ranks), shard.shape[1]
+    sent = shard.new_zeros(ranks * share, width)
+    sent[: len(shard)] = shard
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    return received.view(ranks, share, width).transpose(0, 1).reshape(share, ranks * width)
+
+
+def _gathered(column: torch.Tensor, lengths: list[int], group: Any) -> torch.Tensor:
+    """The rows of all ranks, one after the other; rank g has ``lengths[g]`` of them."""
+    longest = max(lengths)
+    padded = column.new_zeros(longest, *column.shape[1:])
+    padded[: len(column)] = column
+    everything = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(everything, padded, group=group)
+    return torch.cat([part[:length] for part, length in zip(everything, lengths, strict=True)])
+
+
+def shards_of(model: Any) -> VocabularyShards | None:
+    """How a vLLM model gives a worker's part of the logits.
+
+    Returns:
+        None where there is one worker, or where the model makes its logits in a way that this
+        does not know; they are gathered then.
+    """
+    head, processor = _plain_head(model), getattr(model, "logits_processor", None)
+    if head is None or processor is None or getattr(head, "tp_size", 1) < 2:
+        return None
+    from vllm.distributed import get_tp_group
+
+    return VocabularyShards(
+        lambda hidden: processor(head, hidden, skip_gather=True), get_tp_group().device_group
+    )
+
+
+def _plain_head(model: Any) -> Any:
+    """The head of a model that does nothing else to its logits; None if it does, or may."""
+    try:
+        source = inspect.getsource(type(model).compute_logits)
+        forward = inspect.signature(model.logits_processor.forward).parameters
+    except (OSError, TypeError, AttributeError):
+        return None
+    found = _PLAIN.search("".join(source.split()))
+    return attrgetter(found[1])(model) if found and "skip_gather" in forward else None

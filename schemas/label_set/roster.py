@@ -1,0 +1,280 @@
+"""What a run read, row by row, and what became of it.
+
+While a run goes, each task that reads a piece of the corpus writes a part. A part is named after
+the places it holds, so that a task that runs twice overwrites its own. At the end the parts become
+one roster, ordered by place, and the disposition of every row follows from the keys that were there
+before the run and from the manifests: never from counters of tasks.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from schemas.config import StrictModel
+from schemas.errors import AccountsError, DamagedError, MissingError, RecordError
+from schemas.fault_points import fault_point
+from schemas.keys import KEY_BYTES, SortedKeys, as_strings, contains, digest, find_keys
+from schemas.label_set.label_set import LabelSet
+from schemas.label_set.tables import first_occurrences, key_array, parse_table, table_bytes
+from schemas.storage.store import Store
+
+LABELLED = "labelled"
+REUSED = "reused"
+DUPLICATE = "duplicate"
+QUARANTINED = "quarantined"
+
+PLACE_COLUMNS = ("source", "place", "window", "sample")
+ROSTER = pa.schema(
+    [
+        pa.field("row_key", pa.binary(KEY_BYTES), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("place", pa.int64(), nullable=False),
+        pa.field("window", pa.int32(), nullable=False),
+        pa.field("sample", pa.int32(), nullable=False),
+        pa.field("disposition", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("columns", pa.string(), nullable=False),
+    ]
+)
+"""Columns: row_key; source, place (row number, or byte offset of the line for JSONL), window and
+sample (which generated response; -1 where none was asked for); disposition; reason, of rows in
+quarantine; columns, the kept source columns as JSON."""
+
+_ACCOUNTS = b"tutelage.accounts"
+_SHOWN_ROWS = 5
+
+Bools = npt.NDArray[np.bool_]
+
+
+class Accounts(StrictModel):
+    """What became of the rows of a run. Each row read is in exactly one of the four counts.
+
+    Attributes:
+        rows_labelled: labelled by this run.
+        rows_reused: had labels before the run.
+        rows_duplicate: the same request stands earlier in the corpus.
+        rows_quarantined: could not be labelled.
+        tokens: of the rows that this run labelled.
+        labels: positions of the rows that this run labelled.
+        reasons: rows in quarantine by reason.
+    """
+
+    rows_read: int
+    rows_labelled: int
+    rows_reused: int
+    rows_duplicate: int
+    rows_quarantined: int
+    tokens: int
+    labels: int
+    reasons: dict[str, int]
+
+    def check(self) -> None:
+        """Shows that the counts add up.
+
+        Raises:
+            AccountsError: they do not.
+        """
+        parts = (self.rows_labelled, self.rows_reused, self.rows_duplicate, self.rows_quarantined)
+        if self.rows_read != sum(parts):
+            raise AccountsError(
+                f"{self.rows_read} rows read, but {parts[0]} labelled + {parts[1]} reused + "
+                f"{parts[2]} duplicate + {parts[3]} quarantined make {sum(parts)}"
+            )
+        if sum(self.reasons.values()) != self.rows_quarantined:
+            raise AccountsError(
+                f"{self.rows_quarantined} rows quarantined, but the reasons {self.reasons} make "
+                f"{sum(self.reasons.values())}"
+            )
+
+
+def write_part(store: Store, run: str, part: pa.Table) -> str:
+    """Writes what one task read; the same rows overwrite what the task wrote before.
+
+    Args:
+        store: of the label set.
+        run: identity of the run; a name for a file.
+        part: row_key and the place columns; `columns` where source columns were kept. Other columns
+            of ROSTER are filled in at the end of the run.
+
+    Returns:
+        Path of the part in the label set.
+    """
+    missing = [name for name in ("row_key", *PLACE_COLUMNS) if name not in part.column_names]
+    if missing:
+        raise RecordError(f"a roster part lacks {', '.join(missing)}")
+    blank = pa.array([""] * len(part), pa.string())
+    columns = {
+        field.name: part.column(field.name) if field.name in part.column_names else blank
+        for field in ROSTER
+    }
+    columns["row_key"] = columns["row_key"].cast(pa.binary(KEY_BYTES))
+    table = pa.table({name: columns[name] for name in ROSTER.names}).cast(ROSTER)
+    rel = f"{_parts_folder(run)}/{_hash_of_places(table)}.parquet"
+    store.write_bytes(rel, table_bytes(table))
+    return rel
+
+
+def remove_parts(store: Store, run: str) -> None:
+    """Removes what tasks wrote of a run that ended before its roster could be closed."""
+    store.delete(_parts_folder(run))
+
+
+def close_roster(label_set: LabelSet, run: str, frozen_keys: SortedKeys | None = None) -> Accounts:
+    """Merges the parts of a run into its roster and accounts for every row. Safe to repeat.
+
+    The first row of each key, by source, place, window and sample, is reused if its key was among
+    the frozen ones, else labelled if a manifest has it, else quarantined. Later ones are
+    duplicates.
+
+    Args:
+        label_set: that the run labelled into.
+        run: identity of the run.
+        frozen_keys: S16, rising: `LabelSet.committed_keys` as it was when the run started.
+
+    Raises:
+        AccountsError: a row is neither labelled nor in quarantine, or two rows of the same place
+            differ; names the rows.
+        DamagedError: a part or a unit is not what was written.
+    """
+    store, rel = label_set.store, roster_path(run)
+    if not store.exists(rel):
+        table = _merged_parts(store, run)
+        frozen = np.empty(0, f"S{KEY_BYTES}") if frozen_keys is None else frozen_keys
+        table, accounts = _account(table, label_set, frozen)
+        accounts.check()
+        metadata = {_ACCOUNTS: accounts.model_dump_json().encode()}
+        fault_point("before_roster")
+        store.write_bytes(rel, table_bytes(table.replace_schema_metadata(metadata)))
+    fault_point("after_roster")
+    # A roster that is there is whole; parts beside it are left from a run that was stopped here.
+    store.delete(_parts_folder(run))
+    return read_accounts(label_set, run)
+
+
+def read_roster(label_set: LabelSet, run: str) -> pa.Table:
+    """The closed roster of a run, ordered by source, place, window and sample.
+
+    Raises:
+        StoreError: there is none.
+        DamagedError: it is not what was written.
+    """
+    rel = roster_path(run)
+    if not label_set.store.exists(rel):
+        raise MissingError(
+            f"{label_set.store.path(rel)}: no roster of a finished run {run!r} there"
+        )
+    return _read(label_set.store, rel)
+
+
+def read_accounts(label_set: LabelSet, run: str) -> Accounts:
+    """The accounts of a closed roster; raises as `read_roster`."""
+    metadata = read_roster(label_set, run).schema.metadata or {}
+    if _ACCOUNTS not in metadata:
+        raise DamagedError(f"{label_set.store.path(roster_path(run))}: has no accounts in it")
+    return Accounts.model_validate_json(metadata[_ACCOUNTS])
+
+
+def roster_path(run: str) -> str:
+    """Where the roster of a run is in its label set."""
+    return f"rosters/{run}.parquet"
+
+
+def _parts_folder(run: str) -> str:
+    return f"rosters/{run}.parts"
+
+
+def _hash_of_places(table: pa.Table) -> str:
+    places = json.dumps([table.column(name).to_pylist() for name in PLACE_COLUMNS])
+    return digest("roster part", places.encode()).hex()
+
+
+def _merged_parts(store: Store, run: str) -> pa.Table:
+    parts = [_read(store, rel) for rel in store.list(_parts_folder(run), ".parquet")]
+    table = pa.concat_tables([ROSTER.empty_table(), *parts]).combine_chunks()
+    table = table.sort_by([(name, "ascending") for name in PLACE_COLUMNS]).combine_chunks()
+    if len(table) < 2:
+        return table
+    # Two tasks may have read one place, where a run was cut differently after a fault.
+    again = np.ones(len(table) - 1, bool)
+    for name in PLACE_COLUMNS:
+        column = table.column(name)
+        again &= _bools(pc.equal(column[1:], column[:-1]))
+    keys = as_strings(key_array(table, "row_key"))
+    _refuse(
+        table,
+        np.append(False, again & (keys[1:] != keys[:-1])),
+        "was read twice with different content; the corpus changed during the run",
+    )
+    return table.filter(pa.array(np.append(True, ~again)))
+
+
+def _account(table: pa.Table, label_set: LabelSet, frozen: SortedKeys) -> tuple[pa.Table, Accounts]:
+    keys = key_array(table, "row_key")
+    index, quarantine = label_set.index(), label_set.quarantine()
+    first = first_occurrences(keys)
+    reused = first & contains(frozen, keys)
+    found = find_keys(key_array(index, "row_key"), keys)
+    labelled = first & ~reused & (found >= 0)
+    reason_at = find_keys(key_array(quarantine, "row_key"), keys)
+    quarantined = first & ~reused & ~labelled & (reason_at >= 0)
+    lost = first & ~reused & ~labelled & ~quarantined
+    _refuse(table, lost, "is neither labelled nor in quarantine; run the job again")
+    reused_but_gone = reused & (found < 0)
+    _refuse(table, reused_but_gone, "had labels when the run started and has none now")
+
+    dispositions = np.select(
+        [labelled, reused, quarantined], [LABELLED, REUSED, QUARANTINED], DUPLICATE
+    )
+    reasons = np.full(len(table), "", object)
+    reasons[quarantined] = _column(quarantine, "reason")[reason_at[quarantined]]
+    table = _with_column(table, "disposition", dispositions.tolist())
+    table = _with_column(table, "reason", reasons.tolist())
+    names, counts = np.unique(reasons[quarantined].astype(str), return_counts=True)
+    accounts = Accounts(
+        rows_read=len(table),
+        rows_labelled=int(labelled.sum()),
+        rows_reused=int(reused.sum()),
+        rows_duplicate=int((~first).sum()),
+        rows_quarantined=int(quarantined.sum()),
+        tokens=int(_column(index, "num_tokens")[found[labelled]].sum()),
+        labels=int(_column(index, "num_labels")[found[labelled]].sum()),
+        reasons={str(name): int(count) for name, count in zip(names, counts, strict=True)},
+    )
+    return table, accounts
+
+
+def _refuse(table: pa.Table, bad: Bools, problem: str) -> None:
+    if not bad.any():
+        return
+    shown = table.filter(pa.array(bad)).slice(0, _SHOWN_ROWS).select(PLACE_COLUMNS).to_pylist()
+    rows = ", ".join(
+        f"{row['source']} place {row['place']} window {row['window']}"
+        + (f" sample {row['sample']}" if row["sample"] >= 0 else "")
+        for row in shown
+    )
+    more = f" and {int(bad.sum()) - len(shown)} more" if bad.sum() > len(shown) else ""
+    raise AccountsError(f"{int(bad.sum())} of {len(table)} rows: {rows}{more}: each {problem}")
+
+
+def _read(store: Store, rel: str) -> pa.Table:
+    try:
+        return parse_table(store.read_bytes(rel), ROSTER)
+    except DamagedError as error:
+        raise DamagedError(f"{store.path(rel)}: {error}; run the job again") from error
+
+
+def _with_column(table: pa.Table, name: str, values: list[str]) -> pa.Table:
+    column = ROSTER.get_field_index(name)
+    return table.set_column(column, ROSTER.field(name), pa.array(values, pa.string()))
+
+
+def _column(table: pa.Table, name: str) -> npt.NDArray[Any]:
+    return table.column(name).to_numpy()
+
+
+def _bools(column: pa.ChunkedArray) -> Bools:
+    return np.asarray(column.to_numpy(), bool)

@@ -1,0 +1,145 @@
+"""What no manifest names: left by attempts that lost or died, and by units that were dropped.
+
+Only files of the kinds that a label set makes are ever looked at, and only those older than any
+unit lives: a unit that is being written has no manifest yet either. A run may last for days and
+needs the first part of its roster at its end, so what belongs to runs counts as old only when for
+that long nothing was committed to the set at all.
+"""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+from schemas.config import StrictModel
+from schemas.errors import ConfigError
+from schemas.label_set.label_set import LabelSet
+from schemas.storage.store import TEMPORARY_PREFIX, Store, StoredFile
+
+_OF_A_RUN = "of a run that ended"
+_FOLDERS = ("shards", "keys", "quarantine", "attempts", "rosters", "manifests")
+
+
+class GarbageFile(StrictModel):
+    """One file that nothing needs.
+
+    Attributes:
+        file: path in the label set.
+        why: in a word or two.
+        age_hours: since it was written.
+    """
+
+    file: str
+    why: str
+    size_bytes: int
+    age_hours: float
+
+
+class Garbage(StrictModel):
+    """What was found.
+
+    Attributes:
+        too_young: files that no manifest names but that may belong to a unit being written.
+        deleted: whether `files` are gone now.
+    """
+
+    url: str
+    older_than_hours: float
+    files: list[GarbageFile]
+    too_young: int
+    deleted: bool
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all files."""
+        return sum(file.size_bytes for file in self.files)
+
+
+def collect_garbage(
+    url: str, older_than_hours: float, delete: bool = False, now: datetime | None = None
+) -> Garbage:
+    """Finds, and on request deletes, the files that no manifest names.
+
+    Args:
+        url: of the label set.
+        older_than_hours: files written to since are left alone; longer than any unit lives.
+        delete: without it, nothing is touched.
+        now: for tests.
+
+    Raises:
+        ConfigError: a negative age.
+        StoreError: there is no label set.
+        DamagedError: a manifest cannot be read, so what it names cannot be known.
+    """
+    if older_than_hours < 0:
+        raise ConfigError(f"--older-than is {older_than_hours}; expected hours, 0 or more")
+    label_set = LabelSet.open(url)
+    now = now or datetime.now(UTC)
+    # Files first: one that is committed in between is then named by a manifest.
+    stored = list(_files(label_set.store))
+    named = _named(label_set)
+    unnamed = [(file, _why(file.rel)) for file in stored if file.rel not in named]
+    garbage = [(file, why) for file, why in unnamed if why]
+    last_sign = _last_signs_of_runs(stored)
+    least = timedelta(hours=older_than_hours)
+    old = [
+        (file, why)
+        for file, why in garbage
+        if now - max(file.modified, last_sign if why == _OF_A_RUN else file.modified) >= least
+    ]
+    if delete:
+        for file, _ in old:
+            label_set.store.delete(file.rel)
+    return Garbage(
+        url=url,
+        older_than_hours=older_than_hours,
+        files=[
+            GarbageFile(
+                file=file.rel,
+                why=why,
+                size_bytes=file.size_bytes,
+                age_hours=round((now - file.modified).total_seconds() / 3600, 2),
+            )
+            for file, why in old
+        ],
+        too_young=len(garbage) - len(old),
+        deleted=delete,
+    )
+
+
+def _files(store: Store) -> Iterator[StoredFile]:
+    for folder in _FOLDERS:
+        yield from store.walk(folder)
+    for rel in store.list("", ".json"):
+        name = rel.lstrip("/")
+        if name.startswith("vocabulary-"):
+            yield from store.walk(name)
+
+
+def _last_signs_of_runs(stored: list[StoredFile]) -> datetime:
+    """When a run last did something: committed a unit, wrote a part of its roster, tried a row."""
+    signs = [
+        file.modified
+        for file in stored
+        if file.rel.startswith(("manifests/", "attempts/")) or ".parts/" in file.rel
+    ]
+    return max(signs, default=datetime.fromtimestamp(0, UTC))
+
+
+def _named(label_set: LabelSet) -> set[str]:
+    names = {label_set.vocabulary_file}
+    for manifest in label_set.manifests():
+        names.update((manifest.shard, manifest.keys, manifest.quarantine))
+    return names
+
+
+def _why(rel: str) -> str:
+    """Why a file that no manifest names is garbage; empty where it is not."""
+    folder, _, rest = rel.partition("/")
+    if rest.rsplit("/", 1)[-1].startswith(TEMPORARY_PREFIX):
+        return "never finished"
+    if folder in ("shards", "keys", "quarantine"):
+        return "no manifest names it"
+    if folder == "attempts" or (folder == "rosters" and ".parts/" in rest):
+        return _OF_A_RUN
+    if not rest and rel.startswith("vocabulary-"):
+        return "another vocabulary"
+    return ""  # manifests and rosters

@@ -1,0 +1,134 @@
+"""A seeded sample of row groups of a label set, and what the labels in it are like."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from schemas.label_set.label_set import LabelSet
+from schemas.label_set.shards import read_row_group
+from schemas.record.rows import LabelRows, target_positions
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class SampledGroup:
+    """One row group, and where it is."""
+
+    shard: str
+    row_group: int
+    rows: LabelRows
+
+
+def sample_groups(label_set: LabelSet, count: int, seed: int) -> list[SampledGroup]:
+    """At most `count` row groups, drawn without repetition; the same for the same set and seed.
+
+    Raises:
+        DamagedError: a manifest or a shard is not what was written.
+    """
+    places = [
+        (manifest.shard, index)
+        for manifest in label_set.manifests()  # by unit key, so the order is always the same
+        for index in range(len(manifest.row_groups))
+    ]
+    order = np.random.default_rng(seed).permutation(len(places))[:count]
+    record = label_set.spec.record
+    return [
+        SampledGroup(shard, index, read_row_group(label_set.store, shard, index, record))
+        for shard, index in (places[i] for i in sorted(order))
+    ]
+
+
+def distributions(groups: list[SampledGroup]) -> dict[str, Floats]:
+    """What the sampled labels are like, name by name: one value a row, or one a label.
+
+    ``tokens a row``, ``labels a row`` (by row); ``entropy`` (nats), ``covered mass`` (of the exact
+    head), ``entries a label``, ``of the head``, ``of draws`` (how many), ``target logprob`` (nats),
+    ``target rank`` (by label). Those that the record does not have are left out.
+    """
+    rows = [group.rows for group in groups]
+    found = {
+        "tokens a row": [np.diff(r.token_offsets) for r in rows],
+        "labels a row": [np.diff(r.label_offsets) for r in rows],
+    }
+    if rows and rows[0].head_len is not None:
+        found |= {
+            "entries a label": [np.diff(_have(r.entry_offsets)) for r in rows],
+            "of the head": [_have(r.head_len) for r in rows],
+            "of draws": [_have(r.tail_len) for r in rows],
+            "covered mass": [
+                0.0 - np.expm1(_have(r.tail_logmass).astype(np.float64)) for r in rows
+            ],
+            "target logprob": [_have(r.target_logprob) for r in rows],
+            "target rank": [_have(r.target_rank) for r in rows],
+        }
+        if rows[0].entropy is not None:
+            found["entropy"] = [_have(r.entropy) for r in rows]
+        if not any(_have(r.tail_len).any() for r in rows):
+            del found["of the head"], found["of draws"]
+    return {
+        name: np.concatenate([np.asarray(part, np.float64) for part in parts])
+        for name, parts in found.items()
+        if parts
+    }
+
+
+@dataclass(frozen=True)
+class LabelledPosition:
+    """One label of a row, for people.
+
+    Attributes:
+        target: index of the token in the row that the distribution is over.
+        token: that token's id.
+        logprob, rank: the teacher's, of that token.
+        head: (id, log-probability) of the exact entries, the most probable first.
+        draws: (id, log-probability, count) of the tail draws; count 1 where none is stored.
+    """
+
+    target: int
+    token: int
+    logprob: float
+    rank: int
+    head: list[tuple[int, float]]
+    draws: list[tuple[int, float, int]]
+
+
+def labelled_positions(rows: LabelRows, row: int) -> list[LabelledPosition]:
+    """The labels of one row, in order; none for sets of kind ``tokens``."""
+    one = rows.slice(row, row + 1)
+    if one.head_len is None:
+        return []
+    targets, _ = target_positions(one.label_spans, one.span_offsets)
+    offsets, ids, logprobs = (
+        _have(one.entry_offsets), _have(one.entry_ids), _have(one.entry_logprobs),
+    )  # fmt: skip
+    tails = np.concatenate([[0], np.cumsum(_have(one.tail_len).astype(np.int64))])
+    counts = np.ones(tails[-1], np.uint8) if one.entry_counts is None else one.entry_counts
+    found = []
+    for j, target in enumerate(targets):
+        middle = int(offsets[j]) + int(_have(one.head_len)[j])
+        head, tail = slice(offsets[j], middle), slice(middle, offsets[j + 1])
+        found.append(
+            LabelledPosition(
+                target=int(target),
+                token=int(one.token_ids[target]),
+                logprob=float(_have(one.target_logprob)[j]),
+                rank=int(_have(one.target_rank)[j]),
+                head=list(zip(ids[head].tolist(), logprobs[head].tolist(), strict=True)),
+                draws=list(
+                    zip(
+                        ids[tail].tolist(),
+                        logprobs[tail].tolist(),
+                        counts[tails[j] : tails[j + 1]].tolist(),
+                        strict=True,
+                    )
+                ),
+            )
+        )
+    return found
+
+
+def _have(values: npt.NDArray[np.generic] | None) -> npt.NDArray[np.generic]:
+    assert values is not None
+    return values

@@ -1,0 +1,1 @@
+"""Rows of label sets chosen for training: by roster, filter, split, mixture or sample."""

@@ -1,0 +1,154 @@
+"""The rows that a view may be made of: roster, place in the label set, kept source columns.
+
+Made from rosters and key files; no shard is opened.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from schemas.errors import StoreError
+from schemas.keys import KEY_BYTES
+from schemas.label_set.label_set import LabelSet
+from schemas.label_set.roster import read_roster
+from schemas.label_set.tables import key_array
+from schemas.views.view import VIEW, labelled_rows
+
+_EXTRA = (
+    pa.field("document", pa.binary(KEY_BYTES), nullable=False),
+    pa.field("place", pa.int64(), nullable=False),
+    pa.field("window", pa.int32(), nullable=False),
+    pa.field("sample", pa.int32(), nullable=False),
+    pa.field("columns", pa.string(), nullable=False),
+)
+ROWS = pa.schema([*VIEW, *_EXTRA])
+"""VIEW, and: document, the row key of its first window; place, window and sample in the source;
+columns, the kept source columns as JSON."""
+
+FILTER_COLUMNS = (
+    "source", "place", "window", "sample", "num_tokens", "num_labels", "label_set", "run", "shard",
+)  # fmt: skip
+"""Columns that every row has for `--where`; kept source columns come on top."""
+
+
+@dataclass(frozen=True)
+class RunOfSet:
+    """A closed run of a label set whose rows may be taken.
+
+    Attributes:
+        label_set: where the labels are.
+        run: identity of the run.
+        given: which `--from` it came by, from 0.
+    """
+
+    label_set: LabelSet
+    run: str
+    given: int
+
+
+def open_sources(names: list[str]) -> list[RunOfSet]:
+    """The runs that `URL` (all its closed runs) and `URL:RUN` name, in order.
+
+    Raises:
+        StoreError: there is no such label set or run, or the set has no closed run.
+    """
+    found: list[RunOfSet] = []
+    for given, name in enumerate(names):
+        url, run = _split(name)
+        label_set = LabelSet.open(url)
+        runs = [
+            rel.rsplit("/", 1)[-1].removesuffix(".parquet")
+            for rel in label_set.store.list("rosters", ".parquet")
+        ]
+        if run and run not in runs:
+            raise StoreError(f"{url}: has no finished run {run}; there are: {', '.join(runs)}")
+        if not runs:
+            raise StoreError(f"{url}: no run has finished here, so no roster says what it read")
+        found.extend(RunOfSet(label_set, one, given) for one in ([run] if run else runs))
+    return found
+
+
+def rows_of(number: int, source: RunOfSet, index: pa.Table) -> pa.Table:
+    """ROWS of one run, by place in the label set.
+
+    Args:
+        number: for the column `label_set`.
+        source: the run.
+        index: of its label set.
+
+    Raises:
+        StoreError: a row of the run is no longer in the label set.
+    """
+    roster = read_roster(source.label_set, source.run)
+    roster = roster.append_column("document", _documents(roster))
+    rows, chosen = labelled_rows(source.label_set, source.run, roster, index)
+    columns: dict[str, Any] = {name: rows.column(name) for name in rows.column_names}
+    for name in ("source", "document", "place", "window", "sample", "columns"):
+        columns[name] = chosen.column(name)
+    columns["label_set"] = pa.array(np.full(len(rows), number, np.int16))
+    columns["weight"] = pa.array(np.ones(len(rows), np.float32))
+    return pa.table({name: columns[name] for name in ROWS.names}, schema=ROWS)
+
+
+def filter_table(rows: pa.Table, sources: list[RunOfSet], names: set[str]) -> pa.Table:
+    """The columns that a filter may speak of; kept source columns only where it names others."""
+    runs = pa.array([source.run for source in sources], pa.string())
+    urls = pa.array([source.label_set.url for source in sources], pa.string())
+    number = rows.column("label_set")
+    columns = {name: rows.column(name) for name in FILTER_COLUMNS if name in rows.column_names}
+    columns["run"] = runs.take(number)
+    columns["label_set"] = urls.take(number)
+    columns["shard"] = rows.column("shard").cast(pa.string())
+    if not names <= set(FILTER_COLUMNS):
+        for name, values in _kept_columns(rows.column("columns")).items():
+            columns.setdefault(name, values)
+    return pa.table(columns)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """URL and run; a colon belongs to the URL where a slash follows it."""
+    url, colon, run = name.rpartition(":")
+    return (url, run) if colon and url and "/" not in run else (name, "")
+
+
+def _documents(roster: pa.Table) -> pa.Array:
+    """The row key of the first window (or response) of each row's document.
+
+    By content, and not by place, so that a document stays on its side of a split when the corpus
+    is shuffled or its files get other names. Rosters are ordered by place.
+    """
+    keys = key_array(roster, "row_key")
+    if not len(keys):
+        return pa.array([], pa.binary(KEY_BYTES))
+    first = np.ones(len(keys), bool)
+    if len(keys) > 1:
+        again = pc.and_(
+            pc.equal(roster.column("source")[1:], roster.column("source")[:-1]),
+            pc.equal(roster.column("place")[1:], roster.column("place")[:-1]),
+        )
+        first[1:] = ~np.asarray(again.to_numpy(), bool)
+    begins = np.flatnonzero(first)[np.cumsum(first) - 1]
+    data = pa.py_buffer(np.ascontiguousarray(keys[begins]))
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(keys), [None, data])
+
+
+def _kept_columns(packed: pa.ChunkedArray) -> dict[str, pa.Array]:
+    """Typed columns from JSON objects; what has no common type becomes JSON text."""
+    rows = [json.loads(text) if text else {} for text in packed.to_pylist()]
+    names = sorted({name for row in rows for name in row})
+    columns = {}
+    for name in names:
+        values = [row.get(name) for row in rows]
+        try:
+            found = pa.array(values)
+            nested = pa.types.is_nested(found.type)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            nested = True
+        if nested:
+            found = pa.array([None if v is None else json.dumps(v) for v in values], pa.string())
+        columns[name] = found
+    return columns

@@ -1,0 +1,354 @@
+"""A view: rows of label sets, chosen for training, with their lengths and places.
+
+A trainer plans its epochs from a view without opening a shard. A view pins shards: if a unit is
+dropped or damaged, the view says so instead of training on less.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pydantic
+from pydantic import Field
+
+from schemas.config import StrictModel
+from schemas.errors import DamagedError, MissingError, StoreError
+from schemas.keys import KEY_BYTES, find_keys
+from schemas.label_set.label_set import LabelSet
+from schemas.label_set.manifest import repair
+from schemas.label_set.roster import LABELLED, REUSED, Accounts, read_accounts, read_roster
+from schemas.label_set.tables import NAMES, first_of_each_key, key_array, parse_table, table_bytes
+from schemas.record.reduce import subsumes
+from schemas.spec import LabelSetSpec, RecordSpec
+from schemas.storage.store import Store
+
+VIEW_ROWS = "view.parquet"
+VIEW_FILE = "view.json"
+
+VIEW = pa.schema(
+    [
+        pa.field("row_key", pa.binary(KEY_BYTES), nullable=False),
+        pa.field("label_set", pa.int16(), nullable=False),
+        pa.field("shard", NAMES, nullable=False),
+        pa.field("row_group", pa.int32(), nullable=False),
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("num_tokens", pa.int32(), nullable=False),
+        pa.field("num_labels", pa.int32(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("weight", pa.float32(), nullable=False),
+    ]
+)
+"""Columns: row_key; label_set, index into the view's list; shard, row_group and row in it; lengths;
+source; weight, a factor on the loss of the row. Ordered by label set, unit, row group and row, so
+that all rows of a shard are together, and relabelling the same units gives the same order."""
+
+
+class PinnedShard(StrictModel):
+    """A shard that a view has rows of."""
+
+    shard: str
+    unit_key: str
+    size_bytes: int
+
+
+class ViewSource(StrictModel):
+    """One label set of a view, and the run whose rows were taken.
+
+    Attributes:
+        url: of the label set; a local one is relative to the view, so that a folder that holds both
+            can be moved and opened from anywhere.
+        record: what readers of the view get, where that is less than the label set holds.
+    """
+
+    url: str
+    fingerprint: str
+    spec: LabelSetSpec
+    run: str
+    accounts: Accounts
+    shards: list[PinnedShard]
+    record: RecordSpec | None = None
+
+
+class ViewFile(StrictModel):
+    """The content of view.json, which is written last.
+
+    Attributes:
+        selection: how rows were chosen; empty where all rows of the runs were taken.
+    """
+
+    view_hash: str
+    num_rows: int
+    num_tokens: int
+    num_labels: int
+    sources: list[ViewSource]
+    selection: dict[str, Any] = Field(default_factory=dict)
+
+
+class View:
+    """A view that exists. `build_view` or `View.open` make one.
+
+    Attributes:
+        url: where it is.
+        view_hash: of what it was made from: fingerprints, and rows with weights in order.
+        table: one row for each row of the view, in the schema VIEW.
+        label_sets: the label sets that the column `label_set` counts through.
+        sources: what view.json says of each of them.
+        records: what readers get of each of them; `schemas.record.reduce` makes it of what is
+            stored.
+    """
+
+    def __init__(self, url: str, file: ViewFile, table: pa.Table) -> None:
+        self.url = url
+        self.view_hash = file.view_hash
+        self.table = table
+        self.sources = file.sources
+        self.records = [source.record or source.spec.record for source in file.sources]
+        self.num_rows = file.num_rows
+        self.num_tokens = file.num_tokens
+        self.num_labels = file.num_labels
+        self.label_sets = [_open_label_set(url, source) for source in file.sources]
+
+    @staticmethod
+    def open(url: str) -> "View":
+        """The view at `url`.
+
+        Raises:
+            StoreError: none is there, or one of its label sets is not.
+            DamagedError: its two files do not agree.
+        """
+        store = Store(url)
+        if not store.exists(VIEW_FILE):
+            raise StoreError(f"{url}: no view there (no {VIEW_FILE}); check the path, or label")
+        try:
+            file = ViewFile.model_validate_json(store.read_bytes(VIEW_FILE))
+        except pydantic.ValidationError as error:
+            what = str(error).replace("\n", " ")
+            raise DamagedError(f"{store.path(VIEW_FILE)}: not a view ({what})") from error
+        try:
+            table = parse_table(store.read_bytes(VIEW_ROWS), VIEW)
+        except (MissingError, DamagedError) as error:
+            raise DamagedError(f"{store.path(VIEW_ROWS)}: {error}; make the view again") from error
+        found = _view_hash(file.sources, table)
+        if found != file.view_hash:
+            raise DamagedError(
+                f"{store.path(VIEW_ROWS)}: has hash {found}, {VIEW_FILE} says {file.view_hash}; "
+                "make the view again"
+            )
+        return View(url, file, table)
+
+    def __str__(self) -> str:
+        """One line for people: where it is, and how much of what."""
+        counts = f"{self.num_rows:,} rows, {self.num_tokens:,} tokens, {self.num_labels:,} labels"
+        return f"{self.url}: {counts} (view {self.view_hash})"
+
+    def check_shards(self) -> None:
+        """Shows that every shard that the view pins is there, whole by its size.
+
+        Raises:
+            StoreError: one is not there, so its unit was dropped; names shard and unit.
+            DamagedError: one is cut short or too long; names shard, unit and the repair.
+        """
+        for source, label_set in zip(self.sources, self.label_sets, strict=True):
+            for pinned in source.shards:
+                _check_shard(self.url, label_set, pinned)
+
+
+def build_view(
+    url: str, label_sets: Sequence[tuple[LabelSet, str]], record: RecordSpec | None = None
+) -> View:
+    """Makes a view of all rows that runs labelled or found labelled.
+
+    A row that several of the runs have is taken from the first.
+
+    Args:
+        url: where to write it; a view that is there is replaced.
+        label_sets: label sets, each with the closed run whose rows to take.
+        record: what readers are to get, where that is less than the label sets hold.
+
+    Raises:
+        StoreError: a run has no closed roster, or a row of it is no longer in the label set; or a
+            label set does not hold what `record` promises.
+    """
+    indices = [label_set.index() for label_set, _ in label_sets]
+    parts = [
+        _rows_of_run(number, label_set, run, index)
+        for number, ((label_set, run), index) in enumerate(zip(label_sets, indices, strict=True))
+    ]
+    table = first_of_each_key(
+        pa.concat_tables([VIEW.empty_table(), *parts]).unify_dictionaries().combine_chunks()
+    )
+    return write_view(url, label_sets, table, record)
+
+
+def write_view(
+    url: str,
+    label_sets: Sequence[tuple[LabelSet, str]],
+    table: pa.Table,
+    record: RecordSpec | None = None,
+    selection: Mapping[str, Any] | None = None,
+) -> View:
+    """Writes a view of chosen rows; one that is there is replaced.
+
+    Args:
+        url: where to write it.
+        label_sets: label sets, each with the closed run that its rows are from.
+        table: the rows, in the schema and the order of VIEW.
+        record: what readers are to get, where that is less than the label sets hold.
+        selection: plain JSON values that say how they were chosen.
+
+    Raises:
+        StoreError: a label set does not hold what `record` promises.
+    """
+    store = Store(url)
+    sources = [
+        ViewSource(
+            url=_url_from(store, label_set.store),
+            fingerprint=label_set.fingerprint,
+            spec=label_set.spec,
+            run=run,
+            accounts=read_accounts(label_set, run),
+            shards=_pinned(label_set, table.filter(pc.field("label_set") == number)),
+            record=_promise(label_set, record),
+        )
+        for number, (label_set, run) in enumerate(label_sets)
+    ]
+    file = ViewFile(
+        view_hash=_view_hash(sources, table),
+        num_rows=len(table),
+        num_tokens=pc.sum(table.column("num_tokens"), min_count=0).as_py(),
+        num_labels=pc.sum(table.column("num_labels"), min_count=0).as_py(),
+        sources=sources,
+        selection=dict(selection or {}),
+    )
+    # A view that is replaced is not there in between, rather than half of one and half of another.
+    store.delete(VIEW_FILE)
+    store.write_bytes(VIEW_ROWS, table_bytes(table))
+    store.write_bytes(VIEW_FILE, file.model_dump_json(indent=1).encode())
+    return View.open(url)
+
+
+def _promise(label_set: LabelSet, record: RecordSpec | None) -> RecordSpec | None:
+    """The record, or None where it is that of the label set."""
+    if record is None or record.identity() == label_set.spec.record.identity():
+        return None
+    reasons = subsumes(label_set.spec.record, record)
+    if reasons:
+        raise StoreError(
+            f"{label_set.url}: cannot serve the record that the view is to have "
+            f"({'; '.join(reasons)}); ask for less, or label again"
+        )
+    return record
+
+
+def labelled_rows(
+    label_set: LabelSet, run: str, roster: pa.Table, index: pa.Table
+) -> tuple[pa.Table, pa.Table]:
+    """The labelled rows of a run, in the order of the label set's index.
+
+    Args:
+        label_set: the label set.
+        run: for the message.
+        roster: of the run, perhaps with more columns.
+        index: of the label set.
+
+    Returns:
+        Their rows of the index, and those of the roster.
+
+    Raises:
+        StoreError: a row of the run is no longer in the label set.
+    """
+    taken = pc.is_in(roster.column("disposition"), pa.array([LABELLED, REUSED]))
+    chosen = roster.filter(taken)
+    places = find_keys(key_array(index, "row_key"), key_array(chosen, "row_key"))
+    gone = int((places < 0).sum())
+    if gone:
+        raise StoreError(
+            f"{label_set.url}: {gone} rows of run {run} have no labels any more, so units were "
+            "dropped; label the corpus again"
+        )
+    order = np.argsort(places)
+    return index.take(pa.array(places[order])), chosen.take(pa.array(order))
+
+
+def _rows_of_run(number: int, label_set: LabelSet, run: str, index: pa.Table) -> pa.Table:
+    """The rows of one run in the schema VIEW, in the order of the index."""
+    rows, chosen = labelled_rows(label_set, run, read_roster(label_set, run), index)
+    columns = {name: rows.column(name) for name in rows.column_names}
+    columns["source"] = chosen.column("source")
+    columns["label_set"] = pa.array(np.full(len(rows), number, np.int16))
+    columns["weight"] = pa.array(np.ones(len(rows), np.float32))
+    return pa.table({name: columns[name] for name in VIEW.names}, schema=VIEW)
+
+
+def _pinned(label_set: LabelSet, table: pa.Table) -> list[PinnedShard]:
+    """The shards that rows of `table` are in, by unit key."""
+    wanted = set(pc.unique(pc.cast(table.column("shard"), pa.string())).to_pylist())
+    return [
+        PinnedShard(
+            shard=manifest.shard, unit_key=manifest.unit_key, size_bytes=manifest.size_bytes
+        )
+        for manifest in label_set.manifests()
+        if manifest.shard in wanted
+    ]
+
+
+def _view_hash(sources: Sequence[ViewSource], table: pa.Table) -> str:
+    """32 hexadecimal digits. Places are part of it, names of shards, which are random, are not."""
+    hasher = hashlib.sha256()
+    made_from: list[Any] = [source.fingerprint for source in sources]
+    made_from += [source.record.identity() for source in sources if source.record is not None]
+    hasher.update(json.dumps(made_from).encode())
+    hasher.update(key_array(table, "row_key").tobytes())
+    for name, kind in _HASHED.items():
+        hasher.update(np.ascontiguousarray(table.column(name).to_numpy(), kind).tobytes())
+    return hasher.hexdigest()[:32]
+
+
+_HASHED = {
+    "label_set": "<i2",
+    "row_group": "<i4",
+    "row": "<i4",
+    "num_tokens": "<i4",
+    "num_labels": "<i4",
+    "weight": "<f4",
+}
+
+
+def _url_from(view: Store, label_set: Store) -> str:
+    if view.is_local and label_set.is_local:
+        return os.path.relpath(label_set.root, view.root)
+    return label_set.root if label_set.is_local else label_set.url
+
+
+def _open_label_set(url: str, source: ViewSource) -> LabelSet:
+    view = Store(url)
+    is_relative = view.is_local and "://" not in source.url and not os.path.isabs(source.url)
+    where = os.path.normpath(os.path.join(view.root, source.url)) if is_relative else source.url
+    label_set = LabelSet.open(where)
+    if label_set.fingerprint != source.fingerprint:
+        raise StoreError(
+            f"{url}: was made from a label set with fingerprint {source.fingerprint}, but "
+            f"{where} has {label_set.fingerprint} now; make the view again"
+        )
+    return label_set
+
+
+def _check_shard(url: str, label_set: LabelSet, pinned: PinnedShard) -> None:
+    store = label_set.store
+    path: Any = store.path(pinned.shard)
+    if not store.exists(pinned.shard):
+        raise StoreError(
+            f"{path}: view {url} has rows of this shard, which is not there any more: unit "
+            f"{pinned.unit_key} was dropped; label the corpus again and make the view anew"
+        )
+    size = store.size(pinned.shard)
+    if size != pinned.size_bytes:
+        raise DamagedError(
+            f"{path}: damaged, has {size} bytes where its manifest says {pinned.size_bytes}; unit "
+            f"{pinned.unit_key}: {repair(store, pinned.unit_key)}"
+        )

@@ -1,0 +1,1 @@
+"""Checkpoints: written during training, committed by a manifest, restored on any world size."""

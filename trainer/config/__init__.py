@@ -1,0 +1,1 @@
+"""What `train.toml` and `evaluate.toml` may say. Imports neither torch nor Ray."""

@@ -1,0 +1,343 @@
+"""The order of training: which rows every global step reads.
+
+The order is a pure function of the view's rows, the seed and the epoch. World size plays no part in
+it, so a run goes on unchanged on another number of workers; nor does what the labels are, so that
+students of two label sets see the same rows in the same order, where these have the same row
+groups. It is made in two levels, because a full permutation would decode every row group once for
+each of its rows:
+
+* The view is cut into *chunks*, contiguous runs of rows of one row group: whole row groups where
+  there are many of them, pieces otherwise (``CHUNKS_PER_LANE``).
+* A fixed number of *lanes* (``data.sequences_per_step``) share the chunks: in seeded order, each to
+  the lane with the fewest tokens so far. A lane shuffles the rows within a window of
+  ``data.window_row_groups`` chunks and packs them.
+
+Global step s takes pack s of every lane. A lane that has run dry gives an empty pack, which weighs
+nothing; the epoch ends when all lanes are dry, so its last steps may be partly empty, and every row
+is read exactly once an epoch. Only the windows at hand are ever planned, never the whole epoch.
+
+Random numbers are the raw stream of Philox, keyed by a hash: numpy guarantees that stream between
+its releases, which it does not do for ``Generator.permutation``.
+"""
+
+import hashlib
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import count, islice, pairwise, zip_longest
+
+import numpy as np
+import pyarrow as pa
+
+from schemas.config import StrictModel
+from schemas.errors import ConfigError
+from schemas.label_set.tables import key_array
+from schemas.views.view import View
+from trainer.config.train import DataConfig
+from trainer.data.mixture import MixedView, place_of, taken
+from trainer.data.packing import Packer
+
+PACKER_VERSION = 2
+"""Raised whenever the order of rows changes for the same view, seed and epoch."""
+
+CHUNKS_PER_LANE = 16
+"""Chunks dealt to every lane where rows allow: a lane then ends within about a sixteenth of its
+share of the others, however few row groups there are."""
+
+Int32s = np.ndarray[tuple[int], np.dtype[np.int32]]
+Int64s = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+
+_ORDER_KEPT_BY = {
+    "view_hash": "open the view that it was made with",
+    "seed": "give the same data.seed",
+    "packer_version": "go on with the version of Tutelage that wrote it",
+}
+"""What the order of rows follows from, besides the epoch, and how to have it again."""
+
+
+class LoaderState(StrictModel):
+    """Where a run stands in its data: the whole state of the loader.
+
+    Attributes:
+        step: global steps of this epoch that are done.
+    """
+
+    view_hash: str
+    seed: int
+    epoch: int
+    step: int
+    packer_version: int = PACKER_VERSION
+
+    def check_order(self, now: "LoaderState", what: str, instead: str) -> None:
+        """Refuses to go on from here in another order, in which rows would be lost and doubled.
+
+        Args:
+            now: the beginning of the order that there is now.
+            what: holds this state.
+            instead: what to do where the old order is not wanted.
+
+        Raises:
+            ConfigError: names both orders.
+        """
+        for name, remedy in _ORDER_KEPT_BY.items():
+            theirs, ours = getattr(self, name), getattr(now, name)
+            if theirs != ours:
+                raise ConfigError(
+                    f"{what} is of {name} = {theirs}, but here it is {ours}; its next steps would "
+                    f"lose some rows and repeat others. To go on, {remedy}; or {instead}"
+                )
+
+
+@dataclass(frozen=True)
+class RowTable:
+    """Lengths and places of the rows that are trained on, in the order of the view.
+
+    Attributes:
+        num_tokens: int32 [R], L of every row.
+        num_labels: int32 [R], N of every row.
+        weight: float32 [R], factor on the loss of every position of the row.
+        group: int32 [R], index into ``groups``.
+        row: int32 [R], row number within its row group.
+        groups: (label set of the view, shard, row group number) of every row group.
+        num_dropped: rows left out for being longer than ``data.max_tokens``.
+        order_key: hash of which rows these are, in order; what their labels are plays no part.
+        parts: of a mixture the rows of each view, which have ids in this order; else empty.
+        shares: of a mixture the share of each view.
+    """
+
+    num_tokens: Int32s
+    num_labels: Int32s
+    weight: np.ndarray[tuple[int], np.dtype[np.float32]]
+    group: Int32s
+    row: Int32s
+    groups: list[tuple[int, str, int]]
+    num_dropped: int
+    order_key: str
+    parts: tuple["RowTable", ...] = ()
+    shares: tuple[Fraction, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.num_tokens)
+
+
+def read_row_table(view: View, data: DataConfig) -> RowTable:
+    """The rows of a view that fit the student's context.
+
+    Raises:
+        ConfigError: the view is empty, or has rows longer than ``data.max_tokens`` and
+            ``data.long_rows`` is "error", or has nothing but such rows.
+    """
+    table = view.table
+    lengths = _numpy(table, "num_tokens", np.int32)
+    if not len(lengths):
+        raise ConfigError(f"view {view.url} has no rows; label some or choose another view")
+    fits = lengths <= data.max_tokens
+    num_dropped = int(len(fits) - fits.sum())
+    if num_dropped and (data.long_rows == "error" or num_dropped == len(fits)):
+        longest = int(np.argmax(lengths))
+        raise ConfigError(
+            f"{num_dropped} of {len(fits)} rows of view {view.url} are longer than data.max_tokens "
+            f"= {data.max_tokens}; the longest, row {longest}, has {lengths[longest]} tokens. "
+            "Raise data.max_tokens, label with a smaller text.max_tokens"
+            + ("" if num_dropped == len(fits) else ', or leave them out: data.long_rows = "drop"')
+        )
+    shard_codes, shards = _dictionary(table, "shard")
+    places = np.stack(
+        [_numpy(table, "label_set", np.int32), shard_codes, _numpy(table, "row_group", np.int32)],
+        axis=1,
+    )[fits]
+    starts = np.flatnonzero(np.r_[True, (places[1:] != places[:-1]).any(axis=1)])
+    sizes = np.diff(np.r_[starts, len(places)])
+    whole = RowTable(
+        num_tokens=lengths[fits],
+        num_labels=_numpy(table, "num_labels", np.int32)[fits],
+        weight=_numpy(table, "weight", np.float32)[fits],
+        group=np.repeat(np.arange(len(starts), dtype=np.int32), sizes),
+        row=_numpy(table, "row", np.int32)[fits],
+        groups=[(int(s), shards[c], int(g)) for s, c, g in places[starts].tolist()],
+        num_dropped=num_dropped,
+        order_key=_order_key(table, fits),
+    )
+    return _with_parts(whole, view, fits) if isinstance(view, MixedView) else whole
+
+
+def epoch_steps(rows: RowTable, data: DataConfig, epoch: int) -> Iterator[list[Int64s]]:
+    """The global steps of one epoch.
+
+    Yields:
+        For every lane the row ids (int64, indices into ``rows``) of its pack, in the order in which
+        they stand in it; empty for a lane that has run dry.
+    """
+    empty = np.empty(0, np.int64)
+    lanes = [
+        _lane_packs(chunks, rows, data, (rows.order_key, data.seed, epoch, lane))
+        for lane, chunks in enumerate(deal_chunks(rows, data, epoch))
+    ]
+    for packs in zip_longest(*lanes):
+        yield [empty if pack is None else np.array(pack, np.int64) for pack in packs]
+
+
+def run_steps(
+    rows: RowTable, data: DataConfig, start: LoaderState
+) -> Iterator[tuple[LoaderState, list[Int64s]]]:
+    """Global steps from ``start`` on, over as many epochs as are asked for.
+
+    The steps before ``start.step`` are planned again from the lengths; no shard is read for them.
+
+    Yields:
+        The state after the step, and the step. Ends after ``data.epochs`` epochs; never where
+        ``data.steps`` is given.
+    """
+    if rows.parts:
+        yield from _mixed_steps(rows, data, start)
+        return
+    epoch, done = start.epoch, start.step
+    while data.epochs is None or epoch < data.epochs:
+        steps = epoch_steps(rows, data, epoch)
+        for number, step in enumerate(islice(steps, done, None), start=done + 1):
+            yield start.model_copy(update={"epoch": epoch, "step": number}), step
+        epoch, done = epoch + 1, 0
+
+
+def _mixed_steps(
+    rows: RowTable, data: DataConfig, start: LoaderState
+) -> Iterator[tuple[LoaderState, list[Int64s]]]:
+    """Global steps of a mixture, from ``start`` on; they never end, and are of one epoch."""
+    lanes = data.sequences_per_step
+    firsts = np.cumsum([0, *map(len, rows.parts)])
+    done = taken(start.step * lanes, rows.shares)
+    streams = [
+        islice(_packs(part, data), skip, None) for part, skip in zip(rows.parts, done, strict=True)
+    ]
+    for step in count(start.step):
+        chosen = [place_of(step * lanes + lane, rows.shares)[0] for lane in range(lanes)]
+        packs = [next(streams[part]) + firsts[part] for part in chosen]
+        yield start.model_copy(update={"step": step + 1}), packs
+
+
+def _packs(rows: RowTable, data: DataConfig) -> Iterator[Int64s]:
+    """The packs of one view of a mixture, epoch after epoch."""
+    for epoch in count():
+        for step in epoch_steps(rows, data, epoch):
+            yield from (pack for pack in step if len(pack))
+
+
+def _with_parts(whole: RowTable, view: MixedView, fits: np.ndarray) -> RowTable:
+    """The table of a mixture: that of all rows, and those of each view."""
+    bounds = np.cumsum([0, *view.num_rows_of])
+    kept = [fits[first:last] for first, last in pairwise(bounds)]
+    parts, start = [], 0
+    for number, (mask, first) in enumerate(zip(kept, bounds, strict=False)):
+        stop = start + int(mask.sum())
+        if start == stop:
+            raise ConfigError(f"view number {number + 1} of {view.url} has no row that fits")
+        mine = slice(start, stop)
+        names = ("num_tokens", "num_labels", "weight", "group", "row")
+        columns = {name: getattr(whole, name)[mine] for name in names}
+        key = _order_key(view.table.slice(first, len(mask)), mask)
+        parts.append(replace(whole, **columns, order_key=key))
+        start = stop
+    return replace(whole, parts=tuple(parts), shares=view.shares)
+
+
+def _order_key(table: pa.Table, fits: np.ndarray) -> str:
+    return hashlib.sha256(key_array(table, "row_key")[fits].tobytes()).hexdigest()[:32]
+
+
+def count_steps(rows: RowTable, data: DataConfig) -> int:
+    """Global steps of the whole run. Plans every epoch once where epochs were asked for."""
+    if data.steps is not None:
+        return data.steps
+    return sum(sum(1 for _ in epoch_steps(rows, data, epoch)) for epoch in range(data.epochs or 0))
+
+
+def num_micro_batches(data: DataConfig, world_size: int) -> int:
+    """Micro-batches of every rank in a global step: gradient_accumulation_steps.
+
+    Rank r of W takes the lanes r mod W. The number is the same for all ranks, as collectives must
+    keep in step: the rank with the most lanes sets it, and the others fill up with micro-batches
+    that weigh nothing. So W need not divide ``data.sequences_per_step``, and may exceed it.
+    """
+    lanes = -(-data.sequences_per_step // world_size)
+    return -(-lanes // data.micro_batch_size)
+
+
+def view_rows(view: View, data: DataConfig, ids: Int64s) -> Int64s:
+    """Row numbers in the view's table of ids in its `RowTable`, which leaves out long rows."""
+    fits = _numpy(view.table, "num_tokens", np.int32) <= data.max_tokens
+    return np.flatnonzero(fits)[ids]
+
+
+def deal_chunks(rows: RowTable, data: DataConfig, epoch: int) -> list[list[tuple[int, int]]]:
+    """Shares the chunks of a view among the lanes.
+
+    Returns:
+        For every lane its chunks, half-open ranges of row ids, in the order of reading.
+    """
+    num_lanes = data.sequences_per_step
+    bounds = cut_chunks(rows.group, CHUNKS_PER_LANE * num_lanes)
+    total = np.r_[0, np.cumsum(rows.num_tokens, dtype=np.int64)]
+    tokens = np.diff(total[bounds])
+    lanes: list[list[tuple[int, int]]] = [[] for _ in range(num_lanes)]
+    loads = [(0, lane) for lane in range(num_lanes)]
+    for chunk in shuffled(len(tokens), rows.order_key, data.seed, epoch, "chunks").tolist():
+        load, lane = loads[0]
+        lanes[lane].append((int(bounds[chunk]), int(bounds[chunk + 1])))
+        heapq.heapreplace(loads, (load + int(tokens[chunk]), lane))
+    return lanes
+
+
+def cut_chunks(group: Int32s, num_wanted: int) -> Int64s:
+    """Cuts rows into at least ``num_wanted`` chunks where there are as many rows.
+
+    Args:
+        group: int32 [R], row group of every row; rows of one stand together.
+
+    Returns:
+        int64 [C + 1], the bounds of the chunks; none crosses a row group.
+    """
+    starts = np.flatnonzero(np.r_[True, group[1:] != group[:-1]])
+    sizes = np.diff(np.r_[starts, len(group)])
+    rows_per_chunk = len(group) if len(starts) >= num_wanted else max(1, len(group) // num_wanted)
+    pieces = -(-sizes // rows_per_chunk)
+    piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    bounds = np.repeat(starts, pieces) + np.repeat(sizes, pieces) * piece // np.repeat(
+        pieces, pieces
+    )
+    return np.r_[bounds, len(group)].astype(np.int64)
+
+
+def shuffled(size: int, *key: object) -> Int64s:
+    """A permutation of range(size) that is a pure function of the key."""
+    digest = hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=16).digest()
+    draws = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(size)
+    return np.argsort(draws, kind="stable")
+
+
+def _lane_packs(
+    chunks: list[tuple[int, int]], rows: RowTable, data: DataConfig, key: tuple[object, ...]
+) -> Iterator[list[int]]:
+    packer = Packer(data.max_tokens)
+    for window in range(0, len(chunks), data.window_row_groups):
+        ranges = chunks[window : window + data.window_row_groups]
+        ids = np.concatenate([np.arange(start, stop) for start, stop in ranges])
+        ids = ids[shuffled(len(ids), *key, window)]
+        yield from packer.add(ids.tolist(), rows.num_tokens[ids].tolist())
+    yield from packer.flush()
+
+
+def _numpy(table: pa.Table, column: str, dtype: type[np.generic]) -> np.ndarray:
+    return table[column].to_numpy().astype(dtype, copy=False)
+
+
+def _dictionary(table: pa.Table, column: str) -> tuple[Int32s, list[str]]:
+    """Codes and values of a string column, dictionary-encoded or not."""
+    values = table[column]
+    if not pa.types.is_dictionary(values.type):
+        values = values.dictionary_encode()
+    array = values.unify_dictionaries().combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = array.chunk(0)
+    return array.indices.to_numpy().astype(np.int32, copy=False), array.dictionary.to_pylist()

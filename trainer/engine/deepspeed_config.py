@@ -1,0 +1,143 @@
+"""The one place where the DeepSpeed configuration is made.
+
+DeepSpeed 0.19 changed several defaults (gradient clipping is now 1.0, bfloat16 steps with a
+non-finite gradient are skipped in silence), and the type in which gradients are accumulated
+follows the model's. What matters to the result is therefore always written out here: either
+*fixed*, because another part of the configuration says it, or a *default* that
+``deepspeed.native`` may change.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from schemas.errors import ConfigError
+from trainer.config.train import TrainConfig
+from trainer.data.row_order import num_micro_batches
+from trainer.engine.native_options import check_native_optimizer
+
+_OURS_INSTEAD = {
+    "amp": 'deepspeed.precision = "bf16"',
+    "bfloat16": 'deepspeed.precision = "bf16"',
+    "data_efficiency": "[data]",
+    "curriculum_learning": "[data]",
+    "checkpoint.load_universal": "a new run folder",
+}
+"""Native sections that would do a second time what this trainer does."""
+
+_SAID_BY = {
+    "train_batch_size": "data.sequences_per_step",
+    "train_micro_batch_size_per_gpu": "data.micro_batch_size",
+    "gradient_accumulation_steps": (
+        "data.sequences_per_step, data.micro_batch_size and ray.num_workers"
+    ),
+    "gradient_clipping": "deepspeed.gradient_clipping",
+    "zero_optimization.stage": "deepspeed.zero_stage",
+    "bf16.enabled": "deepspeed.precision",
+    "fp16.enabled": "deepspeed.precision",
+    "data_types.grad_accum_dtype": "deepspeed.precision and deepspeed.zero_stage",
+}
+"""Which key of ours fixes a native one; the others are fixed by how the trainer works."""
+
+
+def build_deepspeed_config(
+    config: TrainConfig, num_parameters: int, world_size: int
+) -> dict[str, Any]:
+    """The complete DeepSpeed configuration of a run.
+
+    Args:
+        config: the training run.
+        num_parameters: of the student; no bucket is larger than it, since DeepSpeed allocates
+            buckets of 5e8 elements (2 GB) whatever the model.
+        world_size: data-parallel ranks that there are.
+
+    Raises:
+        ConfigError: ``deepspeed.native`` contradicts another key; names both.
+    """
+    native = dict(config.deepspeed.native)
+    check_native_optimizer(config)
+    native.pop("scheduler", None)  # trainer.engine.learning_rate evaluates it
+    fixed = _fixed(config, world_size)
+    for key, replacement in _OURS_INSTEAD.items():
+        if _lookup(native, key) not in (None, {}):
+            raise ConfigError(
+                f"deepspeed.native.{key} is set, but the trainer does this itself; remove it and "
+                f"use {replacement}"
+            )
+    for key, ours in _leaves(fixed):
+        theirs = _lookup(native, key)
+        if theirs is not None and theirs != "auto" and theirs != ours:
+            said_by = _SAID_BY.get(key, "the way this trainer computes exact token means")
+            raise ConfigError(
+                f"deepspeed.native.{key} = {theirs!r} contradicts {ours!r}, which follows from "
+                f"{said_by}; remove one of them"
+            )
+    return _merged(_merged(_defaults(config, num_parameters), native), fixed)
+
+
+def _fixed(config: TrainConfig, world_size: int) -> dict[str, Any]:
+    micro_batches = num_micro_batches(config.data, world_size)
+    micro_batch_size = config.data.micro_batch_size
+    bf16 = config.deepspeed.precision == "bf16"
+    # Stage 0 keeps no separate gradient buffer, so it accumulates in the type of the model.
+    grad_accum_dtype = "bf16" if bf16 and config.deepspeed.zero_stage == 0 else "fp32"
+    return {
+        "train_batch_size": micro_batch_size * micro_batches * world_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": micro_batches,
+        "managed_gradient_accumulation": True,
+        # The loss is divided by the tokens of the whole step, so the mean over ranks must be plain.
+        "gradient_allreduce_op": "mean",
+        "prescale_gradients": False,
+        "gradient_clipping": config.deepspeed.gradient_clipping,
+        "zero_optimization": {"stage": config.deepspeed.zero_stage},
+        # The trainer stops at a gradient that is not finite; DeepSpeed would skip the step instead.
+        "bf16": {"enabled": bf16, "check_grad_overflow": False},
+        "fp16": {"enabled": False},
+        "data_types": {"grad_accum_dtype": grad_accum_dtype},
+    }
+
+
+def _defaults(config: TrainConfig, num_parameters: int) -> dict[str, Any]:
+    bucket = max(num_parameters, 1 << 16)
+    return {
+        "zero_optimization": {
+            "reduce_bucket_size": min(bucket, 500_000_000),
+            "allgather_bucket_size": min(bucket, 500_000_000),
+            "stage3_prefetch_bucket_size": min(bucket, 50_000_000),
+            "overlap_comm": config.ray.use_gpu,
+        },
+        # torch's AdamW needs no compiler on the workers and works with every stage and offload.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 31,
+        "wall_clock_breakdown": False,
+        "checkpoint": {"tag_validation": "Ignore"},
+    }
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _lookup(tree: Mapping[str, Any], key: str) -> Any:
+    value: Any = tree
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return None
+        value = value[part]
+    return value
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            merged[key] = _merged(old, value)
+        else:
+            merged[key] = value
+    return merged

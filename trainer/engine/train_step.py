@@ -1,0 +1,135 @@
+"""One optimizer step of one rank: exact token means, whatever the split.
+
+The loss of a global step is the mean over the labels of all ranks and micro-batches. Their number N
+is summed before the first backward pass; then every micro-batch gives ``backward(W * loss_sum /
+N)``, where W, the number of ranks, undoes the mean that DeepSpeed takes over them, and
+``scale_wrt_gas=False`` keeps it from dividing again. So neither the split into micro-batches nor
+the number of workers changes the gradient.
+
+Needs a process group and an engine, but no Ray.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainer.config.train import LossConfig, TrainConfig
+from trainer.data.loader import MicroBatch, StepBatch
+from trainer.engine.deepspeed_engine import gradient_norm
+from trainer.engine.guards import BadStep, Guard
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one global step came to, over all ranks.
+
+    Attributes:
+        loss, ce, kl: weighted sums over the labels, nats; see `trainer.head.fused_head`.
+        weight: of the labels.
+        grad_norm: global gradient norm before clipping.
+        warning: what the guard has to say of the step; mostly nothing.
+    """
+
+    loss: float
+    ce: float
+    kl: float
+    weight: float
+    grad_norm: float
+    warning: str
+
+
+class TrainStep:
+    """Runs global steps. Collective: every rank calls it with its part of the same step."""
+
+    def __init__(self, engine: Any, config: TrainConfig, guard: Guard) -> None:
+        """
+        Args:
+            engine: from ``trainer.engine.deepspeed_engine.build_engine``.
+            guard: says whether a step is fit to change the student.
+        """
+        self._engine, self._config, self._guard = engine, config, guard
+        self._world_size = dist.get_world_size()
+
+    def run(self, batch: StepBatch, step: int, lr: float) -> StepResult:
+        """Forward, backward, and the optimizer's step.
+
+        Args:
+            batch: this rank's part.
+            step: number of the step, counted from 1.
+            lr: learning rate of every parameter group.
+
+        Raises:
+            BadStep: on all ranks alike: the loss or the gradient is not finite, or the guard stops
+                at a spike. The loss is looked at before the optimizer's step, the gradient too
+                where its norm is known by then (float32 without ZeRO).
+        """
+        engine = self._engine
+        weight = self.sum_over_ranks([sum(m.weight for m in batch.micro_batches)])[0]
+        scale = self._world_size / weight if weight else 0.0
+        parts: list[torch.Tensor] = []
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        for number, micro_batch in enumerate(batch.micro_batches, start=1):
+            loss_sum, sums = self.forward(micro_batch)
+            engine.backward(loss_sum * scale, scale_wrt_gas=False)
+            parts.append(torch.stack([sums["loss"], sums["ce"], sums["kl"]]).double())
+            if number < len(batch.micro_batches):
+                engine.step()
+        loss, ce, kl = self.sum_over_ranks(torch.stack(parts).sum(0))
+        try:
+            warning = self._guard.check_loss(step, loss, weight)
+            norm, more = self._update(step)
+        except BadStep as bad:
+            bad.micro_losses = [float(part[0]) for part in parts]
+            raise
+        return StepResult(loss, ce, kl, weight, norm, warning or more)
+
+    def forward(
+        self, batch: MicroBatch, loss: LossConfig | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of one micro-batch and its parts; see ``StudentWithHead.forward``.
+
+        Args:
+            loss: the target; None: the one that is trained on.
+        """
+        device = self._engine.device
+        input_ids = batch.input_ids.to(device, non_blocking=True)
+        position_ids = batch.position_ids.to(device, non_blocking=True)
+        if self._config.student.attn_implementation == "flash_attention_2":
+            # Its kernel finds documents by position ids in a single sequence only.
+            input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
+        targets = batch.targets.to(device, non_blocking=True)
+        result: tuple[torch.Tensor, dict[str, torch.Tensor]] = self._engine(
+            input_ids, position_ids, targets, loss or self._config.loss
+        )
+        return result
+
+    @contextlib.contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """The student as it is used, not as it is trained."""
+        self._engine.eval()
+        try:
+            yield
+        finally:
+            self._engine.train()
+
+    def _update(self, step: int) -> tuple[float, str]:
+        """Steps the optimizer. Returns the gradient norm, and what the guard says of it."""
+        norm = gradient_norm(self._engine)
+        if norm is not None:
+            warning = self._guard.check_gradient(step, norm)
+            self._engine.step()
+            return norm, warning
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        return norm, self._guard.check_gradient(step, norm)
+
+    def sum_over_ranks(self, values: list[float] | torch.Tensor) -> list[float]:
+        """The float64 sums of a few numbers over all ranks."""
+        total = torch.as_tensor(values, dtype=torch.float64, device=self._engine.device)
+        dist.all_reduce(total)
+        return total.tolist()

@@ -1,0 +1,1 @@
+"""Students against their teacher and each other on held-out rows."""

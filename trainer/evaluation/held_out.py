@@ -1,0 +1,117 @@
+"""Evaluation on held-out rows while a student trains."""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from schemas.errors import ConfigError
+from schemas.views.view import View
+from trainer.config.train import LossConfig, TrainConfig
+from trainer.data.loader import Loader, common_record
+from trainer.data.row_order import LoaderState, RowTable, count_steps, read_row_table
+from trainer.engine.train_step import TrainStep
+from trainer.tracking.learning_curve import EvalPoint
+
+
+class HeldOut:
+    """The held-out rows, and this rank's part in measuring on them. Collective."""
+
+    def __init__(self, config: TrainConfig, step: TrainStep, vocab_size: int) -> None:
+        """
+        Args:
+            config: with ``eval``.
+            step: runs the student.
+            vocab_size: rows of its output head.
+
+        Raises:
+            ConfigError: the metric needs a teacher, and the labels have none; or no row fits.
+        """
+        assert config.eval is not None
+        self._step, self._vocab_size = step, vocab_size
+        self._view = View.open(config.eval.view)
+        loss = eval_loss(self._view, config)
+        self._has_teacher = loss.kind != "hard"
+        # The same lanes as in training, so that the sums do not depend on the number of workers.
+        data = config.data.model_copy(
+            update={"epochs": 1, "steps": None, "long_rows": "drop", "seed": 0}
+        )
+        self._rows = spread_rows(read_row_table(self._view, data), config.eval.max_rows)
+        self._config = config.model_copy(update={"loss": loss, "data": data})
+        self._num_batches = count_steps(self._rows, data)
+
+    def measure(self, step: int) -> EvalPoint:
+        """Measures the student as it is after ``step`` steps. It is left as it was."""
+        before = time.perf_counter()
+        start = LoaderState(view_hash=self._view.view_hash, seed=0, epoch=0, step=0)
+        loader = Loader(
+            self._config,
+            self._view,
+            self._rows,
+            start,
+            dist.get_rank(),
+            self._vocab_size,
+            dist.get_world_size(),
+        )
+        try:
+            ce, kl, weight = self._sums(loader)
+        finally:
+            loader.close()
+        return EvalPoint(
+            step=step,
+            ce=ce / weight,
+            kl=kl / weight if self._has_teacher else None,
+            labels=int(self._rows.num_labels.sum()),
+            seconds=round(time.perf_counter() - before, 3),
+        )
+
+    def _sums(self, loader: Loader) -> list[float]:
+        """CE, KL and weight, summed over all labels and ranks."""
+        total = torch.zeros(3, dtype=torch.float64)
+        with torch.no_grad(), self._step.without_dropout():
+            for _ in range(self._num_batches):
+                for micro_batch in next(loader).micro_batches:
+                    _, parts = self._step.forward(micro_batch, self._config.loss)
+                    sums = torch.stack([parts["ce"], parts["kl"], parts["weight"]])
+                    total += sums.double().cpu()
+        return self._step.sum_over_ranks(total)
+
+
+def eval_loss(view: View, config: TrainConfig) -> LossConfig:
+    """What to measure: the ghost target is a lower bound of the KL for every kind of label.
+
+    Raises:
+        ConfigError: the KL to the teacher is asked for, and the labels are tokens alone.
+    """
+    assert config.eval is not None
+    has_teacher = common_record(view).kind != "tokens"
+    askers = {
+        "eval.metric": config.eval.metric == "kl",
+        "checkpoint.best_metric": config.checkpoint.best_metric == "eval_kl",
+    }
+    asking = [key for key, asks in askers.items() if asks]
+    if asking and not has_teacher:
+        raise ConfigError(
+            f"{' and '.join(asking)} ask for the KL to a teacher, but the labels of {view.url} are "
+            "tokens alone; ask for the cross-entropy, or evaluate on a view with a teacher's labels"
+        )
+    sizes: dict[str, Any] = {
+        name: getattr(config.loss, name) for name in ("chunk_tokens", "head_memory_bytes")
+    }
+    return LossConfig(kind="ghost" if has_teacher else "hard", **sizes)
+
+
+def spread_rows(rows: RowTable, max_rows: int) -> RowTable:
+    """At most ``max_rows`` rows, spread evenly over the table; 0: all of them."""
+    if not max_rows or max_rows >= len(rows):
+        return rows
+    kept = np.arange(max_rows) * len(rows) // max_rows
+    names = ("num_tokens", "num_labels", "weight", "group", "row")
+    return replace(
+        rows,
+        **{name: getattr(rows, name)[kept] for name in names},
+        order_key=f"{rows.order_key} {max_rows}",
+    )

@@ -1,0 +1,340 @@
+"""The student's output head and its loss in one step, without ever holding a [T, V] tensor.
+
+A language-model head turns T hidden states into T x V logits, which at 32k tokens and 128k ids is
+16 GB in float32, several times over once a loss and its gradient are taken. Here the positions are
+worked off in chunks: logits, loss and gradient of one chunk live in one buffer, and only the
+gradients of the hidden states and of the weight remain. The gradient is computed in the forward
+pass, while the logits are there, and scaled in the backward pass by what comes in.
+
+One pass over the logits of a chunk, at distillation temperature 1:
+
+1. read the logits of the hard label and of the cached ids S, then take S out of the row;
+2. softmax over the rest, in place; its normaliser joined with S gives the full log-sum-exp, and the
+   bucket's log-mass without the cancellation in 1 - Q;
+3. loss and gradient of the target on S and on the bucket (`trainer.losses.objectives`),
+   cross-entropy mixed in; the row times one number is the gradient off S, and S is written over it.
+
+So a distillation step costs what a cross-entropy step does. Another temperature needs a second
+softmax, hence a second pass and buffer.
+
+Shapes: L tokens of the micro-batch, T labelled positions, H hidden size, V vocabulary, E entries.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from schemas.errors import VocabularyError
+from trainer.config.train import LossConfig
+from trainer.head.chunk_size import chunk_tokens
+from trainer.head.row_softmax import RowSoftmax, row_softmax
+from trainer.losses.objectives import Pull, StudentPartition, pull_of
+from trainer.losses.targets import SparseTargets
+
+METRICS = ("loss", "ce", "kl", "weight")
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to its logits after the head: scale, then cap * tanh(logit / cap).
+
+    Attributes:
+        scale: factor on every logit.
+        softcap: bound of the absolute value, as in Gemma 2; None for no bound.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def apply_(self, logits: Tensor) -> Tensor | None:
+        """Transforms [T, V] logits in place; returns what `backward_` needs."""
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.softcap is None:
+            return None
+        bounded = logits.div_(self.softcap).tanh_().clone()
+        logits.mul_(self.softcap)
+        return bounded
+
+    def backward_(self, gradient: Tensor, bounded: Tensor | None) -> None:
+        """Turns the gradient of the transformed logits into that of the head's, in place."""
+        if bounded is not None:
+            gradient.mul_(bounded.square_().neg_().add_(1.0))
+        if self.scale != 1.0:
+            gradient.mul_(self.scale)
+
+
+def fused_distillation_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: SparseTargets,
+    loss: LossConfig,
+    transform: LogitTransform = LogitTransform(),
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum over positions of weight * ((1 - alpha) * CE + alpha * T^2 * KL), and its parts.
+
+    `loss.kind = "hard"` is cross-entropy alone, whatever alpha is. Logarithms and sums are float32
+    (float64 for a float64 head); gradients are accumulated and scaled in float32.
+
+    Args:
+        hidden: [..., H], all hidden states of the micro-batch; `targets.positions` index the
+            flattened leading axes. Labels of token t use the state at t - 1.
+        weight: [V, H], the head.
+        bias: [V] or None.
+        targets: labels, on the device of `hidden`.
+        loss: target, alpha, temperature, size of a chunk (see `trainer.head.chunk_size`).
+        transform: what the model does to its logits.
+
+    Returns:
+        The sum (scalar, nats; the caller divides), and detached sums by name: `loss` the same
+        again, `ce` and `kl` weighted without alpha and T^2, `weight` of the positions.
+
+    Raises:
+        VocabularyError: an id of the labels lies outside the head.
+        ConfigError: the labels cannot serve the loss (see `losses.compatibility.check_loss`).
+    """
+    if targets.num_ids > weight.shape[0]:
+        raise VocabularyError(
+            f"labels name id {targets.num_ids - 1} but the student's head has {weight.shape[0]} "
+            "rows; train a student with the vocabulary of the labels"
+        )
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    # needs_input_grad stays true under no_grad, so what is wanted is said here.
+    on = torch.is_grad_enabled()
+    wanted = _Wanted(
+        hidden=on and hidden.requires_grad,
+        weight=on and weight.requires_grad,
+        bias=on and bias is not None and bias.requires_grad,
+    )
+    total, parts = _FusedDistillation.apply(flat, weight, bias, targets, loss, transform, wanted)
+    return total, dict(zip(METRICS, parts.unbind(), strict=True))
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Which gradients are needed."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    @property
+    def any(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
+class _FusedDistillation(torch.autograd.Function):
+    """See `fused_distillation_loss`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: SparseTargets,
+        loss: LossConfig,
+        transform: LogitTransform,
+        wanted: _Wanted,
+    ) -> tuple[Tensor, Tensor]:
+        head = _HeadPass(hidden, weight, bias, transform, wanted)
+        parts = torch.zeros(len(METRICS), dtype=head.dtype, device=hidden.device)
+        size = chunk_tokens(
+            loss,
+            targets.num_labels,
+            weight.shape[0],
+            weight.dtype,
+            weight.device,
+            transform.softcap is not None,
+        )
+        for start in range(0, targets.num_labels, size):
+            stop = min(start + size, targets.num_labels)
+            parts += head.run(targets.chunk(start, stop), loss)
+        ctx.gradients = [head.d_hidden, head.d_weight, head.d_bias]
+        ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype
+        ctx.mark_non_differentiable(parts)
+        return parts[0].clone(), parts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the fused head was run backward twice; its gradients are gone")
+        gradients, ctx.gradients = ctx.gradients, None
+        # Taken out one by one, so that each in float32 goes when it has its half-precision copy.
+        scaled = [_scaled(gradients.pop(0), grad_total, dtype) for dtype in ctx.dtypes]
+        return (*scaled, None, None, None, None)
+
+
+class _HeadPass:
+    """Works off chunks of positions and collects the gradients.
+
+    Attributes:
+        d_hidden, d_weight, d_bias: [L, H], [V, H] and [V], in float32 at least; None where they are
+            not wanted. Rounded to half precision before it is scaled, a gradient would be off by up
+            to 0.4% as a whole: the factor 1 / N then moves all values of a binade the same way.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        transform: LogitTransform,
+        wanted: _Wanted,
+    ) -> None:
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.transform, self.wanted = transform, wanted
+        self.dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.buffer = hidden.new_empty(0, dtype=self.dtype)
+        self.d_hidden = torch.zeros_like(hidden, dtype=self.dtype) if wanted.hidden else None
+        self.d_weight = torch.zeros_like(weight, dtype=self.dtype) if wanted.weight else None
+        self.d_bias = (
+            torch.zeros_like(bias, dtype=self.dtype) if wanted.bias and bias is not None else None
+        )
+
+    def run(self, chunk: SparseTargets, loss: LossConfig) -> Tensor:
+        """Adds one chunk's gradients; returns its part of each of METRICS."""
+        rows = self.hidden.index_select(0, chunk.positions).to(self.weight.dtype)
+        logits = self._logits(rows)
+        bounded = self.transform.apply_(logits)
+        ce, kl, gradient = _loss_and_gradient(logits, chunk, loss, self.wanted.any)
+        if gradient is not None:
+            self.transform.backward_(gradient, bounded)
+            self._accumulate(gradient, rows, chunk.positions)
+        return _sums(ce, kl, chunk.weights.to(self.dtype), loss)
+
+    def _logits(self, rows: Tensor) -> Tensor:
+        """[T, V] logits of [T, H] rows, in the buffer that all chunks share where that is free."""
+        if rows.dtype != self.dtype:
+            logits = _mm_wide(rows, self.weight.t(), self.dtype)
+            return logits if self.bias is None else logits.add_(self.bias)
+        num_rows, vocab_size = rows.shape[0], self.weight.shape[0]
+        if self.buffer.numel() < num_rows * vocab_size:
+            self.buffer = self.buffer.new_empty(num_rows * vocab_size)
+        logits = self.buffer[: num_rows * vocab_size].view(num_rows, vocab_size)
+        torch.mm(rows, self.weight.t(), out=logits)
+        return logits if self.bias is None else logits.add_(self.bias)
+
+    def _accumulate(self, gradient: Tensor, rows: Tensor, positions: Tensor) -> None:
+        """Adds the gradients that follow from that of a chunk's logits, [T, V]."""
+        if self.d_bias is not None:
+            self.d_bias += gradient.sum(0)
+        narrow = gradient.to(self.weight.dtype)
+        if self.d_hidden is not None:
+            self.d_hidden.index_add_(0, positions, _mm_wide(narrow, self.weight, self.dtype))
+        if self.d_weight is not None:
+            if narrow.dtype == self.dtype:
+                self.d_weight.addmm_(narrow.t(), rows)
+            else:
+                self.d_weight += _mm_wide(narrow.t(), rows, self.dtype)
+
+
+def _scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    return None if gradient is None else gradient.mul_(factor).to(dtype)
+
+
+def _mm_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b of two matrices of one type, accumulated and returned in `dtype`."""
+    if a.dtype == dtype:
+        return torch.mm(a, b)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a.to(dtype), b.to(dtype))
+
+
+def _loss_and_gradient(
+    logits: Tensor, chunk: SparseTargets, loss: LossConfig, need_gradient: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """CE [T], KL [T] or None, and the gradient of the chunk's weighted loss, in `logits`' place."""
+    weights, softmax_of = chunk.weights.to(logits.dtype), row_softmax(loss, logits)
+    if loss.kind == "hard" or loss.alpha == 0.0:
+        ce = _cross_entropy(logits, chunk.token_ids, weights if need_gradient else None, softmax_of)
+        return ce, None, logits if need_gradient else None
+    if loss.temperature == 1.0:
+        ce, kl = _distil(logits, chunk, loss, weights if need_gradient else None, softmax_of)
+        return ce, kl, logits if need_gradient else None
+    scaled = logits / loss.temperature
+    factor = weights * (loss.alpha * loss.temperature)
+    _, kl = _distil(scaled, chunk, loss, factor if need_gradient else None, softmax_of)
+    hard = weights * (1.0 - loss.alpha) if need_gradient and loss.alpha < 1.0 else None
+    ce = _cross_entropy(logits, chunk.token_ids, hard, softmax_of)
+    if not need_gradient:
+        return ce, kl, None
+    return ce, kl, scaled if hard is None else scaled.add_(logits)
+
+
+def _cross_entropy(
+    logits: Tensor, token_ids: Tensor, weights: Tensor | None, softmax_of: type[RowSoftmax]
+) -> Tensor:
+    """Cross-entropy [T] in nats; with weights, `logits` becomes the gradient of weights * CE."""
+    token_ids = token_ids[:, None]
+    at_token = logits.gather(1, token_ids)[:, 0]
+    softmax = softmax_of(logits)
+    if weights is not None:
+        softmax.times_(weights)
+        logits.scatter_add_(1, token_ids, -weights[:, None])
+    return softmax.lse - at_token
+
+
+def _distil(
+    logits: Tensor,
+    chunk: SparseTargets,
+    loss: LossConfig,
+    weights: Tensor | None,
+    softmax_of: type[RowSoftmax],
+) -> tuple[Tensor, Tensor]:
+    """CE and KL, [T] each, of logits [T, V] already divided by the distillation temperature.
+
+    With weights, `logits` becomes the gradient of weights * KL, at temperature 1 that of
+    weights * ((1 - alpha) * CE + alpha * KL): CE belongs to the same softmax there.
+    """
+    segments = chunk.segments()
+    flat = segments.rows * logits.shape[1] + chunk.entry_ids
+    everything = logits.view(-1)
+    at_entries = everything.index_select(0, flat)
+    at_token = logits.gather(1, chunk.token_ids[:, None])[:, 0]
+
+    # Not -inf: a row whose every id is in S must stay a number. Its bucket then has no mass.
+    everything.scatter_(0, flat, torch.finfo(logits.dtype).min)
+    off = softmax_of(logits)
+    lse = torch.logaddexp(off.lse, segments.logsumexp(at_entries))
+    student = StudentPartition(at_entries.sub_(segments.spread(lse)), off.lse - lse, segments)
+    pull = pull_of(chunk, loss, student)
+    if weights is not None:
+        share = loss.alpha if loss.temperature == 1.0 else 1.0
+        tail, entries = _mixed(pull, student, share)
+        off.times_(weights * tail)
+        everything.scatter_(0, flat, segments.spread(weights) * entries)
+        if share < 1.0:
+            at = chunk.token_ids[:, None]
+            logits.scatter_add_(1, at, (weights * (share - 1.0))[:, None])
+    return lse - at_token, pull.loss
+
+
+def _mixed(pull: Pull, student: StudentPartition, alpha: float) -> tuple[Tensor, Tensor]:
+    """Gradients at the bucket [T] and at S [E]: `alpha` of the target's, the rest of them q's own.
+
+    Cross-entropy's is q - onehot; the caller subtracts the hard label.
+    """
+    if alpha == 1.0:
+        return pull.tail_gradient, pull.entry_gradient
+    return (
+        alpha * pull.tail_gradient + (1.0 - alpha) * student.log_tail.exp(),
+        alpha * pull.entry_gradient + (1.0 - alpha) * student.log_entries.exp(),
+    )
+
+
+def _sums(ce: Tensor, kl: Tensor | None, weights: Tensor, loss: LossConfig) -> Tensor:
+    """The chunk's part of each of METRICS."""
+    ce_sum = torch.dot(weights, ce)
+    if kl is None:
+        zero = torch.zeros_like(ce_sum)
+        return torch.stack([ce_sum, ce_sum, zero, weights.sum()])
+    kl_sum = torch.dot(weights, kl)
+    total = (1.0 - loss.alpha) * ce_sum + loss.alpha * loss.temperature**2 * kl_sum
+    return torch.stack([total, ce_sum, kl_sum, weights.sum()])

@@ -1,0 +1,122 @@
+"""Divergences of teacher and student on the cached ids S and one bucket for all the others.
+
+With p the teacher's and q the student's probabilities on S, m and r those of the bucket, any
+divergence D that is a sum over S and the bucket has, by the softmax's own derivative, the gradient
+
+    dD / dlogit_i = q_i (g_i - gbar)             i in S, g_i = dD / dq_i
+    dD / dlogit_i = (q_i / r) r (g_b - gbar)     i off S, g_b = dD / dr
+    gbar = sum over S of q g + r g_b
+
+A constant added to all of g changes nothing, so constants are left out below. At each id and at the
+bucket, M being the mixture that is named:
+
+| divergence | summand                             | g                | from             |
+|------------|-------------------------------------|------------------|------------------|
+| reverse_kl | q log(q / p)                        | log(q / p)       | arXiv 2306.08543 |
+| jsd        | b p log(p / M) + (1-b) q log(q / M) | (1-b) log(q / M) | arXiv 2306.13649 |
+|            | M = b p + (1-b) q, b = loss.beta    |                  |                  |
+| skew_kl    | p log(p / M), M = s p + (1-s) q     | -(1-s) p / M     | arXiv 2402.03898 |
+|            | s = loss.skew                       |                  |                  |
+| tvd        | abs(p - q) / 2                      | sign(q - p) / 2  | arXiv 2307.15190 |
+
+0 log 0 = 0. Each is a lower bound of the same divergence to the full distribution, since what is
+within the bucket is not looked at; nothing is renormalised on S. On labels with draws, S is the
+head and the distinct draws, each with its own p, so the bound hangs on what was drawn: biased,
+unlike ``forward_kl``, and never silent.
+
+Only reverse KL has no bound where the teacher has no mass. A bucket without mass is often no more
+than rounding: what is left after the draws were taken off it, or 1 - sum of weights at a
+temperature other than 1, is the difference of float16 numbers. So reverse KL takes the teacher's
+masses to be `SMALLEST_MASS` at least.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainer.config.train import LossConfig
+
+SMALLEST_MASS = 1e-6
+"""What reverse KL takes the teacher's mass to be at least, at an id of S and in the bucket."""
+
+
+class Terms(NamedTuple):
+    """A divergence at ids of S, or at the bucket: summands in nats, and g; any one shape."""
+
+    value: Tensor
+    slope: Tensor
+
+
+class Masses(NamedTuple):
+    """Both sides at ids of S, or at the bucket; logarithms may be -inf; any one shape.
+
+    Attributes:
+        p, log_p: the teacher's.
+        q, log_q: the student's.
+    """
+
+    p: Tensor
+    log_p: Tensor
+    q: Tensor
+    log_q: Tensor
+
+    @classmethod
+    def of(cls, log_p: Tensor, log_q: Tensor) -> "Masses":
+        """From the logarithms alone."""
+        return cls(log_p.exp(), log_p, log_q.exp(), log_q)
+
+
+def terms(masses: Masses, loss: LossConfig) -> Terms:
+    """Summands and slopes of the divergence that `loss` names; finite at masses of zero."""
+    value, slope = DIVERGENCES[loss.kind](masses, loss)
+    # Where the student has no mass its logit has no gradient, whatever the slope there.
+    return Terms(value, torch.where(masses.q > 0, slope, 0.0))
+
+
+def reverse_kl(masses: Masses, loss: LossConfig) -> Terms:
+    """KL(q || p)."""
+    log_ratio = masses.log_q - masses.log_p.clamp(min=math.log(SMALLEST_MASS))
+    return Terms(cross(masses.q, log_ratio), log_ratio)
+
+
+def jsd(masses: Masses, loss: LossConfig) -> Terms:
+    """Generalised Jensen-Shannon divergence: beta KL(p || M) + (1 - beta) KL(q || M)."""
+    beta = loss.beta
+    log_mixture = _log_mixture(masses, beta)
+    log_ratio = masses.log_q - log_mixture
+    of_teacher = cross(masses.p, masses.log_p - log_mixture)
+    of_student = cross(masses.q, log_ratio)
+    return Terms(beta * of_teacher + (1.0 - beta) * of_student, (1.0 - beta) * log_ratio)
+
+
+def skew_kl(masses: Masses, loss: LossConfig) -> Terms:
+    """KL(p || M), at most -log(skew)."""
+    log_ratio = masses.log_p - _log_mixture(masses, loss.skew)
+    return Terms(cross(masses.p, log_ratio), (loss.skew - 1.0) * log_ratio.exp())
+
+
+def tvd(masses: Masses, loss: LossConfig) -> Terms:
+    """Total variation distance, at most 1."""
+    difference = masses.q - masses.p
+    return Terms(0.5 * difference.abs(), 0.5 * difference.sign())
+
+
+def _log_mixture(masses: Masses, share: float) -> Tensor:
+    """log(share p + (1 - share) q)."""
+    return torch.logaddexp(masses.log_p + math.log(share), masses.log_q + math.log1p(-share))
+
+
+def cross(weights: Tensor, log_ratio: Tensor) -> Tensor:
+    """weights * log_ratio, with 0 * log 0 = 0."""
+    return torch.where(weights > 0, weights * log_ratio, 0.0)
+
+
+DIVERGENCES: dict[str, Callable[[Masses, LossConfig], Terms]] = {
+    "reverse_kl": reverse_kl,
+    "jsd": jsd,
+    "skew_kl": skew_kl,
+    "tvd": tvd,
+}

@@ -1,0 +1,207 @@
+"""Says which rows stood in a step that stopped a run: RUN/bad_batch.json."""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from schemas.config import StrictModel
+from schemas.errors import StudentError
+from schemas.label_set.tables import key_array
+from schemas.storage.store import Store
+from schemas.views.view import View
+from trainer.config.train import TrainConfig
+from trainer.data.loader import RowReader, StepBatch, read_micro_batch
+from trainer.data.row_order import RowTable, view_rows
+from trainer.engine.collectives import gathered
+from trainer.engine.guards import LOSS, BadStep
+from trainer.engine.train_step import TrainStep
+from trainer.run_folder import BAD_BATCH
+
+MOST_PROBED = 64
+"""Rows that each rank runs alone at most, those of the worst micro-batches first."""
+
+
+class BadRow(StrictModel):
+    """One row of the step.
+
+    Attributes:
+        view_row: number in the view; in a mixture counted through all its views.
+        row_key: hexadecimal.
+        shard, row_group, row: where it lies in ``label_set``, a URL.
+        lane, rank, micro_batch: where it was in the step, each counted from 0.
+        loss: mean per label of the row run alone, nats; None where it is not finite, or not known.
+        is_finite: whether that loss is; None where the row was not run alone.
+    """
+
+    view_row: int
+    row_key: str
+    label_set: str
+    shard: str
+    row_group: int
+    row: int
+    num_tokens: int
+    lane: int
+    rank: int
+    micro_batch: int
+    loss: float | None
+    is_finite: bool | None
+
+
+class BadBatch(StrictModel):
+    """The content of bad_batch.json.
+
+    Attributes:
+        what: "loss" or "gradient norm", of the whole step.
+        value: None where it is not finite.
+        median: of the steps before, where the value is a spike.
+        checkpoint: the newest one from before the step; empty: there is none.
+        rows: of the whole step; first those whose loss is not finite, then by falling loss.
+    """
+
+    step: int
+    what: str
+    value: float | None
+    median: float | None
+    checkpoint: str
+    rows: list[BadRow]
+
+
+class BadBatchReport:
+    """Finds the rows that a bad step is due to. Collective."""
+
+    def __init__(
+        self, config: TrainConfig, view: View, rows: RowTable, step: TrainStep, vocab_size: int
+    ) -> None:
+        """
+        Args:
+            step: runs the rows alone; vocab_size: rows of the student's head.
+        """
+        self._config, self._view, self._rows = config, view, rows
+        self._step, self._vocab_size = step, vocab_size
+
+    def write(self, store: Store, bad: BadStep, batch: StepBatch, checkpoint: str) -> StudentError:
+        """Writes the rows of the step to the run's folder, on rank 0.
+
+        Returns:
+            The error to stop with, on every rank, once the file is there.
+        """
+        alone = self._run_alone(bad, batch)
+        report = BadBatch(
+            step=bad.step,
+            what=bad.what,
+            value=_finite(bad.value),
+            median=bad.median,
+            checkpoint=checkpoint,
+            rows=self._describe(batch, alone),
+        )
+        if dist.get_rank() == 0:
+            store.write_bytes(BAD_BATCH, report.model_dump_json(indent=2).encode())
+        dist.barrier()
+        return StudentError(summary(bad, report, store.path(BAD_BATCH)))
+
+    def _run_alone(self, bad: BadStep, batch: StepBatch) -> dict[int, float]:
+        """Mean loss per label of single rows, by id, of all ranks; empty after a bad gradient.
+
+        A bad gradient may have reached the weights by now, so that no row would tell anything.
+        """
+        if bad.what != LOSS:
+            return {}
+        reader = RowReader(self._view, self._rows, self._config.loss, self._config.data.cache_bytes)
+        mine = self._candidates(bad, batch)
+        found: dict[int, float] = {}
+        try:
+            # As many forward passes on every rank, since ZeRO-3 gathers parameters in each.
+            for number in range(max(gathered([len(mine)]))):
+                ids = mine[number : number + 1]
+                loss = self._loss_of(reader, ids)
+                found.update(dict.fromkeys(ids, loss))
+        finally:
+            reader.close()
+        return {row: loss for part in gathered([found]) for row, loss in part.items()}
+
+    def _candidates(self, bad: BadStep, batch: StepBatch) -> list[int]:
+        """Ids of this rank's rows to run alone."""
+        size = self._config.data.micro_batch_size
+        packs = batch.packs[dist.get_rank() :: dist.get_world_size()]
+        order = sorted(range(len(packs)), key=lambda i: _badness(bad.micro_losses[i // size]))
+        return [int(row) for i in order for row in packs[i]][:MOST_PROBED]
+
+    def _loss_of(self, reader: RowReader, ids: list[int]) -> float:
+        pack = np.array(ids, np.int64)
+        micro_batch = read_micro_batch(reader, [pack], self._config.data, self._vocab_size)
+        with torch.no_grad(), self._step.without_dropout():
+            loss, _ = self._step.forward(micro_batch)
+        return float(loss) / micro_batch.weight if micro_batch.weight else 0.0
+
+    def _describe(self, batch: StepBatch, alone: dict[int, float]) -> list[BadRow]:
+        world_size, size = dist.get_world_size(), self._config.data.micro_batch_size
+        described = []
+        for lane, pack in enumerate(batch.packs):
+            numbers = view_rows(self._view, self._config.data, pack)
+            keys = key_array(self._view.table.take(numbers), "row_key")
+            for row, number, key in zip(pack.tolist(), numbers.tolist(), keys, strict=True):
+                label_set, shard, row_group = self._rows.groups[self._rows.group[row]]
+                loss = alone.get(row)
+                place = BadRow(
+                    view_row=number,
+                    row_key=key.tobytes().hex(),
+                    label_set=self._view.label_sets[label_set].url,
+                    shard=shard,
+                    row_group=row_group,
+                    row=int(self._rows.row[row]),
+                    num_tokens=int(self._rows.num_tokens[row]),
+                    lane=lane,
+                    rank=lane % world_size,
+                    micro_batch=lane // world_size // size,
+                    loss=None if loss is None else _finite(loss),
+                    is_finite=None if loss is None else _finite(loss) is not None,
+                )
+                described.append(place)
+        return sorted(described, key=lambda row: (row.is_finite is not False, -(row.loss or 0.0)))
+
+
+def summary(bad: BadStep, report: BadBatch, path: str) -> str:
+    """One line: what happened, which rows, where to go on from."""
+    value = f"{bad.value}" if bad.median is None else f"{bad.value:.4g}"
+    what = f"the {bad.what} of step {bad.step} is {value}"
+    if bad.median is not None:
+        what += f", {bad.value / bad.median:.1f} times the median before it"
+    where = f"{path} lists the {len(report.rows)} rows of the step"
+    checkpoint = (
+        f"the last good checkpoint is {report.checkpoint}"
+        if report.checkpoint
+        else "there is no checkpoint from before it"
+    )
+    return f"{what}{_blame(report)}; {where}; {checkpoint}. {_advice(bad)}"
+
+
+def _blame(report: BadBatch) -> str:
+    culprits = [row for row in report.rows if row.is_finite is False]
+    probed = [row for row in report.rows if row.is_finite is not None]
+    if not culprits:
+        return ""
+    if len(culprits) == len(probed):
+        return ", and so is that of every row of it alone: the student's weights are spoilt"
+    first = culprits[0]
+    return (
+        f", and so is that of {len(culprits)} of its rows alone, first row {first.view_row} of the "
+        f"view (shard {first.shard}, row group {first.row_group}, row {first.row})"
+    )
+
+
+def _advice(bad: BadStep) -> str:
+    if bad.median is not None:
+        return "To go on through spikes set guard.spikes=warn; against them lower optimizer.lr"
+    return (
+        "Lower optimizer.lr, lengthen the warm-up or clip harder (deepspeed.gradient_clipping), or "
+        "leave bad rows out (tutelage labels verify, labels view)"
+    )
+
+
+def _badness(loss: float) -> float:
+    """Sorts what is not finite first, then by falling loss."""
+    return -loss if _finite(loss) is not None else -float("inf")
+
+
+def _finite(value: float) -> float | None:
+    return value if abs(value) < float("inf") else None

@@ -1,0 +1,194 @@
+"""Starts a training run: checks what can be checked first, then hands over to Ray Train.
+
+Everything that a person may have got wrong is found here in seconds, before a cluster is asked for
+anything: the configuration, the view and its shards, the vocabulary, the run folder.
+"""
+
+import contextlib
+import os
+from typing import Any
+
+from schemas.errors import StudentError, TutelageError
+from schemas.views.view import View
+from trainer.config.student import StudentConfig
+from trainer.config.train import RayConfig, TrainConfig
+from trainer.data.mixture import open_view
+from trainer.data.row_order import count_steps, read_row_table
+from trainer.engine.deepspeed_config import build_deepspeed_config
+from trainer.run.ray_train import RAY_NOTES, make_trainer, ray_cluster
+from trainer.run_folder import RunFolder, TrainSummary
+from trainer.tracking.board import Board, Watcher
+from trainer.tracking.external import check_trackers
+
+
+def run_train_job(config: TrainConfig, progress: bool = True) -> TrainSummary:
+    """Trains the student of a configuration, or goes on where an earlier process stopped.
+
+    Args:
+        config: the run.
+        progress: print how far it is to standard error.
+
+    Returns:
+        What the run came to; at once where it was finished before.
+
+    Raises:
+        TutelageError: the one line that says what is wrong.
+    """
+    # Its contradictions, before anything else.
+    build_deepspeed_config(config, num_parameters=1, world_size=config.ray.max_workers)
+    check_trackers(config.log)
+    view = open_view(config.view)
+    folder = RunFolder(config.run)
+    label_sets = [label_set.fingerprint for label_set in view.label_sets]
+    finished = folder.finished(config, view.view_hash, label_sets)
+    if finished is not None:
+        _say(progress, f"{config.run} is finished: {finished.steps} steps, {finished.exported}")
+        return finished
+    view.check_shards()
+    note = _check_labels(config, view)
+    if note:
+        _say(progress, note)
+    rows = read_row_table(view, config.data)
+    num_steps = count_steps(rows, config.data)
+    _say(
+        progress,
+        f"{len(rows):,} rows, {int(rows.num_tokens.sum()):,} tokens, {num_steps:,} steps of "
+        f"{config.data.sequences_per_step} x {config.data.max_tokens} tokens on "
+        f"{_workers(config.ray)} workers"
+        + (f"; {rows.num_dropped:,} longer rows are left out" if rows.num_dropped else ""),
+    )
+    folder.start(config, view.view_hash, label_sets)
+    with ray_cluster(config.ray, lambda line: _say(progress, line)):
+        _train(config, folder, view.view_hash, num_steps, progress)
+    summary = folder.summary()
+    if summary is None:
+        raise StudentError(f"the run in {config.run} ended without a summary; run it again")
+    _say(progress, _what_it_came_to(config, summary))
+    return summary
+
+
+def _what_it_came_to(config: TrainConfig, summary: TrainSummary) -> str:
+    """The last line that a person sees."""
+    steps = f"{summary.steps} steps" + (", stopped early" if summary.stopped_early else "")
+    loss = f"loss {summary.final_loss:.4f}"
+    if config.eval is not None and summary.best_eval is not None:
+        best = f"{summary.best_eval:.4f} at step {summary.best_eval_step}"
+        loss += f", lowest held-out {config.eval.metric} {best}"
+    return f"trained {steps}, {loss}: {summary.exported}"
+
+
+def _check_labels(config: TrainConfig, view: View) -> str:
+    """Refuses labels that the student or the loss cannot use; says where the loss is not exact."""
+    from trainer.data.loader import common_record
+    from trainer.evaluation.held_out import eval_loss
+    from trainer.losses.compatibility import approximation, check_loss
+    from trainer.student.build import load_tokenizer
+    from trainer.student.vocabulary import check_vocabularies
+
+    record = common_record(view)
+    check_loss(config.loss, record)
+    tokenizer = load_tokenizer(config.student.tokenizer or config.student.path)
+    vocab_size = _vocab_size(config.student, tokenizer)
+    views = [view]
+    if config.eval is not None:
+        held_out = View.open(config.eval.view)
+        held_out.check_shards()
+        eval_loss(held_out, config)
+        views.append(held_out)
+    for label_set in [label_set for view in views for label_set in view.label_sets]:
+        check_vocabularies(tokenizer, vocab_size, label_set)
+    return approximation(config.loss, record)
+
+
+def _vocab_size(student: StudentConfig, tokenizer: Any) -> int:
+    """Rows of the student's output head, from its configuration alone."""
+    if not student.path:
+        given = student.config.get("vocab_size")
+        return int(given) if given is not None else 1 + max(tokenizer.get_vocab().values())
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(student.path)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise StudentError(f"student.path = {student.path} cannot be used: {reason}") from error
+    return int(config.get_text_config().vocab_size)
+
+
+def _train(
+    config: TrainConfig, folder: RunFolder, view_hash: str, num_steps: int, progress: bool
+) -> None:
+    """Runs all workers to the end.
+
+    Raises:
+        TutelageError: what a worker met; a StudentError for what nobody foresaw.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    from trainer.run.worker import TrainJob, train_worker
+
+    board = _start_board()
+    job = TrainJob(config, os.getcwd(), folder.claim(), view_hash, num_steps, board)
+    watcher = Watcher(lambda seen: ray.get(board.news.remote(seen)))
+    try:
+        with watcher if progress else contextlib.nullcontext():
+            failure = _fit(make_trainer(config, train_worker, job, folder.store))
+        known: TutelageError | None = ray.get(board.error.remote())
+    except RayError as error:
+        raise StudentError(f"the Ray cluster was lost: {_unforeseen(error, config)}") from error
+    finally:
+        folder.store.delete(RAY_NOTES)
+    if known is not None:
+        raise known from failure
+    if failure is not None:
+        raise StudentError(_unforeseen(failure, config)) from failure
+
+
+def _start_board() -> Any:
+    """The board's actor, on the driver's own node, without which there is no run.
+
+    It is not restarted, as it would have forgotten the error that ends a run; elsewhere it would go
+    with any node that is taken away, and the run with it.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=here)(Board).remote()
+
+
+def _fit(trainer: Any) -> Exception | None:
+    """Runs to the end; returns what made training fail for good."""
+    from ray.train import TrainingFailedError
+
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        return error
+    return None
+
+
+def _unforeseen(failure: Exception, config: TrainConfig) -> str:
+    """One line about an error that is not one of ours: the first worker's, without its trace."""
+    causes = getattr(failure, "worker_failures", None) or {0: failure}
+    rank, cause = min(causes.items())
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    reason = lines[-1].strip() if lines else type(cause).__name__
+    return (
+        f"worker {rank} failed: {reason[:500]}. The run continues from its last checkpoint when "
+        f"started again; Ray's logs of this session have the whole trace ({config.run})"
+    )
+
+
+def _workers(ray: RayConfig) -> str:
+    if ray.min_workers == ray.max_workers:
+        return str(ray.max_workers)
+    return f"{ray.min_workers} to {ray.max_workers}"
+
+
+def _say(progress: bool, text: str) -> None:
+    if progress:
+        from trainer.tracking.board import show
+
+        show(text)

@@ -1,0 +1,322 @@
+"""One worker of a training run: what Ray Train starts on every rank."""
+
+import contextlib
+import os
+import tempfile
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch.distributed as dist
+
+from schemas.errors import ConfigError, TutelageError
+from schemas.views.view import View
+from trainer.checkpoints.restore import load_checkpoint
+from trainer.checkpoints.store import (
+    FOLDER,
+    CheckpointManifest,
+    TrainProgress,
+    checkpoint_at_hand,
+    checkpoint_name,
+)
+from trainer.checkpoints.writer import CheckpointWriter
+from trainer.config.train import TrainConfig
+from trainer.data.loader import Loader, common_record
+from trainer.data.mixture import open_view
+from trainer.data.row_order import LoaderState, read_row_table
+from trainer.engine.collectives import from_rank_0
+from trainer.engine.export import export_student, model_card
+from trainer.engine.guards import BadStep, Guard
+from trainer.engine.learning_rate import LearningRate
+from trainer.losses.compatibility import approximation
+from trainer.run_folder import RunFolder, TrainSummary
+from trainer.tracking.learning_curve import Curve
+from trainer.tracking.reporter import Reporter, no_sums, ratio
+from trainer.tracking.row_log import RowLog
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What every worker is handed.
+
+    Attributes:
+        folder: where relative paths begin: the driver's working directory.
+        owner: from ``RunFolder.claim``.
+        view_hash: of the view as the driver saw it.
+        num_steps: global steps of the whole run.
+        board: handle of the ``trainer.tracking.board.Board`` actor.
+    """
+
+    config: TrainConfig
+    folder: str
+    owner: str
+    view_hash: str
+    num_steps: int
+    board: Any
+
+
+def train_worker(job: TrainJob) -> None:
+    """Trains, or goes on training, to the end of the run.
+
+    Ray Train starts all workers again when one is lost. An error that a person has to mend would
+    only come again, so it is pinned to the board and ends every later attempt at once.
+    """
+    if ray.get(job.board.error.remote()) is not None:
+        return
+    with contextlib.suppress(OSError):  # absolute paths need no such folder on this node
+        os.chdir(job.folder)
+    try:
+        Worker(job).run()
+    except TutelageError as error:
+        ray.get(job.board.fail.remote(error))
+        raise
+
+
+class Worker:
+    """The state of one rank."""
+
+    def __init__(self, job: TrainJob) -> None:
+        from trainer.engine.deepspeed_engine import build_engine, prepare_process
+        from trainer.engine.train_step import TrainStep
+        from trainer.evaluation.held_out import HeldOut
+        from trainer.run.bad_batch import BadBatchReport
+        from trainer.student.build import StudentWithHead, build_student
+        from trainer.student.lora import base_digest
+
+        self._started = time.perf_counter()
+        self._job, self._config = job, job.config
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        prepare_process(self._config)
+        self._folder = RunFolder(self._config.run)
+        self._folder.check_owner(job.owner)
+        self._view = _open_view(job)
+        self._label_sets = [label_set.fingerprint for label_set in self._view.label_sets]
+        self._rows = read_row_table(self._view, self._config.data)
+        model, self._tokenizer = build_student(self._config.student)
+        self._vocab_size = model.get_output_embeddings().weight.shape[0]
+        self._base_digest = base_digest(model)
+        student = StudentWithHead(model, self._config.deepspeed.gradient_checkpointing)
+        self._engine = build_engine(student, self._config)
+        self._last_checkpoint = ""
+        self._attempt = from_rank_0(uuid.uuid4().hex[:8])
+        self._progress = self._resume()
+        self._resumed_from = self._progress.step
+        self._writer = CheckpointWriter(
+            self._folder.store,
+            self._attempt,
+            self._config,
+            lambda: self._folder.check_owner(job.owner),
+        )
+        self._lr = LearningRate(self._config, job.num_steps)
+        self._guard = Guard(self._config.guard, self._progress.recent)
+        self._step = TrainStep(self._engine, self._config, self._guard)
+        self._bad_batch = BadBatchReport(
+            self._config, self._view, self._rows, self._step, self._vocab_size
+        )
+        self._held_out = (
+            HeldOut(self._config, self._step, self._vocab_size) if self._config.eval else None
+        )
+        self._reporter = Reporter(
+            job.board, self._open_curve(), self._open_row_log(), self._resumed_from, job.num_steps
+        )
+
+    def run(self) -> None:
+        """Trains to the last step, exports the student, and writes the summary."""
+        loader = Loader(
+            self._config,
+            self._view,
+            self._rows,
+            self._progress.loader,
+            self._rank,
+            self._vocab_size,
+            self._world_size,
+        )
+        try:
+            while not self._is_over:
+                self._advance(loader)
+                self._keep()
+            self._writer.wait()
+        finally:
+            loader.close()
+        self._finish()
+
+    def _advance(self, loader: Loader) -> None:
+        """One step, and what there is to say of it."""
+        before = time.perf_counter()
+        batch = next(loader)
+        step = self._progress.step + 1
+        try:
+            result = self._step.run(batch, step, self._lr(step))
+        except BadStep as bad:
+            self._folder.check_owner(self._job.owner)
+            self._writer.wait()
+            checkpoint, store = self._last_checkpoint, self._folder.store
+            raise self._bad_batch.write(store, bad, batch, checkpoint) from None
+        seconds = time.perf_counter() - before
+        self._progress = self._reporter.add(self._progress, batch, result, seconds, loader.wait_s)
+        self._reporter.post(self._progress)
+        self._evaluate()
+        if step % self._config.log.every_steps == 0 or self._is_over:
+            self._folder.check_owner(self._job.owner)
+            self._progress = self._reporter.point(self._progress, self._lr(step), result.grad_norm)
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether the last step is done, or the held-out rows have long got no better."""
+        is_early = self._progress.evaluation.is_over(self._config.eval)
+        return is_early or self._progress.step >= self._job.num_steps
+
+    def _evaluate(self) -> None:
+        """Measures the student on the held-out rows where that is due."""
+        step, config = self._progress.step, self._config.eval
+        if self._held_out is None or config is None:
+            return
+        if step % config.every_steps and step != self._job.num_steps:
+            return
+        point = self._held_out.measure(step)
+        self._folder.check_owner(self._job.owner)
+        self._progress = self._reporter.evaluated(self._progress, point, config)
+        if self._is_over and step < self._job.num_steps:
+            best = self._progress.evaluation
+            self._note(
+                f"stopping early: eval.{config.metric} was lowest, {best.best:.4f}, at step "
+                f"{best.best_step}, {best.without_improvement} evaluations ago"
+            )
+
+    def _keep(self) -> None:
+        """Saves a checkpoint where one is due; stops where the last one could not be written."""
+        self._writer.check()
+        step, every = self._progress.step, self._config.checkpoint.every_steps
+        if step % every and not self._is_over:
+            return
+        self._folder.check_owner(self._job.owner)
+        self._reporter.flush()
+        progress = self._progress.model_copy(update={"recent": self._guard.recent})
+        self._writer.save(self._engine, progress, self._label_sets)
+        name = checkpoint_name(step, self._attempt)
+        self._last_checkpoint = self._folder.store.path(FOLDER, name)
+
+    def _finish(self) -> None:
+        done = self._progress
+        self._folder.check_owner(self._job.owner)
+        card = model_card(
+            self._config,
+            self._label_sets,
+            self._view.view_hash,
+            len(self._rows),
+            done.step,
+            done.final_loss,
+            approximation(self._config.loss, common_record(self._view)),
+        )
+        export_student(self._engine, self._tokenizer, self._folder.store, card)
+        self._reporter.close()
+        if self._rank == 0:
+            self._folder.finish(self._summary())
+        dist.barrier()
+
+    def _summary(self) -> TrainSummary:
+        done = self._progress
+        return TrainSummary(
+            run=self._config.run,
+            world_size=self._world_size,
+            zero_stage=self._config.deepspeed.zero_stage,
+            steps=done.step,
+            tokens=done.tokens,
+            labels=done.labels,
+            stopped_early=done.step < self._job.num_steps,
+            best_eval=done.evaluation.best,
+            best_eval_step=done.evaluation.best_step,
+            resumed_from_step=self._resumed_from,
+            final_loss=done.final_loss,
+            seconds=time.perf_counter() - self._started,
+            tokens_per_s=self._reporter.tokens_per_s,
+            data_wait_share=self._reporter.data_wait_share,
+            checkpoint_wait_share=ratio(
+                self._writer.blocked_s, self._writer.blocked_s + self._reporter.seconds
+            ),
+            checkpoint_hidden_share=self._writer.hidden_share,
+            rows_dropped=self._rows.num_dropped,
+            view_hash=self._view.view_hash,
+            label_sets=self._label_sets,
+            exported=self._folder.student,
+        )
+
+    def _resume(self) -> TrainProgress:
+        """Brings back the newest good checkpoint; the start of the run where there is none."""
+        store = self._folder.store
+        is_node_leader = os.environ.get("LOCAL_RANK", "0") == "0"  # set by Ray Train
+        cache = Path(tempfile.gettempdir(), f"tutelage-{self._attempt}")
+        with checkpoint_at_hand(store, cache, is_node_leader) as (folder, manifest, passed_over):
+            for line in passed_over:
+                self._note(line)
+            if folder is None or manifest is None:
+                return self._beginning()
+            is_leader = self._rank == 0 if store.is_local else is_node_leader
+            self._load(folder, manifest, is_leader)
+        was = manifest.world_size
+        self._note(
+            f"going on from step {manifest.progress.step} of {self._job.num_steps}"
+            + (f", now on {self._world_size} workers instead of {was}" * (was != self._world_size))
+        )
+        return manifest.progress
+
+    def _beginning(self) -> TrainProgress:
+        return TrainProgress(
+            step=0,
+            loader=LoaderState(
+                view_hash=self._view.view_hash, seed=self._config.data.seed, epoch=0, step=0
+            ),
+            tokens=0,
+            labels=0,
+            final_loss=0.0,
+            pending=no_sums(),
+            base_digest=self._base_digest,
+        )
+
+    def _load(self, folder: Path, manifest: CheckpointManifest, is_leader: bool) -> None:
+        """Loads a checkpoint, which must be of this run's order of rows and frozen weights."""
+        from trainer.student.lora import check_base
+
+        self._last_checkpoint = self._folder.store.path(FOLDER, folder.name)
+        manifest.progress.loader.check_order(
+            self._beginning().loader,
+            f"checkpoint {self._last_checkpoint}",
+            "choose a new run folder: run=...",
+        )
+        check_base(self._config.student, self._base_digest, manifest.progress.base_digest)
+        load_checkpoint(self._engine, folder, manifest, is_leader)
+
+    def _open_curve(self) -> Curve | None:
+        """The learning curve, on rank 0."""
+        if self._rank != 0:
+            return None
+        return Curve(self._folder.store, self._config, self._progress.step)
+
+    def _open_row_log(self) -> RowLog | None:
+        """Which rows every step reads, on rank 0, where that is asked for."""
+        if self._rank != 0 or not self._config.log.rows:
+            return None
+        store, data = self._folder.store, self._config.data
+        return RowLog(store, self._view, data, self._progress.step)
+
+    def _note(self, text: str) -> None:
+        if self._rank == 0:
+            self._job.board.note.remote(text)
+
+
+def _open_view(job: TrainJob) -> View:
+    """The view, which must be the one that the driver planned with.
+
+    Raises:
+        ConfigError: it is another one by now.
+    """
+    view = open_view(job.config.view)
+    if view.view_hash != job.view_hash:
+        raise ConfigError(
+            f"view {view.url} has hash {view.view_hash} here, {job.view_hash} where the run "
+            "was started; it was replaced meanwhile, or is not on storage that all workers share"
+        )
+    return view

@@ -1,0 +1,1 @@
+"""The student model: built or loaded, checked, adapted (LoRA), its vocabulary compared."""

@@ -1,0 +1,305 @@
+"""The student: built from a checkpoint or from a configuration, and run up to its loss.
+
+A student is a Hugging Face causal language model in which the output head is replaced by a
+`DistillationHead` of the same parameters. Two things are proved while it is built, on six tokens:
+that packed documents cannot see each other, and that the head gives the logits of the model itself.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from schemas.errors import StudentError
+from trainer.config.student import StudentConfig
+from trainer.config.train import LossConfig
+from trainer.head.distillation_head import DistillationHead
+from trainer.head.fused_head import LogitTransform
+from trainer.losses.targets import SparseTargets
+from trainer.student.lora import add_adapters
+
+# Still read by transformers 5, which moved them into rope_parameters.
+_LEGACY_FIELDS = frozenset({"rope_theta", "rope_scaling", "attn_implementation", "torch_dtype"})
+
+
+class StudentWithHead(nn.Module):
+    """A causal language model that goes from tokens to the loss, for `deepspeed.initialize`.
+
+    Attributes:
+        model: the Hugging Face model, its head replaced; save this one.
+    """
+
+    def __init__(self, model: PreTrainedModel, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        install_head(model)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, targets: SparseTargets, loss: LossConfig
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one packed micro-batch.
+
+        Args:
+            input_ids: [B, L] int64, packed documents.
+            position_ids: [B, L] int64, restarting at 0 where a document starts; this alone keeps
+                attention within documents.
+            targets: labels of the micro-batch, on the device of `input_ids`.
+            loss: the training target.
+
+        Returns:
+            See `trainer.head.fused_head.fused_distillation_loss`.
+        """
+        hidden = hidden_states(self.model, input_ids, position_ids)
+        result: tuple[Tensor, dict[str, Tensor]] = self.model.get_output_embeddings()(
+            hidden, targets, loss
+        )
+        return result
+
+
+def build_student(config: StudentConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads or initialises the student and its tokenizer, with adapters where asked for.
+
+    The same configuration gives the same weights on every rank and machine: a random student is
+    drawn on the CPU in float32 from its own seed, then cast.
+
+    Returns:
+        The model, in training mode, on the CPU, and the tokenizer.
+
+    Raises:
+        StudentError: nothing at the path, a configuration that makes no model, weights that do not
+            fill it, or a model that cannot train on packed documents.
+    """
+    tokenizer = load_tokenizer(config.tokenizer or config.path)
+    if config.path:
+        model = load_model(config.path, config.dtype, config.attn_implementation)
+    else:
+        model = _random_model(config, tokenizer)
+    check_student(model)
+    if config.lora is not None:
+        add_adapters(model, config.lora, config.seed)
+    return model.train(), tokenizer
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or of a hub name.
+
+    Raises:
+        StudentError: there is none.
+    """
+    _check_path(path, "tokenizer")
+    return _user_call(f"student tokenizer {path}", AutoTokenizer.from_pretrained, path)
+
+
+def load_model(path: str, dtype: str, attn_implementation: str = "sdpa") -> PreTrainedModel:
+    """The causal language model in a folder or of a hub name, with every weight from there.
+
+    Raises:
+        StudentError: there is none, or its files lack weights of the model.
+    """
+    _check_path(path, "model")
+    model, report = _user_call(
+        f"model {path}",
+        AutoModelForCausalLM.from_pretrained,
+        path,
+        dtype=getattr(torch, dtype),
+        attn_implementation=attn_implementation,
+        output_loading_info=True,
+    )
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise StudentError(
+            f"the weights in {path} lack {len(missing)} tensors of the model, first {missing[0]}, "
+            "which would start at random; give a complete checkpoint"
+        )
+    return model
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """[B, L, H], what the model's head is applied to, for packed documents [B, L].
+
+    Without a cache: with one, transformers takes restarting position ids for no new document.
+    """
+    output = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """[..., V] float32, the model's logits from its hidden states [..., H]."""
+    logits: Tensor = model.get_output_embeddings()(hidden).float()
+    logit_transform(model.config.get_text_config()).apply_(logits)
+    return logits
+
+
+def logit_transform(config: PreTrainedConfig) -> LogitTransform:
+    """What the model does to its logits, under the names that Hugging Face configs use for it."""
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
+
+
+def install_head(model: PreTrainedModel) -> DistillationHead:
+    """Replaces the model's output head by a `DistillationHead` of the same parameters.
+
+    Raises:
+        StudentError: the model has no head, or one that is more than a matrix and a bias (LoRA on
+            the head, for example), which the fused loss would skip.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, DistillationHead):
+        return head
+    if type(head) is not nn.Linear:
+        raise StudentError(
+            f"the student's output head is a {type(head).__name__}, expected a plain nn.Linear; "
+            "adapters on the head are not supported, leave it out of their targets"
+        )
+    name = next(name for name, module in model.named_modules() if module is head)
+    fused = DistillationHead.around(head, logit_transform(model.config.get_text_config()))
+    fused.train(head.training)
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, fused)
+    return fused
+
+
+def check_student(model: PreTrainedModel) -> None:
+    """Proves on six tokens that packing is exact and that the head is the whole head.
+
+    Two documents of three tokens are packed. Changing the first must leave the hidden states of the
+    second alone; and the model's own logits must follow from the hidden states.
+
+    The kernel of flash_attention_2 runs on GPUs only. On a CPU the head is proved with another in
+    its place, and packing is not: that kernel cuts documents by position ids in its own way.
+
+    Raises:
+        StudentError: either fails.
+    """
+    config, training = model.config, model.training
+    wanted = config._attn_implementation
+    model.eval()
+    try:
+        with torch.no_grad():
+            if wanted == "flash_attention_2" and model.device.type == "cpu":
+                # Not by set_attn_implementation, which asks for a GPU on the way back.
+                config._attn_implementation = "eager"
+            else:
+                _check_packing(model)
+            _check_head(model)
+    finally:
+        config._attn_implementation = wanted
+        model.train(training)
+
+
+def _six_tokens(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Token ids and position ids, [1, 6] each, of two documents."""
+    ids = torch.arange(6, device=model.device)[None] % model.get_input_embeddings().num_embeddings
+    return ids, torch.arange(3, device=model.device).repeat(2)[None]
+
+
+def _check_packing(model: PreTrainedModel) -> None:
+    tokens, positions = _six_tokens(model)
+    changed = torch.cat([tokens[:, :3].flip(1), tokens[:, 3:]], 1)
+    hidden = hidden_states(model, tokens, positions)
+    leak = (hidden - hidden_states(model, changed, positions))[:, 3:].abs().max()
+    if not leak <= 1e-3 * hidden.abs().max():
+        raise StudentError(
+            f"{type(model).__name__} with {model.config._attn_implementation} attention lets "
+            "packed documents see each other (its attention ignores restarting position ids); "
+            "choose another student.attn_implementation or architecture"
+        )
+
+
+def _check_head(model: PreTrainedModel) -> None:
+    tokens, positions = _six_tokens(model)
+    logits = output_logits(model, hidden_states(model, tokens, positions))
+    whole = model(input_ids=tokens, position_ids=positions, use_cache=False).logits.float()
+    if not torch.allclose(logits, whole, rtol=2e-2, atol=2e-2 * float(whole.std())):
+        raise StudentError(
+            f"{type(model).__name__} computes its logits with more than a head, a scale and a soft "
+            "cap, which the fused loss does not know; choose another architecture"
+        )
+
+
+def _random_model(config: StudentConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A model of `config.config` with weights from `config.seed`."""
+    fields = dict(config.config)
+    model_type = fields.pop("model_type")
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise StudentError(f"student.config.model_type = {model_type!r} is not known{hint}")
+    _check_fields(model_type, fields)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        fields.setdefault(name, getattr(tokenizer, name))
+    num_ids = 1 + max(tokenizer.get_vocab().values())
+    if fields.setdefault("vocab_size", num_ids) < num_ids:
+        raise StudentError(
+            f"student.config.vocab_size = {fields['vocab_size']} is less than the {num_ids} ids of "
+            f"the tokenizer {config.tokenizer}; remove it or give at least {num_ids}"
+        )
+
+    def build() -> PreTrainedModel:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            return AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(model_type, **fields),
+                dtype=torch.float32,
+                attn_implementation=config.attn_implementation,
+            )
+
+    model: PreTrainedModel = _user_call("student.config", build)
+    # Not the buffers: rotary frequencies are float32 in a model that is loaded, whatever its type.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, config.dtype))
+    return model
+
+
+def _check_fields(model_type: str, fields: dict[str, Any]) -> None:
+    """Refuses fields that the architecture does not have; transformers would keep them silently."""
+    kind = CONFIG_MAPPING[model_type]
+    known = _LEGACY_FIELDS | set(inspect.signature(kind.__init__).parameters)
+    known |= set(kind().to_dict()) | set(getattr(kind, "attribute_map", {}))
+    if dataclasses.is_dataclass(kind):
+        known |= {field.name for field in dataclasses.fields(kind)}
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise StudentError(f"student.config.{name} is no field of a {model_type} config{hint}")
+
+
+def _check_path(path: str, what: str) -> None:
+    """Tells a missing folder from a hub name, before transformers asks the hub for it."""
+    looks_local = path.startswith((".", "~", os.sep)) or path.count("/") != 1
+    if not Path(path).exists() and (looks_local or Path(path).parent.is_dir()):
+        raise StudentError(
+            f"no {what} at {path}: the folder does not exist (looked from {Path.cwd()}); "
+            "give a checkpoint folder or a hub name"
+        )
+
+
+def _user_call(what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls transformers on what a user gave; its many kinds of failure become one line."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise StudentError(f"{what} cannot be used: {reason[:300]}") from error

@@ -1,0 +1,134 @@
+"""Low-rank adapters on a student, put in by peft and merged when the student is exported.
+
+The adapters go into the layers of the model itself, so that it keeps its class, its names and its
+head. What is frozen does no gradient work: not in the layers, nor in the fused head, whose weight
+needs no gradient then. Checkpoints hold the adapters only; the base is built again from where the
+configuration says, and `base_digest` proves that it is the same.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from schemas.errors import ConfigError, StudentError
+from trainer.config.student import LoraConfig, StudentConfig
+
+ADAPTER = "default"
+_BASE, _A, _B = ".base_layer.", f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
+
+_SAMPLED = 4096
+"""Values at the start, in the middle and at the end of each frozen tensor that the digest reads."""
+
+
+def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
+    """Freezes a model and puts adapters into it.
+
+    They start at zero: the model computes what it did. The same seed gives the same adapters on
+    every rank.
+
+    Raises:
+        StudentError: no layer has such a name, or one of them is no linear layer inside the model:
+            the head, whose adapter the fused loss would not see, or an embedding.
+    """
+    import peft
+
+    targets = config.target_modules
+    wanted = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft divides it, and takes any number
+        lora_dropout=config.dropout,
+        use_rslora=config.rank_stabilised,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        bias="none",
+    )
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            peft.inject_adapter_in_model(wanted, model, ADAPTER)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise StudentError(f"student.lora.target_modules cannot be used: {reason}") from error
+    if model.get_output_embeddings() is not head or model.get_input_embeddings() is not embedding:
+        raise StudentError(
+            f"student.lora.target_modules = {targets} takes in the output head or the embedding, "
+            'which adapters are not supported on; name inner layers, or take "all-linear"'
+        )
+    other = [name for name, layer in _adapted(model) if type(layer.base_layer) is not nn.Linear]
+    if other:
+        kind = type(model.get_submodule(other[0]).base_layer).__name__
+        raise StudentError(
+            f"student.lora.target_modules = {targets} takes in {other[0]}, which is a {kind}; "
+            "expected linear layers only"
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+
+
+def scalings(model: nn.Module) -> dict[str, float]:
+    """Factor of the adapter of each layer that has one, by the layer's name."""
+    return {name: float(layer.scaling[ADAPTER]) for name, layer in _adapted(model)}
+
+
+def merged(weights: dict[str, Tensor], factors: dict[str, float]) -> dict[str, Tensor]:
+    """The weights of the model without adapters that computes the same.
+
+    Args:
+        weights: state dict of a model with adapters; tensors are not changed.
+        factors: from ``scalings``.
+
+    Returns:
+        W + factor * B A in float32, rounded to the type of W, under the names that the model had
+        before; all else as it was.
+    """
+    whole = {
+        name.replace(_BASE, "."): value for name, value in weights.items() if ".lora_" not in name
+    }
+    for layer, factor in factors.items():
+        name = f"{layer}.weight"
+        change = weights[layer + _B].float() @ weights[layer + _A].float()
+        whole[name] = (whole[name].float() + factor * change).to(whole[name].dtype)
+    return whole
+
+
+def base_digest(model: nn.Module) -> str:
+    """A hash of what is frozen: names, shapes, types, and samples of the values. Empty: nothing is.
+
+    To be taken before weights are split over ranks or cast.
+    """
+    frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+    if not frozen:
+        return ""
+    digest = hashlib.sha256()
+    for name, parameter in frozen:
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        flat = parameter.detach().reshape(-1)
+        middle = max(0, (len(flat) - _SAMPLED) // 2)
+        for part in (flat[:_SAMPLED], flat[middle : middle + _SAMPLED], flat[-_SAMPLED:]):
+            digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def check_base(student: StudentConfig, found: str, expected: str) -> None:
+    """Refuses adapters of another base.
+
+    Args:
+        found: digest of the frozen weights as they were built.
+        expected: of those that the checkpoint was trained on.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    if found != expected:
+        raise ConfigError(
+            f"the frozen weights from {student.path or 'student.config'} have digest "
+            f"{found or 'none'}, but the checkpoint was trained on {expected or 'none'}; put the "
+            "base back, or choose a new run folder: run=..."
+        )
+
+
+def _adapted(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    # Told by what it has, so that students without adapters need not import peft.
+    return [(name, layer) for name, layer in model.named_modules() if hasattr(layer, "lora_A")]

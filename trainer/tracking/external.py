@@ -1,0 +1,163 @@
+"""Trackers of experiments beside metrics.jsonl: Weights & Biases and MLflow, where installed."""
+
+import contextlib
+import hashlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from schemas.errors import ConfigError
+from trainer.config.train import LogConfig, TrainConfig
+
+_WANTED_BY = {"wandb": "log.wandb_project", "mlflow": "log.mlflow_uri"}
+_INSTALL = {"wandb": "pip install wandb", "mlflow": "pip install mlflow-skinny"}
+
+
+class Tracker(Protocol):
+    """Somewhere else that points of the learning curve go to."""
+
+    NAME: str
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Adds the values of a step; those of a step that comes again replace or follow the old."""
+
+    def close(self) -> None:
+        """Ends the run there."""
+
+
+def check_trackers(config: LogConfig) -> None:
+    """Looks whether the packages that are asked for are there; imports none of them.
+
+    Raises:
+        ConfigError: one is not; says how to install it.
+    """
+    for package in _wanted(config):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"{_WANTED_BY[package]} is set, but the package {package} is not installed here; "
+                f"{_INSTALL[package]}, or remove the key"
+            )
+
+
+def open_trackers(config: TrainConfig) -> list[Tracker]:
+    """The trackers that the configuration asks for.
+
+    Raises:
+        ConfigError: a package is not installed on this node, or the tracker refuses the run.
+    """
+    check_trackers(config.log)
+    trackers: list[Tracker] = []
+    for package in _wanted(config.log):
+        try:
+            trackers.append(_WandbRun(config) if package == "wandb" else _MlflowRun(config))
+        except Exception as error:  # whatever these packages raise
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"{_WANTED_BY[package]}: {package} cannot be used: {reason}"
+            ) from error
+    return trackers
+
+
+class Trackers:
+    """Several trackers. One that fails while training goes on is left, and said to be."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = list(trackers)
+
+    def log(self, values: dict[str, float], step: int) -> list[str]:
+        """Hands the values of a step on. Returns a line for each tracker that failed."""
+        problems = []
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(values, step)
+            except Exception as error:  # noqa: BLE001  (a server that is away must not end a run)
+                self._trackers.remove(tracker)
+                reason = " ".join(str(error).split())[:200]
+                problems.append(
+                    f"{tracker.NAME} gets no more points from step {step} on ({reason}); "
+                    "metrics.jsonl has them all"
+                )
+        return problems
+
+    def close(self) -> None:
+        """Ends the runs there; what fails then loses nothing that metrics.jsonl has not."""
+        for tracker in self._trackers:
+            with contextlib.suppress(Exception):
+                tracker.close()
+
+
+def _wanted(config: LogConfig) -> list[str]:
+    values = {"wandb": config.wandb_project, "mlflow": config.mlflow_uri}
+    return [package for package, value in values.items() if value]
+
+
+def _run_id(config: TrainConfig) -> str:
+    """The same for a run and its continuation, from wherever that is started."""
+    run = config.run if "://" in config.run else os.path.abspath(config.run)
+    return hashlib.sha256(run.rstrip("/").encode()).hexdigest()[:16]
+
+
+class _WandbRun:
+    """A run of Weights & Biases; WANDB_MODE and the like are honoured."""
+
+    NAME = "Weights & Biases"
+
+    def __init__(self, config: TrainConfig) -> None:
+        wandb: Any = importlib.import_module("wandb")
+        folder = Path(config.run)
+        self._run = wandb.init(
+            project=config.log.wandb_project,
+            name=folder.name,
+            id=_run_id(config),
+            resume="allow",
+            dir=str(folder) if folder.is_dir() else None,
+            config=config.model_dump(mode="json"),
+        )
+        # A metric of our own as the x axis: theirs refuses to go back, as a resumed run does.
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self._run.log({**values, "step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _MlflowRun:
+    """A run of MLflow, found again by a tag when training goes on."""
+
+    NAME = "MLflow"
+    EXPERIMENT = "tutelage"
+    TAG = "tutelage.run"
+
+    def __init__(self, config: TrainConfig) -> None:
+        mlflow: Any = importlib.import_module("mlflow")
+        self._client = mlflow.tracking.MlflowClient(tracking_uri=config.log.mlflow_uri)
+        found = self._client.get_experiment_by_name(self.EXPERIMENT)
+        experiment = (
+            self._client.create_experiment(self.EXPERIMENT)
+            if found is None
+            else found.experiment_id
+        )
+        identity = _run_id(config)
+        runs = self._client.search_runs([experiment], f"tags.`{self.TAG}` = '{identity}'")
+        run = (
+            runs[0]
+            if runs
+            else self._client.create_run(
+                experiment, tags={self.TAG: identity}, run_name=Path(config.run).name
+            )
+        )
+        self._run_id = run.info.run_id
+        if not runs:
+            self._client.log_dict(self._run_id, config.model_dump(mode="json"), "config.json")
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._client.log_metric(self._run_id, name, value, step=step)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run_id)
