@@ -1,0 +1,129 @@
+"""Progress of a long command: a bar on a terminal, a plain line every few seconds in a log."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from schemas.console.text import duration_text
+
+LINE_INTERVAL_S = 10.0
+"""Between lines where no terminal can redraw a bar."""
+
+
+class Progress:
+    """Shows how far one command is, on standard error. A context manager.
+
+    Speed and time left count from the first state with work done, so that the start of an engine,
+    or what an earlier run has finished, does not distort them. Safe to call from several threads
+    only if they take turns.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        stream: TextIO | None = None,
+        enabled: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            name: the command, in front of every line.
+            stream: where to write; standard error by default.
+            enabled: False writes nothing at all.
+            clock: seconds from any origin.
+        """
+        self._name, self._clock, self._enabled = name, clock, enabled
+        self._stream = stream if stream is not None else sys.stderr
+        self._bar = _bar(name, self._stream) if enabled and self._stream.isatty() else None
+        self._base: tuple[float, float, int] | None = None  # time, done, tokens
+        self._line_at = clock()
+        self._unwritten = ""
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._unwritten:
+            self._write(self._unwritten)  # a log ends with the last state
+
+    def show(
+        self,
+        done: float,
+        total: float,
+        what: str,
+        *,
+        tokens: int | None = None,
+        facts: Sequence[str] = (),
+    ) -> None:
+        """Shows a state; cheap to call often.
+
+        Args:
+            done: work finished, in any unit.
+            total: all work, in the same unit; may change from call to call.
+            what: the same for people, such as "labelled 511 of 1,581 rows".
+            tokens: tokens finished so far, for the speed; None shows no speed.
+            facts: further short texts, such as "loss 2.0766".
+        """
+        if not self._enabled:
+            return
+        now = self._clock()
+        if self._base is None and done > 0:
+            self._base = now, done, tokens or 0
+        parts = [what, *facts, *self._pace(now, done, total, tokens)]
+        share = min(done / total, 1.0) if total > 0 else 1.0
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=share, state="  ".join(parts))
+        elif now - self._line_at >= LINE_INTERVAL_S:
+            self._line_at = now
+            self._write(f"{self._name}: {' | '.join(parts)}")
+        else:
+            self._unwritten = f"{self._name}: {' | '.join(parts)}"
+
+    def say(self, text: str) -> None:
+        """Writes a line that stays above the bar."""
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def _pace(self, now: float, done: float, total: float, tokens: int | None) -> list[str]:
+        if self._base is None:
+            return []
+        elapsed, gained = now - self._base[0], done - self._base[1]
+        if elapsed <= 0 or gained <= 0:
+            return []
+        speed = [] if tokens is None else [f"{(tokens - self._base[2]) / elapsed:,.0f} tokens/s"]
+        return [*speed, f"{duration_text(elapsed * max(total - done, 0) / gained)} left"]
+
+    def _write(self, line: str) -> None:
+        self._unwritten = ""
+        print(line, file=self._stream, flush=True)
+
+
+def _bar(name: str, stream: TextIO) -> Any:
+    from rich import progress
+    from rich.console import Console
+
+    bar = progress.Progress(
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(bar_width=24),
+        progress.TaskProgressColumn(),
+        progress.TextColumn("{task.fields[state]}", markup=False),
+        console=Console(file=stream),
+    )
+    bar.add_task(name, total=1.0, state="")
+    return bar

@@ -1,0 +1,41 @@
+"""Durations, sizes and tables as text."""
+
+from collections.abc import Sequence
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds in at most two units: 42s, 3m05s, 2h07m."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total}s"
+    if total < 3600:
+        return f"{total // 60}m{total % 60:02d}s"
+    return f"{total // 3600}h{total % 3600 // 60:02d}m"
+
+
+def size_text(size_bytes: float) -> str:
+    """Bytes in the largest decimal unit that leaves at least one."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.1f} TB"
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """A table as text, each column as wide as its widest cell.
+
+    Args:
+        head: column names.
+        lines: the cells of each row, as many as names.
+        right: indices of right-aligned columns.
+    """
+    rows = [tuple(head), *(tuple(line) for line in lines)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
