@@ -16,7 +16,7 @@ from schemas.errors import ConfigError
 from schemas.label_set.label_set import LabelSet
 from schemas.label_set.roster import close_roster
 from schemas.spec import LabelSetSpec
-from schemas.storage.retry import patience
+from schemas.storage.retry import RetryPolicy, retrying
 from schemas.views.view import build_view
 
 
@@ -33,7 +33,7 @@ def run_label_job(config: LabelConfig, progress: bool = True) -> LabelSummary:
         StoreError: The label set is one of another spec, or cannot be written to.
         AccountsError: The run cannot show what became of each row.
     """
-    with patience(config.run.store_patience_s):
+    with retrying(RetryPolicy(config.run.store_patience_s)):
         return _run(config, progress)
 
 

@@ -52,7 +52,7 @@ from schemas.keys import Keys, stack_keys, unit_key
 from schemas.label_set.label_set import LabelSet
 from schemas.label_set.roster import remove_parts, write_part
 from schemas.spec import RecordSpec
-from schemas.storage.retry import be_patient
+from schemas.storage.retry import RetryPolicy, set_retry_policy
 
 _MIN_BLOCK_BYTES = 2**16
 
@@ -237,7 +237,8 @@ def _tell(ledger: Any, text: str) -> None:
 
 
 def _wait_for_stores(setup: RunSetup, ledger: Any) -> None:
-    be_patient(setup.config.run.store_patience_s, functools.partial(_tell, ledger))
+    report = functools.partial(_tell, ledger)
+    set_retry_policy(RetryPolicy(setup.config.run.store_patience_s, report))
 
 
 # What runs in the tokenising tasks

@@ -59,7 +59,7 @@ from schemas.record.columns import arrow_schema
 from schemas.record.reduce import cannot_serve
 from schemas.record.rows import LabelRows
 from schemas.spec import LabelSetSpec
-from schemas.storage.retry import patiently
+from schemas.storage.retry import retry
 from schemas.storage.store import Store
 
 __all__ = ["LabelSet", "QuarantineRow"]
@@ -213,7 +213,7 @@ class LabelSet:
         if rows is None:
             return NO_SHARD
         rel = f"shards/{attempt}.parquet"
-        return patiently(
+        return retry(
             lambda: write_shard(
                 self.store,
                 rel,

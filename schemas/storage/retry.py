@@ -1,7 +1,7 @@
-"""Stores that fail for a while: what is worth another try, how often, and who is told.
+"""Retries of transient store failures: for how long, and who hears about them.
 
-A disk that is full gets room again, a store that answers 503 calms down; a job that has worked for
-days should wait for that. Whatever else is wrong is said at once.
+A full disk is freed and a store that answers 503 recovers; a job that has run for days should
+wait for that. Every other failure is raised at once.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 from schemas.errors import StoreError, first_line
@@ -23,63 +24,74 @@ FIRST_DELAY_S = 0.5
 MAX_DELAY_S = 30.0
 
 
-class _Settings(threading.local):
-    """What holds in one thread."""
-
-    is_waiting_for = False
+def _print_to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
-_thread = _Settings()
-_patience_s = 0.0
-_tell: Callable[[str], None] | None = None
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How a process treats transient store failures.
 
-
-def be_patient(patience_s: float, tell: Callable[[str], None] | None = None) -> None:
-    """Has every store of this process tried again from now on.
-
-    Args:
-        patience_s: How long, for one file; 0: not at all, as a process does that never calls this.
-        tell: Gets a line whenever a store is waited for; None: the standard error stream does.
+    Attributes:
+        timeout_s: Seconds to retry one operation on one file; 0: no retries.
+        report: Called with one line before each pause.
     """
-    global _patience_s, _tell
-    _patience_s, _tell = patience_s, tell
+
+    timeout_s: float = 0.0
+    report: Callable[[str], None] = _print_to_stderr
+
+
+class _Thread(threading.local):
+    is_retrying = False
+
+
+_thread = _Thread()
+_policy = RetryPolicy()
+
+
+def set_retry_policy(policy: RetryPolicy) -> None:
+    """Sets the policy of every store in this process, in all threads."""
+    global _policy
+    _policy = policy
 
 
 @contextlib.contextmanager
-def patience(patience_s: float, tell: Callable[[str], None] | None = None) -> Iterator[None]:
-    """`be_patient` for a while."""
-    before = _patience_s, _tell
-    be_patient(patience_s, tell)
+def retrying(policy: RetryPolicy) -> Iterator[None]:
+    """Applies a policy to this process, in all threads, within a ``with`` block."""
+    before = _policy
+    set_retry_policy(policy)
     try:
         yield
     finally:
-        be_patient(*before)
+        set_retry_policy(before)
 
 
-def patiently(action: Callable[[], T], where: str) -> T:
-    """Does something with a store, again and again while it fails in a transient way.
+def retry(action: Callable[[], T], where: str) -> T:
+    """Runs a store operation, and repeats it while it fails transiently.
 
     Args:
-        action: Can be repeated from its beginning, whatever it left behind.
+        action: Can be restarted from the beginning, whatever it left behind.
         where: The file or folder, for messages.
 
     Raises:
-        StoreError: It failed for longer than the patience of this process.
+        StoreError: It failed for longer than the timeout of this process.
         Exception: Whatever else `action` raises.
     """
-    if _patience_s <= 0 or _thread.is_waiting_for:
+    # Only the outermost operation of a thread retries, or the timeouts of nested ones would add up.
+    if _policy.timeout_s <= 0 or _thread.is_retrying:
         return action()
-    _thread.is_waiting_for = True  # what is part of the action does not wait on its own as well
+    _thread.is_retrying = True
     try:
-        return _repeated(action, where)
+        return _repeat(action, where, _policy)
     finally:
-        _thread.is_waiting_for = False
+        _thread.is_retrying = False
 
 
-def patient(method: Callable[P, T]) -> Callable[P, T]:
-    """`patiently`, for methods of a store whose first argument is a path in it.
+def retried(method: Callable[P, T]) -> Callable[P, T]:
+    """Decorates a store method whose first argument is a path in the store.
 
-    What is not worth another try, and what was tried for too long, is a StoreError then.
+    The method is retried by `retry`; a permanent failure, or one that outlasts the timeout, becomes
+    a StoreError.
     """
 
     @functools.wraps(method)
@@ -88,12 +100,12 @@ def patient(method: Callable[P, T]) -> Callable[P, T]:
         rel = args[1] if len(args) > 1 else ""
         where = f"{store.url.rstrip('/')}/{rel}"
         with store_errors(where):
-            return patiently(lambda: method(*args, **kwargs), where)
+            return retry(lambda: method(*args, **kwargs), where)
 
     return wrapper
 
 
-def _repeated(action: Callable[[], T], where: str) -> T:
+def _repeat(action: Callable[[], T], where: str, policy: RetryPolicy) -> T:
     start = time.monotonic()
     delay_s = FIRST_DELAY_S
     while True:
@@ -103,21 +115,18 @@ def _repeated(action: Callable[[], T], where: str) -> T:
             if not is_transient(error):
                 raise
             waited_s = time.monotonic() - start
-            # Of a StoreError that was made on the way, not its advice but what it was made from.
+            # A StoreError raised on the way already gives advice; its cause is the plain failure.
             cause = error.__cause__ if isinstance(error, StoreError) else None
-            what = f"{where}: {first_line(cause or error)}"
-            if waited_s >= _patience_s:
+            problem = f"{where}: {first_line(cause or error)}"
+            if waited_s >= policy.timeout_s:
                 raise StoreError(
-                    f"{what}; tried again for {waited_s:.0f}s. What is committed stays: once there "
-                    "is room, or the store answers, run the same command again to go on from here"
+                    f"{problem}; retried for {waited_s:.0f}s. Committed units are kept: free space "
+                    "or wait for the store to recover, then run the same command again to resume"
                 ) from error
-        # Jitter, so that all who wait for one store do not come back together.
-        pause_s = min(delay_s * random.uniform(0.5, 1.0), max(0.0, _patience_s - waited_s))
-        text = f"{what}; trying again in {pause_s:.1f}s, for {waited_s:.0f} of {_patience_s:.0f}s"
-        (_tell or _tell_stderr)(text)
+        # Jitter keeps the many workers that wait for one store from returning all at once.
+        pause_s = min(delay_s * random.uniform(0.5, 1.0), max(0.0, policy.timeout_s - waited_s))
+        policy.report(
+            f"{problem}; retrying in {pause_s:.1f}s ({waited_s:.0f} of {policy.timeout_s:.0f}s)"
+        )
         time.sleep(pause_s)
         delay_s = min(2 * delay_s, MAX_DELAY_S)
-
-
-def _tell_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

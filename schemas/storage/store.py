@@ -22,7 +22,7 @@ import fsspec
 from schemas.errors import MissingError, StoreError
 from schemas.fault_points import fault_point
 from schemas.storage.driver_errors import GuardedFile, store_errors, store_failure
-from schemas.storage.retry import patient
+from schemas.storage.retry import retried
 
 # Stores whose fsspec driver turns mode "create" into one conditional request (`memory` lives in one
 # process). Elsewhere it is a look and then a write, which two writers can both pass.
@@ -87,12 +87,12 @@ class Store:
         """The full path of a file, as `fs` names it."""
         return "/".join((self.root.rstrip("/"), *parts)) if parts else self.root
 
-    @patient
+    @retried
     def exists(self, rel: str = "") -> bool:
         """Whether the file is there; without a path, whether anything is."""
         return bool(self.fs.exists(self.path(rel) if rel else self.root))
 
-    @patient
+    @retried
     def size(self, rel: str) -> int:
         """Its length in bytes.
 
@@ -104,7 +104,7 @@ class Store:
         except FileNotFoundError as error:
             raise self._not_there(rel) from error
 
-    @patient
+    @retried
     def read_bytes(self, rel: str) -> bytes:
         """The whole file.
 
@@ -116,7 +116,7 @@ class Store:
         except FileNotFoundError as error:
             raise self._not_there(rel) from error
 
-    @patient
+    @retried
     def open(self, rel: str, mode: str = "rb") -> IO[bytes]:
         """The file, opened; for writing its folder is made. `sync` makes what was written last.
 
@@ -135,7 +135,7 @@ class Store:
         except FileNotFoundError as error:
             raise self._not_there(rel) from error
 
-    @patient
+    @retried
     def sync(self, rel: str) -> None:
         """Makes a file that was just written, and its name, survive a power cut."""
         if self.is_local:
@@ -143,7 +143,7 @@ class Store:
                 os.fsync(file.fileno())
             _sync_folder(Path(self.path(rel)).parent)
 
-    @patient
+    @retried
     def write_bytes(self, rel: str, data: bytes) -> None:
         """Writes or replaces a file as a whole: readers see the old content or the new."""
         self._make_folder(rel)
@@ -159,7 +159,7 @@ class Store:
             raise
         _sync_folder(final.parent)
 
-    @patient
+    @retried
     def create_exclusive(self, rel: str, data: bytes) -> bool:
         """Creates a file as a whole if it is not there. Of all writers, exactly one gets True.
 
@@ -206,7 +206,7 @@ class Store:
                 "both commit; use a store that does, or a local path"
             )
 
-    @patient
+    @retried
     def walk(self, rel: str) -> list[StoredFile]:
         """Every file below a folder, temporary ones included, by path; none where it is not there.
 
@@ -220,7 +220,7 @@ class Store:
                 found.append(StoredFile(below, size, _modified(self.fs, str(path), entry)))
         return sorted(found, key=lambda file: file.rel)
 
-    @patient
+    @retried
     def folders(self, rel: str) -> list[str]:
         """Relative paths of the folders right under a folder, sorted."""
         folder = self.path(rel) if rel else self.root
@@ -235,7 +235,7 @@ class Store:
         )
         return sorted(f"{rel}/{name}" if rel else name for name in names)
 
-    @patient
+    @retried
     def list(self, rel: str, suffix: str = "") -> list[str]:
         """Relative paths of the files right under a folder, sorted; none where it is not there."""
         folder = self.path(rel)
@@ -247,7 +247,7 @@ class Store:
         wanted = (n for n in names if n.endswith(suffix) and not n.startswith(TEMPORARY_PREFIX))
         return sorted(f"{rel}/{name}" for name in wanted)
 
-    @patient
+    @retried
     def delete(self, rel: str) -> None:
         """Removes a file, or a folder with all that is in it; it is fine if it is not there."""
         path = self.path(rel)

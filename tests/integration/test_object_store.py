@@ -29,7 +29,7 @@ from schemas.maintenance.garbage import collect_garbage
 from schemas.maintenance.listing import list_label_sets
 from schemas.maintenance.verify import verify
 from schemas.spec import RecordSpec
-from schemas.storage.retry import patience
+from schemas.storage.retry import RetryPolicy, retrying
 from schemas.storage.store import Store
 from schemas.views.view import View, build_view
 
@@ -80,13 +80,13 @@ def test_a_store_that_answers_503_is_waited_for(url: str, server: S3Server) -> N
 
     server.unavailable = True
     try:
-        with patience(60.0, tell):
+        with retrying(RetryPolicy(60.0, tell)):
             commit(label_set, 2)
     finally:
         server.unavailable = False
     assert len(label_set.index()) == 6
     assert len(said) == 2
-    assert "trying again in" in said[0]
+    assert "retrying in" in said[0]
 
 
 def test_conditional_put(url: str, server: S3Server) -> None:

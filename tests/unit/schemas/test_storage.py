@@ -12,7 +12,7 @@ import pytest
 
 from schemas.errors import StoreError
 from schemas.storage import store as store_module
-from schemas.storage.retry import patience
+from schemas.storage.retry import RetryPolicy, retrying
 from schemas.storage.store import Store
 
 
@@ -192,9 +192,9 @@ CALLS: dict[str, tuple[str, Callable[[Store], object]]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("patience_s", [0.0, 60.0])
+@pytest.mark.parametrize("timeout_s", [0.0, 60.0])
 def test_what_a_driver_fails_with_is_one_line(
-    name: str, patience_s: float, monkeypatch: pytest.MonkeyPatch
+    name: str, timeout_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store("memory://refused")
     called, call = CALLS[name]
@@ -208,7 +208,7 @@ def test_what_a_driver_fails_with_is_one_line(
     ):
         monkeypatch.setattr(store.fs, called, _failing(error))
         line = rf"^memory://refused/a/x: cannot be read or written \({told}\); see to the credent"
-        with patience(patience_s), pytest.raises(StoreError, match=line) as caught:
+        with retrying(RetryPolicy(timeout_s)), pytest.raises(StoreError, match=line) as caught:
             call(store)
         assert caught.value.__cause__ is error
     monkeypatch.setattr(store.fs, called, _failing(ConnectionError("lost")))

@@ -1,4 +1,4 @@
-"""Stores that fail for a while are waited for; a disk that stays full ends in one line."""
+"""Transient store failures are retried; a disk that stays full ends in one line."""
 
 import errno
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from schemas.errors import StoreError
-from schemas.storage.retry import is_transient, patience, patiently
+from schemas.storage.retry import RetryPolicy, is_transient, retry, retrying
 from schemas.storage.store import Store
 
 TESTS = Path(__file__).parents[2]
@@ -31,7 +31,7 @@ class Flaky:
         return self.calls
 
 
-def test_what_is_worth_another_try() -> None:
+def test_is_transient_separates_passing_failures_from_permanent_ones() -> None:
     class ServerError(Exception):
         status = 503
 
@@ -46,32 +46,32 @@ def test_what_is_worth_another_try() -> None:
         assert not is_transient(error), error
 
 
-def test_waiting_is_announced_and_ends_with_success() -> None:
+def test_retry_reports_each_pause_and_returns_the_result() -> None:
     action, said = Flaky(3, OSError(errno.ENOSPC, "No space left on device")), []
-    with patience(60.0, said.append):
-        assert patiently(action, "labels/x") == 4
+    with retrying(RetryPolicy(60.0, said.append)):
+        assert retry(action, "labels/x") == 4
     assert len(said) == 3
-    assert "labels/x: [Errno 28] No space left on device; trying again in" in said[0]
+    assert "labels/x: [Errno 28] No space left on device; retrying in" in said[0]
 
 
-def test_patience_ends() -> None:
+def test_retry_ends_after_its_timeout() -> None:
     action = Flaky(1000, OSError(errno.EIO, "I/O error"))
     start = time.monotonic()
     with (
-        patience(1.0, lambda _: None),
-        pytest.raises(StoreError, match=r"labels/x: .*I/O error; tried again for 1s\. What is"),
+        retrying(RetryPolicy(1.0, lambda _: None)),
+        pytest.raises(StoreError, match=r"labels/x: .*I/O error; retried for 1s\. Committed"),
     ):
-        patiently(lambda: patiently(action, "inner"), "labels/x")
+        retry(lambda: retry(action, "inner"), "labels/x")
     assert time.monotonic() - start < 5
 
 
-def test_nobody_waits_for_what_stays_wrong_or_unasked(tmp_path: Path) -> None:
+def test_retry_raises_permanent_failures_at_once_and_needs_a_policy(tmp_path: Path) -> None:
     action = Flaky(1, PermissionError(13, "Permission denied"))
-    with patience(60.0), pytest.raises(PermissionError):
-        patiently(action, "x")
+    with retrying(RetryPolicy(60.0)), pytest.raises(PermissionError):
+        retry(action, "x")
     with pytest.raises(OSError, match="no space"):
-        patiently(Flaky(1, OSError(errno.ENOSPC, "no space")), "x")
-    with patience(60.0), pytest.raises(StoreError, match="no such file"):
+        retry(Flaky(1, OSError(errno.ENOSPC, "no space")), "x")
+    with retrying(RetryPolicy(60.0)), pytest.raises(StoreError, match="no such file"):
         Store(str(tmp_path)).read_bytes("nothing")
 
 
@@ -83,7 +83,7 @@ from label_rows import make_rows, make_spec
 from schemas.errors import StoreError
 from schemas.keys import unit_key
 from schemas.label_set.label_set import LabelSet
-from schemas.storage.retry import patience
+from schemas.storage.retry import RetryPolicy, retrying
 from schemas.spec import RecordSpec
 
 spec = make_spec(RecordSpec(kind="topk", k=8), 60)
@@ -106,12 +106,12 @@ commit(0)
 fill()
 said = []
 threading.Timer(1.5, ballast.unlink).start()
-with patience(60.0, said.append):
+with retrying(RetryPolicy(60.0, said.append)):
     commit(1)
 assert len(said) > 1 and "No space left" in said[0], said
 fill()
 try:
-    with patience(1.0, said.append):
+    with retrying(RetryPolicy(1.0, said.append)):
         commit(2)
 except StoreError as error:
     print(error)
@@ -124,7 +124,7 @@ assert len(labels.index()) == 60
 """
 
 
-def test_a_full_disk_is_waited_for(tmp_path: Path) -> None:
+def test_commit_waits_for_a_full_disk(tmp_path: Path) -> None:
     """A real one: a file system of one MiB, mounted for a process of its own."""
     if shutil.which("unshare") is None:
         pytest.skip("no unshare to mount a small file system with")
@@ -139,4 +139,4 @@ def test_a_full_disk_is_waited_for(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     assert "No space left on device" in line
-    assert line.endswith("run the same command again to go on from here")
+    assert line.endswith("run the same command again to resume")
