@@ -11,8 +11,6 @@ file cache is warm.
 JSON: `tokens_per_s_per_core` by kind of record.
 """
 
-import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -23,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.demo_labels import real_rows
+from benchmarks.harness import command_line, write_results
 from benchmarks.label_views import TOPK, make_view, threshold_record
 from schemas.config import validated
 from schemas.views.view import View
@@ -35,8 +34,7 @@ LABELS_ONCE = 20_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__)
-    parser.add_argument("--json", metavar="PATH", help="also write the figures there")
+    parser = command_line("loader", __doc__)
     parser.add_argument("--labels", type=int, default=600_000, help="labels to read, about")
     parser.add_argument("--repeats", type=int, default=5, help="epochs read, each from nothing")
     args = parser.parse_args()
@@ -54,8 +52,7 @@ def main() -> None:
             f"{measured['tokens_per_s'] / 1e6:.2f} M of wall time; {measured['num_tokens']} tokens "
             f"in {measured['num_rows']} rows, {measured['num_row_groups']} row groups"
         )
-    if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_results(args, figures)
 
 
 def config(view: View) -> TrainConfig:
