@@ -1,6 +1,6 @@
 """The protocol that every teacher implements, and the results it returns."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -8,6 +8,16 @@ import numpy as np
 
 from labeler.teachers.audits import Audit
 from schemas.spec import GenerationSpec
+
+OnRow = Callable[[int], None]
+"""Called with the index of a request whenever the engine has finished it; from any thread.
+
+For progress only. It must return at once: the engine does not work meanwhile.
+"""
+
+
+def ignore_row(_: int) -> None:
+    """An ``OnRow`` for callers that show no progress."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,7 @@ class Teacher(Protocol):
         label_spans: Sequence[np.ndarray],
         row_keys: np.ndarray,
         audit_rate: float = 0.0,
+        on_row: OnRow = ignore_row,
     ) -> list[RowLabels | RowFailure]:
         """Labels sequences.
 
@@ -99,6 +110,7 @@ class Teacher(Protocol):
                 request; sorted, disjoint, start >= 1, end <= L.
             row_keys: uint8 [R, 16], which with the target indices decide the draws.
             audit_rate: share of the labels that come with an ``Audit``.
+            on_row: called for each row that passed through the engine.
 
         Returns:
             One result a request, in order. A request that cannot be labelled is a ``RowFailure``
@@ -113,6 +125,7 @@ class Teacher(Protocol):
         prompt_ids: Sequence[np.ndarray],
         generation: GenerationSpec,
         seeds: Sequence[Sequence[int]],
+        on_row: OnRow = ignore_row,
     ) -> list[list[np.ndarray] | RowFailure]:
         """Samples ``generation.n`` responses a prompt.
 
@@ -120,6 +133,7 @@ class Teacher(Protocol):
             prompt_ids: one integer array [P] a prompt.
             generation: temperature (0 is greedy), top_p, max_tokens, n.
             seeds: n seeds a prompt, one for each sample.
+            on_row: called with the index of a prompt for each of its samples.
 
         Returns:
             For each prompt its n responses, int32 arrays of at most ``max_tokens`` ids without the

@@ -25,7 +25,13 @@ from labeler.teacher_model.identity import (
     resolve_head_dtype,
 )
 from labeler.teachers.audits import audit_of, audited_labels
-from labeler.teachers.protocol import RowFailure, RowLabels, usable_or_failure
+from labeler.teachers.protocol import (
+    OnRow,
+    RowFailure,
+    RowLabels,
+    ignore_row,
+    usable_or_failure,
+)
 from labeler.teachers.request_checks import (
     refuse_generation,
     refuse_request,
@@ -106,6 +112,7 @@ class TransformersTeacher:
         label_spans: Sequence[np.ndarray],
         row_keys: np.ndarray,
         audit_rate: float = 0.0,
+        on_row: OnRow = ignore_row,
     ) -> list[RowLabels | RowFailure]:
         """See ``Teacher.label``."""
         results: list[RowLabels | RowFailure | None] = [
@@ -122,6 +129,7 @@ class TransformersTeacher:
                 )
                 for row, labels in zip(batch, labelled, strict=True):
                     results[row] = usable_or_failure(labels)
+                    on_row(row)
         return [result for result in results if result is not None]
 
     def _label_batch(
@@ -211,17 +219,20 @@ class TransformersTeacher:
         prompt_ids: Sequence[np.ndarray],
         generation: GenerationSpec,
         seeds: Sequence[Sequence[int]],
+        on_row: OnRow = ignore_row,
     ) -> list[list[np.ndarray] | RowFailure]:
         """See ``Teacher.generate``. One sample at a time, each from its own seed."""
         results: list[list[np.ndarray] | RowFailure] = []
         with self._forward():
-            for prompt, prompt_seeds in zip(prompt_ids, seeds, strict=True):
+            for row, (prompt, prompt_seeds) in enumerate(zip(prompt_ids, seeds, strict=True)):
                 refused = refuse_generation(
                     prompt, generation.max_tokens, self._vocab_size, self._context
                 )
-                results.append(
-                    refused or [self._sample(prompt, generation, seed) for seed in prompt_seeds]
-                )
+                samples = []
+                for seed in prompt_seeds if refused is None else ():
+                    samples.append(self._sample(prompt, generation, seed))
+                    on_row(row)
+                results.append(refused or samples)
         return results
 
     def _sample(self, prompt: np.ndarray, generation: GenerationSpec, seed: int) -> np.ndarray:

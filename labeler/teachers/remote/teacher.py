@@ -25,7 +25,13 @@ from labeler.teacher_model.identity import (
     load_model_config,
     model_vocab_size,
 )
-from labeler.teachers.protocol import RowFailure, RowLabels, usable_or_failure
+from labeler.teachers.protocol import (
+    OnRow,
+    RowFailure,
+    RowLabels,
+    ignore_row,
+    usable_or_failure,
+)
 from labeler.teachers.remote.client import MAX_INTERNAL_ERRORS, Refusal, RemoteServer
 from labeler.teachers.remote.parse_logprobs import row_labels
 from labeler.teachers.request_checks import refuse_generation, refuse_request
@@ -134,6 +140,7 @@ class RemoteTeacher:
         label_spans: Sequence[np.ndarray],
         row_keys: np.ndarray,
         audit_rate: float = 0.0,
+        on_row: OnRow = ignore_row,
     ) -> list[RowLabels | RowFailure]:
         """See ``Teacher.label``. Nothing is audited: no server tells the full distribution.
 
@@ -141,7 +148,7 @@ class RemoteTeacher:
             TeacherGoneError: The server does not answer any more, or refuses every row.
         """
 
-        async def one(tokens: np.ndarray, spans: np.ndarray) -> RowLabels | RowFailure:
+        async def one(row: int, tokens: np.ndarray, spans: np.ndarray) -> RowLabels | RowFailure:
             refused = refuse_request(tokens, spans, self._vocab_size, self._context)
             if refused is not None:
                 return refused
@@ -150,10 +157,11 @@ class RemoteTeacher:
                 return answer
             # Parsing a long row takes a while, in which other answers come in.
             labels = await asyncio.to_thread(self._labels_of, answer, tokens, spans)
+            on_row(row)
             return usable_or_failure(labels)
 
-        rows = zip(token_ids, label_spans, strict=True)
-        return self._run(_all([one(*row) for row in rows]))
+        pairs = zip(token_ids, label_spans, strict=True)
+        return self._run(_all([one(row, *pair) for row, pair in enumerate(pairs)]))
 
     def _label_question(self, token_ids: np.ndarray) -> dict[str, Any]:
         return {
@@ -177,28 +185,32 @@ class RemoteTeacher:
         prompt_ids: Sequence[np.ndarray],
         generation: GenerationSpec,
         seeds: Sequence[Sequence[int]],
+        on_row: OnRow = ignore_row,
     ) -> list[list[np.ndarray] | RowFailure]:
         """See ``Teacher.generate``. Every sample is a request of its own, with its own seed."""
 
+        async def sampled(row: int, prompt: np.ndarray, seed: int) -> np.ndarray | RowFailure:
+            answer = await self._ask(self._sample_question(prompt, generation, seed))
+            on_row(row)
+            return answer if isinstance(answer, RowFailure) else _sampled(answer, self._config.url)
+
         async def one(
-            prompt: np.ndarray, prompt_seeds: Sequence[int]
+            row: int, prompt: np.ndarray, prompt_seeds: Sequence[int]
         ) -> list[np.ndarray] | RowFailure:
             refused = refuse_generation(
                 prompt, generation.max_tokens, self._vocab_size, self._context
             )
             if refused is not None:
                 return refused
-            questions = [self._sample_question(prompt, generation, seed) for seed in prompt_seeds]
-            answers = await _all([self._ask(question) for question in questions])
             samples = []
-            for answer in answers:
-                if isinstance(answer, RowFailure):
-                    return answer
-                samples.append(_sampled(answer, self._config.url))
+            for sample in await _all([sampled(row, prompt, seed) for seed in prompt_seeds]):
+                if isinstance(sample, RowFailure):
+                    return sample
+                samples.append(sample)
             return samples
 
         prompts = zip(prompt_ids, seeds, strict=True)
-        return self._run(_all([one(*row) for row in prompts]))
+        return self._run(_all([one(row, *prompt) for row, prompt in enumerate(prompts)]))
 
     def _sample_question(
         self, prompt: np.ndarray, generation: GenerationSpec, seed: int

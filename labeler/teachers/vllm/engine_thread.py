@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from labeler.teachers.protocol import RowFailure
+from labeler.teachers.protocol import OnRow, RowFailure, ignore_row
 from schemas.errors import TeacherError
 
 _Result = TypeVar("_Result")
@@ -53,6 +53,7 @@ class _Call:
     """Requests that somebody waits for; ``missing`` of them are still in the engine."""
 
     requests: Sequence[EngineRequest]
+    on_row: OnRow = ignore_row
     future: "Future[list[Any]]" = field(default_factory=Future)
     outputs: list[Any] = field(default_factory=list)
     missing: int = 0
@@ -86,15 +87,19 @@ class EngineThread:
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
-    def outputs(self, requests: Sequence[EngineRequest]) -> list[Any]:
+    def outputs(self, requests: Sequence[EngineRequest], on_row: OnRow = ignore_row) -> list[Any]:
         """What the engine makes of each request: its last output, or a RowFailure if refused.
+
+        Args:
+            requests: Any number.
+            on_row: Called on the engine's thread with the index of a request that has its output.
 
         Raises:
             TeacherError: The engine failed, now or before, or was closed meanwhile.
         """
         if not requests:
             return []
-        call = _Call(requests, outputs=[None] * len(requests))
+        call = _Call(requests, on_row, outputs=[None] * len(requests))
         self._put(call)
         return call.future.result()
 
@@ -183,6 +188,7 @@ class EngineThread:
                 call, place = self._rows.pop(output.request_id)
                 call.outputs[place] = output
                 call.missing -= 1
+                call.on_row(place)
                 self._finish_if_done(call)
 
     def _finish_if_done(self, call: _Call) -> None:

@@ -20,7 +20,13 @@ from labeler.teacher_model.identity import (
     load_model_config,
     model_vocab_size,
 )
-from labeler.teachers.protocol import RowFailure, RowLabels, usable_or_failure
+from labeler.teachers.protocol import (
+    OnRow,
+    RowFailure,
+    RowLabels,
+    ignore_row,
+    usable_or_failure,
+)
 from labeler.teachers.request_checks import refuse_generation, refuse_request, span_targets
 from labeler.teachers.topk_candidates import LIMITS, beyond_candidates
 from labeler.teachers.vllm import label_requests
@@ -133,6 +139,7 @@ class VllmTeacher:
         label_spans: Sequence[np.ndarray],
         row_keys: np.ndarray,
         audit_rate: float = 0.0,
+        on_row: OnRow = ignore_row,
     ) -> list[RowLabels | RowFailure]:
         """See ``Teacher.label``."""
         results: dict[int, RowLabels | RowFailure] = {}
@@ -148,8 +155,9 @@ class VllmTeacher:
             else:
                 params = label_requests.label_params(spans, key, audit_rate)
                 requests[row] = engine_request(tokens, params, label_requests.keep_arrays)
-        outputs = self._engine.outputs(list(requests.values()))
-        for row, output in zip(requests, outputs, strict=True):
+        rows = list(requests)
+        outputs = self._engine.outputs(list(requests.values()), lambda place: on_row(rows[place]))
+        for row, output in zip(rows, outputs, strict=True):
             if isinstance(output, RowFailure):
                 results[row] = output
                 continue
@@ -218,6 +226,7 @@ class VllmTeacher:
         prompt_ids: Sequence[np.ndarray],
         generation: GenerationSpec,
         seeds: Sequence[Sequence[int]],
+        on_row: OnRow = ignore_row,
     ) -> list[list[np.ndarray] | RowFailure]:
         """See ``Teacher.generate``. All samples of all prompts are one batch for the engine."""
         results: list[list[np.ndarray] | RowFailure] = []
@@ -231,7 +240,7 @@ class VllmTeacher:
             for sample, seed in enumerate(prompt_seeds if refused is None else ()):
                 requests.append(engine_request(prompt, self._sampling_params(generation, seed)))
                 places.append((row, sample))
-        outputs = self._engine.outputs(requests)
+        outputs = self._engine.outputs(requests, lambda place: on_row(places[place][0]))
         for (row, sample), output in zip(places, outputs, strict=True):
             samples = results[row]
             if isinstance(output, RowFailure):
