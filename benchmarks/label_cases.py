@@ -88,7 +88,7 @@ def teacher_config(folder: Path) -> TeacherConfig:
     )
 
 
-def shape_of(config: TeacherConfig) -> Shape:
+def model_shape(config: TeacherConfig) -> Shape:
     """The shape of a model of the Llama family, from its configuration."""
     found = load_model_config(config).get_text_config()
     hidden, head = found.hidden_size, found.head_dim

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.label_cases import K, make_folder, make_rows, records, shape_of, teacher_config
+from benchmarks.label_cases import K, make_folder, make_rows, model_shape, records, teacher_config
 from benchmarks.label_figures import Generated, engine_figures, generation_figures
 from benchmarks.label_floor import floor_seconds
 from benchmarks.label_profile import profile_us
@@ -56,7 +56,7 @@ class EngineBenchmark:
         self.args = args
         self.folder = folder
         config = teacher_config(make_folder(args.model, folder / "model"))
-        self.shape = shape_of(config)
+        self.shape = model_shape(config)
         self.records = records(args.model)
         self.teacher = VllmTeacher(config, next(iter(self.records.values())))
         self.rows = make_rows(args.model, args.tokens, args.row_tokens, self.shape.vocab_size)

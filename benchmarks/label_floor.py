@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from labeler.label_head.buffers import Scratch
+from labeler.label_head.buffers import BufferCache
 from labeler.label_head.position_labels import row_slices
-from labeler.label_head.thread_pool import SliceWorkers
+from labeler.label_head.thread_pool import SlicePool
 from labeler.teachers.vllm.worker.label_step import rows_at_once
 from schemas.spec import RecordSpec
 
@@ -30,7 +30,7 @@ def floor_seconds(model: Any, num_labels: int, hidden_size: int) -> float:
         hidden_size: H, of random hidden states [T, H].
     """
     device = next(model.parameters()).device
-    workers = SliceWorkers(device)
+    workers = SlicePool(device)
     with torch.inference_mode():
         hidden = torch.randn(num_labels, hidden_size, dtype=torch.bfloat16, device=device)
         step = rows_at_once(model.compute_logits(hidden[:1]).shape[1])
@@ -48,7 +48,7 @@ def floor_seconds(model: Any, num_labels: int, hidden_size: int) -> float:
         return time.perf_counter() - started
 
 
-def _normaliser(logits: torch.Tensor, rows: slice, scratch: Scratch) -> torch.Tensor:
+def _normaliser(logits: torch.Tensor, rows: slice, scratch: BufferCache) -> torch.Tensor:
     if logits.device.type != "cpu":
         return torch.logsumexp(logits[rows].float(), dim=-1)
     buffers = scratch.buffers(rows.stop - rows.start, logits, _BARE)

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.demo_labels import TokenRows
 from benchmarks.label_units import make_label_set, make_requests
-from labeler.corpus.requests import key_of_unit
+from labeler.corpus.requests import requests_unit_key
 from labeler.label_head.position_labels import PositionLabels
 from labeler.teachers.protocol import RowLabels
 from labeler.teachers.vllm.packed_labels import Packed, pack, unpack
@@ -59,7 +59,7 @@ def host_us_per_label(
                     assert assembled is not None
                     return assembled
 
-                key = key_of_unit(requests[unit])
+                key = requests_unit_key(requests[unit])
                 spent["assemble"] += _cpu_s(assemble)
                 stored = assemble()
                 spent["commit"] += _cpu_s(lambda: label_set.commit_unit(stored, [], {}, key))  # noqa: B023

@@ -28,7 +28,7 @@ def profile_us(
         (teacher._llm.llm_engine, "step", "step"),
         (runner_v1, "label_step", "head"),
         (label_step, "label_logits", "arithmetic"),
-        (label_step, "audits_of", "audits"),
+        (label_step, "audit_rows", "audits"),
         (label_step, "pack", "carry"),
         (label_step, "deal", "carry"),
     ]

@@ -29,7 +29,7 @@ Chat = tuple[Int32Array, Int32Array, Problem | None]
 """Token ids int32 [L], flat spans, and (reason, detail) if the conversation cannot be used."""
 
 
-class ChatRows:
+class ChatTokenizer:
     """Turns lists of messages into token ids and spans."""
 
     def __init__(self, tokenizer: Any) -> None:

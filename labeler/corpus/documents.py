@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from labeler.config import CorpusConfig, TextConfig
-from labeler.corpus.chat_template import ChatRows
+from labeler.corpus.chat_template import ChatTokenizer
 from labeler.corpus.readers import SourceRow
 from labeler.corpus.windows import Int32Array, all_but_first
 from schemas.errors import ConfigError
@@ -80,7 +80,7 @@ def text_spec(text: TextConfig, tokenizer: Any, kind: str) -> TextSpec:
     )
 
 
-class TextRows:
+class RowTokenizer:
     """Turns rows into documents."""
 
     def __init__(
@@ -109,7 +109,7 @@ class TextRows:
         self._prompts = prompts
         self._bos = [tokenizer.bos_token_id] if text.add_bos else []
         self._eos = [tokenizer.eos_token_id] if text.add_eos and not prompts else []
-        self._chat = ChatRows(tokenizer) if corpus.kind == "chat" else None
+        self._chat = ChatTokenizer(tokenizer) if corpus.kind == "chat" else None
 
     def documents(self, rows: Sequence[SourceRow]) -> list[Document | Rejection]:
         """One document, or the reason why not, for each row."""

@@ -10,7 +10,7 @@ READ_BYTES = 1 << 20
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
-def compression_of(name: str) -> str | None:
+def file_compression(name: str) -> str | None:
     """The compression that a file's name tells, as pyarrow calls it."""
     return COMPRESSIONS.get(os.path.splitext(name)[1])
 
@@ -22,7 +22,7 @@ def iter_lines(url: str, start: int = 0, end: int = -1) -> Iterator[tuple[int, b
     ranges.
     """
     with fsspec.open(url, "rb") as stream:
-        compression = compression_of(url)
+        compression = file_compression(url)
         if compression is not None:
             stream = pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), compression)
         position, rest = 0, b""

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from fsspec.utils import glob_translate
 
 from labeler.config import CorpusConfig
-from labeler.corpus.jsonl_lines import compression_of, iter_lines
+from labeler.corpus.jsonl_lines import file_compression, iter_lines
 from schemas.errors import CorpusError
 from schemas.storage.driver_errors import store_errors
 
@@ -198,7 +198,7 @@ def _cut_text(cutter: _Cutter, files: list[CorpusFile], corpus: CorpusConfig) ->
 
 def _cut_jsonl(cutter: _Cutter, file: CorpusFile, corpus: CorpusConfig) -> None:
     _check_jsonl(file, corpus)
-    if compression_of(file.url) is not None:
+    if file_compression(file.url) is not None:
         cutter.add((file,), size_bytes=file.size_bytes)
         return
     for start in range(0, file.size_bytes, corpus.piece_bytes):

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from labeler.config import CorpusConfig
-from labeler.corpus.documents import Document, Rejection, TextRows
+from labeler.corpus.documents import Document, Rejection, RowTokenizer
 from labeler.corpus.listing import Piece
 from labeler.corpus.readers import SourceRow, read_piece
 from labeler.corpus.requests import NOT_GENERATED, Request, label_request, sample_requests
@@ -36,7 +36,7 @@ Claim = Callable[[Keys], npt.NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
-class FrozenKeys:
+class KeySnapshot:
     """What the label set had when the run began; decisions do not change while it runs."""
 
     committed: SortedKeys
@@ -76,7 +76,7 @@ class PieceResult:
         names = [item.name for item in fields(RosterRow)]
         return pa.table({name: [getattr(row, name) for row in self.roster] for name in names})
 
-    def newly_quarantined(self, frozen: FrozenKeys) -> list[QuarantineRow]:
+    def newly_quarantined(self, frozen: KeySnapshot) -> list[QuarantineRow]:
         """The quarantined rows that no earlier run has put there, each once."""
         rows = {row.row_key: row for row in self.quarantined}
         if not rows:
@@ -93,7 +93,7 @@ class PieceReader:
         corpus: CorpusConfig,
         text: TextSpec,
         generation: GenerationSpec | None,
-        rows: TextRows,
+        rows: RowTokenizer,
     ) -> None:
         self._corpus = corpus
         self._text = text
@@ -101,7 +101,7 @@ class PieceReader:
         self._rows = rows
 
     def requests(
-        self, piece: Piece, frozen: FrozenKeys, claim: Claim, result: PieceResult
+        self, piece: Piece, frozen: KeySnapshot, claim: Claim, result: PieceResult
     ) -> Iterator[list[Request]]:
         """Yields the requests that have to be labelled, and fills in ``result`` on the way.
 
@@ -116,7 +116,7 @@ class PieceReader:
         """
         seen: set[bytes] = set()
         for chunk in _chunks(read_piece(piece, self._corpus)):
-            requests = self._requests_of(chunk, result)
+            requests = self._make_requests(chunk, result)
             if not requests:
                 continue
             wanted = _wanted(requests, frozen, seen)
@@ -127,7 +127,7 @@ class PieceReader:
             if wanted:
                 yield wanted
 
-    def _requests_of(self, chunk: Sequence[SourceRow], result: PieceResult) -> list[Request]:
+    def _make_requests(self, chunk: Sequence[SourceRow], result: PieceResult) -> list[Request]:
         requests = []
         for row, document in zip(chunk, self._rows.documents(chunk), strict=True):
             columns = self._kept(row)
@@ -183,7 +183,7 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray) else str(value)
 
 
-def _wanted(requests: list[Request], frozen: FrozenKeys, seen: set[bytes]) -> list[Request]:
+def _wanted(requests: list[Request], frozen: KeySnapshot, seen: set[bytes]) -> list[Request]:
     """The requests that are missing and stand for the first time in their piece."""
     keys = stack_keys([request.row_key for request in requests])
     wanted = []

@@ -117,13 +117,13 @@ def from_table(table: pa.Table) -> list[Request]:
         column = table.column(name)
         if pa.types.is_list(kind):
             chunks = column.chunks
-            columns.append([row for chunk in chunks for row in _rows_of(chunk)])
+            columns.append([row for chunk in chunks for row in _list_rows(chunk)])
         else:
             columns.append(column.to_pylist())
     return [Request(*values) for values in zip(*columns, strict=True)]
 
 
-def key_of_unit(requests: Sequence[Request], salt: str = "") -> str:
+def requests_unit_key(requests: Sequence[Request], salt: str = "") -> str:
     """The key of the unit that these requests make, whatever becomes of each of them.
 
     Args:
@@ -151,6 +151,6 @@ def _lists(arrays: Sequence[Int32Array]) -> pa.Array:
     )
 
 
-def _rows_of(chunk: pa.ListArray) -> list[Int32Array]:
+def _list_rows(chunk: pa.ListArray) -> list[Int32Array]:
     values, offsets = chunk.values.to_numpy(), chunk.offsets.to_numpy()
     return [values[offsets[i] : offsets[i + 1]] for i in range(len(chunk))]

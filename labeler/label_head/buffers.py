@@ -11,7 +11,7 @@ from labeler.label_head.draws import FixedPointBuffer
 from schemas.spec import RecordSpec
 
 
-class Buffers(NamedTuple):
+class SliceBuffers(NamedTuple):
     """Memory for one slice.
 
     Attributes:
@@ -25,14 +25,14 @@ class Buffers(NamedTuple):
     fixed: FixedPointBuffer | None
 
     @staticmethod
-    def of(rows: int, logits: torch.Tensor, record: RecordSpec) -> "Buffers":
+    def of(rows: int, logits: torch.Tensor, record: RecordSpec) -> "SliceBuffers":
         """For up to ``rows`` rows at a time of logits like these, labelled by this record."""
         vocab_size, device = logits.shape[1], logits.device
 
         def empty() -> torch.Tensor:
             return torch.empty(rows, vocab_size, device=device)
 
-        return Buffers(
+        return SliceBuffers(
             None if logits.dtype == torch.float32 else empty(),
             empty(),
             FixedPointBuffer.of(rows, vocab_size, device) if record.has_draws else None,
@@ -45,7 +45,7 @@ class Buffers(NamedTuple):
         return self.logits[: len(logits)].copy_(logits)
 
 
-class Scratch:
+class BufferCache:
     """Memory that all slices of all calls use.
 
     Fresh memory of this size costs a CPU more than what is done in it. For one thread at a time.
@@ -54,13 +54,13 @@ class Scratch:
     def __init__(self) -> None:
         self._what: tuple[object, ...] = ()
         self._rows = 0
-        self._buffers: Buffers | None = None
+        self._buffers: SliceBuffers | None = None
 
-    def buffers(self, rows: int, logits: torch.Tensor, record: RecordSpec) -> Buffers:
+    def buffers(self, rows: int, logits: torch.Tensor, record: RecordSpec) -> SliceBuffers:
         """Buffers for slices of up to so many rows; those of the last call where they fit."""
         what = (logits.shape[1], logits.device, logits.dtype, record.has_draws)
         if self._buffers is None or what != self._what or rows > self._rows:
             self._buffers = None  # freed before more is asked for
-            self._buffers = Buffers.of(rows, logits, record)
+            self._buffers = SliceBuffers.of(rows, logits, record)
             self._what, self._rows = what, rows
         return self._buffers

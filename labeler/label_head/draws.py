@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from labeler.label_head.numpy_kernels import places_of, top_ids
-from labeler.label_head.topk import ids_of_keys, sort_keys
+from labeler.label_head.numpy_kernels import top_ids, true_positions
+from labeler.label_head.topk import key_ids, sort_keys
 
 ONE = 2**50
 """The probability 1 in fixed point."""
@@ -144,7 +144,7 @@ class FixedPoint:
         tail_len = num_points.squeeze(1).clamp_(min=0).minimum(width - head_len)
         steps = torch.arange(int(tail_len.max()), device=head.device)
         points = first + steps * unit
-        row, place = places_of(steps < tail_len[:, None])
+        row, place = true_positions(steps < tail_len[:, None])
         ids = torch.zeros(len(head), width, dtype=torch.int64, device=head.device)
         ids[:, : head.shape[1]] = head
         ids[row, head_len[row] + place] = self._ids_at(points, ends, row, place)
@@ -176,8 +176,8 @@ class FixedPoint:
     def _find_head(self, logits: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows, rising, and ids, int64 [n] each, of what is at least ``unit``, or of the top id."""
         # A block that sums to less holds none.
-        row, block = places_of(self._sums >= unit)
-        found, place = places_of(self._blocks(row, block) >= unit)
+        row, block = true_positions(self._sums >= unit)
+        found, place = true_positions(self._blocks(row, block) >= unit)
         row, ids = row[found], block[found] * self._depth + place
         is_without = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
         is_without[row] = False
@@ -236,4 +236,4 @@ def _ordered(
     keys = torch.full((len(logits), len(slots)), _NO_KEY, device=row.device)
     keys[row, place] = sort_keys(logits[row, ids], ids)
     kept = slots < counts[:, None]
-    return ids_of_keys(keys.sort(dim=1).values).masked_fill_(~kept, 0), counts
+    return key_ids(keys.sort(dim=1).values).masked_fill_(~kept, 0), counts

@@ -44,7 +44,7 @@ def top_ids(logits: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Ten
     return torch.from_numpy(found[:, None])
 
 
-def places_of(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def true_positions(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Row and column, int64 [n] each, of what is true in bool [T, n], in order."""
     if mask.device.type != "cpu":
         rows, columns = mask.nonzero(as_tuple=True)

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from labeler.label_head.buffers import Buffers, Scratch
+from labeler.label_head.buffers import BufferCache, SliceBuffers
 from labeler.label_head.draws import ONE, Entries, FixedPoint, FixedPointBuffer
 from labeler.label_head.numpy_kernels import dots, top_ids
-from labeler.label_head.thread_pool import SliceWorkers
+from labeler.label_head.thread_pool import SlicePool
 from labeler.label_head.topk import ordered_topk
 from schemas.spec import RecordSpec
 
@@ -100,7 +100,7 @@ def label_logits(
     target_ids: torch.Tensor,
     record: RecordSpec,
     uniforms: np.ndarray | None = None,
-    workers: SliceWorkers | None = None,
+    workers: SlicePool | None = None,
 ) -> PositionLabels:
     """Labels T positions from their full logits.
 
@@ -122,7 +122,7 @@ def label_logits(
         return _empty(logits, record)
     drawn_by = None if uniforms is None else torch.from_numpy(uniforms).to(logits.device)
 
-    def label(rows: slice, scratch: Scratch) -> PositionLabels:
+    def label(rows: slice, scratch: BufferCache) -> PositionLabels:
         buffers = scratch.buffers(rows.stop - rows.start, logits, record)
         return _label_slice(
             buffers.in_float32(logits[rows]),
@@ -134,7 +134,7 @@ def label_logits(
 
     slices = list(row_slices(logits, 1 if workers is None else workers.count))
     if workers is None:
-        scratch = Scratch()
+        scratch = BufferCache()
         parts = [label(rows, scratch) for rows in slices]
     else:
         parts = workers.each(label, slices)
@@ -184,7 +184,7 @@ def _label_slice(
     target_ids: torch.Tensor,
     record: RecordSpec,
     uniforms: torch.Tensor | None,
-    buffers: Buffers,
+    buffers: SliceBuffers,
 ) -> PositionLabels:
     """One slice of float32 logits [T, V]; see ``label_logits``. The buffers are overwritten."""
     probs = buffers.probs[: len(logits)]

@@ -13,12 +13,12 @@ from typing import TypeVar
 
 import torch
 
-from labeler.label_head.buffers import Scratch
+from labeler.label_head.buffers import BufferCache
 
 _Result = TypeVar("_Result")
 
 
-class SliceWorkers:
+class SlicePool:
     """As many threads as torch has, or none where it has one or the work is not a CPU's.
 
     Made and used by one thread.
@@ -26,12 +26,12 @@ class SliceWorkers:
 
     def __init__(self, device: torch.device) -> None:
         self.count = torch.get_num_threads() if device.type == "cpu" else 1
-        self._scratch = Scratch()
+        self._scratch = BufferCache()
         self._own = threading.local()
         self._pool: ThreadPoolExecutor | None = None
 
     def each(
-        self, function: Callable[[slice, Scratch], _Result], slices: Sequence[slice]
+        self, function: Callable[[slice, BufferCache], _Result], slices: Sequence[slice]
     ) -> list[_Result]:
         """The results of a function for all slices, in order; raises what it raises."""
         if self.count == 1 or len(slices) == 1:
@@ -51,7 +51,7 @@ class SliceWorkers:
 
         def start() -> None:
             torch.set_num_threads(1)
-            self._own.scratch = Scratch()
+            self._own.scratch = BufferCache()
             ready.wait()
 
         pool = ThreadPoolExecutor(self.count, "label-slices", initializer=start)

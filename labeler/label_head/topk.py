@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from labeler.label_head.numpy_kernels import is_for_numpy, places_of
+from labeler.label_head.numpy_kernels import is_for_numpy, true_positions
 
 # Blocks of fewer ids than this are not worth a round of their own.
 _MIN_BLOCK_DEPTH = 4
@@ -34,12 +34,12 @@ def ordered_topk(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tens
     """
     depth = _block_depth(logits.shape[1], k + 1)
     if depth < _MIN_BLOCK_DEPTH:
-        ids = _topk_of_all(logits, k)
+        ids = _topk_exhaustive(logits, k)
         return ids, logits.gather(1, ids)
     if is_for_numpy(logits):
         ids = _topk_above_bound(logits, k, depth)
         return ids, logits.gather(1, ids)
-    ids = _topk_of_blocks(logits, k + 1, depth)
+    ids = _topk_by_blocks(logits, k + 1, depth)
     values = logits.gather(1, ids)
     # Which blocks were searched is not decided by id, so equals at the boundary may be in others.
     tied = (values[:, k - 1] == values[:, k]).nonzero().squeeze(1)
@@ -63,7 +63,7 @@ def _lowest_of_equals(
     """
     last = values[:, -1:]
     is_last = values == last
-    rows, equals = places_of(logits == last)  # by row, then by rising id
+    rows, equals = true_positions(logits == last)  # by row, then by rising id
     counts = torch.bincount(rows, minlength=len(ids))
     place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
     lowest = equals[place < is_last.sum(dim=1)[rows]]
@@ -80,7 +80,7 @@ def _block_depth(vocab_size: int, k: int) -> int:
     return next(divisors, depth)
 
 
-def _topk_of_blocks(logits: torch.Tensor, k: int, depth: int) -> torch.Tensor:
+def _topk_by_blocks(logits: torch.Tensor, k: int, depth: int) -> torch.Tensor:
     """Ids [T, k] of the largest logits: ids are dealt into blocks, the best k are searched.
 
     A value among the k largest lies in one of the k blocks with the largest maxima, so this is
@@ -127,23 +127,23 @@ def _topk_above_bound(logits: torch.Tensor, k: int, depth: int) -> torch.Tensor:
     # NaN is above nothing, and equals can be any number: such rows are sorted whole.
     is_plain = (counts >= k) & (counts <= _MOST_EQUALS * k)
     if not is_plain.all():
-        return _of_some_rows(logits, k, depth, is_plain)
+        return _topk_by_row_kind(logits, k, depth, is_plain)
     keys = np.full((num_rows, int(counts.max())), np.iinfo(np.int64).max)
     shift = np.arange(num_rows) * keys.shape[1] - ends[:-1]
     keys.reshape(-1)[np.arange(len(row)) + shift[row]] = sort_keys(
         torch.from_numpy(values[places]), torch.from_numpy(places - row * vocab_size)
     ).numpy()
     keys.sort(axis=1)
-    return ids_of_keys(torch.from_numpy(keys[:, :k]))
+    return key_ids(torch.from_numpy(keys[:, :k]))
 
 
-def _of_some_rows(
+def _topk_by_row_kind(
     logits: torch.Tensor, k: int, depth: int, is_plain: npt.NDArray[np.bool_]
 ) -> torch.Tensor:
     """Ids [T, k]: of the plain rows by their bound, of the others by sorting all that they have."""
     ids = torch.empty(len(logits), k, dtype=torch.int64)
     plain, others = (torch.from_numpy(np.flatnonzero(rows)) for rows in (is_plain, ~is_plain))
-    ids[others] = _topk_of_all(logits[others], k)
+    ids[others] = _topk_exhaustive(logits[others], k)
     if len(plain):
         ids[plain] = _topk_above_bound(logits[plain], k, depth)
     return ids
@@ -160,14 +160,14 @@ def _block_maxima(logits: torch.Tensor, num_blocks: int) -> torch.Tensor:
     return maxima
 
 
-def _topk_of_all(logits: torch.Tensor, k: int) -> torch.Tensor:
+def _topk_exhaustive(logits: torch.Tensor, k: int) -> torch.Tensor:
     """Ids [T, k] of the largest logits, exact for ties too."""
     return _largest(logits, torch.arange(logits.shape[1], device=logits.device), k)
 
 
 def _largest(values: torch.Tensor, ids: torch.Tensor, k: int) -> torch.Tensor:
     """The ids [T, k] of the largest of float32 values [T, n], falling; ids rise among equals."""
-    return ids_of_keys(_smallest(sort_keys(values, ids), k))
+    return key_ids(_smallest(sort_keys(values, ids), k))
 
 
 def sort_keys(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -178,7 +178,7 @@ def sort_keys(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         ids: int64 in [0, 2^31), of a shape that goes with it.
 
     Returns:
-        int64; ``ids_of_keys`` gives the ids back.
+        int64; ``key_ids`` gives the ids back.
     """
     bits = (values + 0.0).view(torch.int32)  # Makes one value of 0 and -0.
     # As integers, the bits of negative floats fall where the floats rise: turn those around.
@@ -186,7 +186,7 @@ def sort_keys(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return rising.bitwise_not_().long().bitwise_left_shift_(32).bitwise_or_(ids)
 
 
-def ids_of_keys(keys: torch.Tensor) -> torch.Tensor:
+def key_ids(keys: torch.Tensor) -> torch.Tensor:
     """The ids of ``sort_keys``, int64. Overwrites the keys."""
     return keys.bitwise_and_(0xFFFFFFFF)
 

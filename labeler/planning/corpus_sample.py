@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from labeler.corpus.listing import Piece
-from labeler.corpus.piece_reader import FrozenKeys, PieceReader, PieceResult
+from labeler.corpus.piece_reader import KeySnapshot, PieceReader, PieceResult
 from labeler.corpus.requests import Request
 from schemas.keys import Keys
 
@@ -57,7 +57,7 @@ class CorpusSample:
 
 
 def sample_corpus(
-    pieces: list[Piece], reader: PieceReader, frozen: FrozenKeys, seed: int
+    pieces: list[Piece], reader: PieceReader, frozen: KeySnapshot, seed: int
 ) -> CorpusSample:
     """Reads some or all pieces of a corpus; see ``CorpusSample``.
 

@@ -35,9 +35,9 @@ def plan_label_job(
     Raises:
         ConfigError, CorpusError, TeacherError, VocabularyError, StoreError: as the run would.
     """
-    from labeler.corpus.documents import TextRows
+    from labeler.corpus.documents import RowTokenizer
     from labeler.corpus.listing import list_corpus
-    from labeler.corpus.piece_reader import FrozenKeys, PieceReader
+    from labeler.corpus.piece_reader import KeySnapshot, PieceReader
     from labeler.planning.corpus_sample import sample_corpus
     from labeler.run.ray_session import cluster_size, ray_session
     from labeler.run.resources import plan_resources
@@ -47,7 +47,7 @@ def plan_label_job(
     pieces = list_corpus(config.corpus)
     spec, _ = wanted_label_set(config)
     spec, committed, quarantined = _there(config, spec)
-    rows = TextRows(
+    rows = RowTokenizer(
         load_tokenizer(config.teacher),
         config.corpus,
         spec.text,
@@ -55,7 +55,7 @@ def plan_label_job(
         prompts=config.generate is not None,
     )
     reader = PieceReader(config.corpus, spec.text, config.generate, rows)
-    frozen = FrozenKeys(committed, quarantined, config.run.retry_quarantined)
+    frozen = KeySnapshot(committed, quarantined, config.run.retry_quarantined)
     shown.say(f"reading {config.corpus.path} to count its tokens")
     sample = sample_corpus(pieces, reader, frozen, SEED)
     with ray_session(config.run):

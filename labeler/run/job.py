@@ -39,7 +39,7 @@ def run_label_job(config: LabelConfig, progress: bool = True) -> LabelSummary:
 
 def _run(config: LabelConfig, progress: bool) -> LabelSummary:
     from labeler.corpus.listing import list_corpus
-    from labeler.corpus.piece_reader import FrozenKeys
+    from labeler.corpus.piece_reader import KeySnapshot
     from labeler.run.pipeline import RunSetup, run_pipeline
     from labeler.run.ray_session import cluster_size, ray_session
     from labeler.run.resources import plan_resources
@@ -48,7 +48,7 @@ def _run(config: LabelConfig, progress: bool) -> LabelSummary:
     shown = Progress(enabled=progress)
     pieces = list_corpus(config.corpus)
     label_set = open_label_set(config)
-    frozen = FrozenKeys(
+    frozen = KeySnapshot(
         label_set.committed_keys(), label_set.quarantined_keys(), config.run.retry_quarantined
     )
     shown.say(
@@ -110,7 +110,7 @@ def wanted_label_set(config: LabelConfig) -> tuple[LabelSetSpec, dict[str, int]]
         ConfigError: Text and teacher do not fit together.
         TeacherError, VocabularyError: The teacher cannot be used.
     """
-    from labeler.corpus.documents import TextRows, text_spec
+    from labeler.corpus.documents import RowTokenizer, text_spec
     from labeler.teacher_model.identity import context_tokens, load_tokenizer, teacher_identity
     from labeler.teacher_model.vocabulary import vocabulary
 
@@ -125,7 +125,7 @@ def wanted_label_set(config: LabelConfig) -> tuple[LabelSetSpec, dict[str, int]]
                 f"at most {longest} tokens; lower text.max_tokens"
             )
     # Says now, and not in a task, whether rows of this kind can be tokenised.
-    TextRows(tokenizer, config.corpus, text, identity.vocab_size, config.generate is not None)
+    RowTokenizer(tokenizer, config.corpus, text, identity.vocab_size, config.generate is not None)
     spec = LabelSetSpec(
         record=config.record, teacher=identity, text=text, generation=config.generate
     )

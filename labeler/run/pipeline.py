@@ -18,9 +18,9 @@ from typing import Any
 import pyarrow as pa
 
 from labeler.config import LabelConfig, TeacherConfig
-from labeler.corpus.documents import TextRows
+from labeler.corpus.documents import RowTokenizer
 from labeler.corpus.listing import Piece
-from labeler.corpus.piece_reader import FrozenKeys, PieceReader, PieceResult
+from labeler.corpus.piece_reader import KeySnapshot, PieceReader, PieceResult
 from labeler.corpus.requests import REQUEST_SCHEMA, from_table, to_table
 from labeler.quality.gates import Gates
 from labeler.quality.reference_teacher import reference_of
@@ -88,7 +88,7 @@ class RunSetup:
 def run_pipeline(
     pieces: list[Piece],
     setup: RunSetup,
-    frozen: FrozenKeys,
+    frozen: KeySnapshot,
     resources: Resources,
     progress: Progress,
 ) -> None:
@@ -250,7 +250,7 @@ def _tools(setup: RunSetup) -> tuple[PieceReader, LabelSet]:
     config = setup.config
     label_set = LabelSet.open(config.labels)
     spec = label_set.spec
-    rows = TextRows(
+    rows = RowTokenizer(
         load_tokenizer(config.teacher),
         config.corpus,
         spec.text,
@@ -266,7 +266,7 @@ def _read_pieces(batch: pa.Table, setup: RunSetup, frozen: Any, ledger: Any) -> 
 
     _wait_for_stores(setup, ledger)
     reader, label_set = _tools(setup)
-    known: FrozenKeys = ray.get(frozen)
+    known: KeySnapshot = ray.get(frozen)
     yield REQUEST_SCHEMA.empty_table()  # a piece may have nothing to send
     for packed in batch.column("piece").to_pylist():
         if ray.get(ledger.stopping.remote()):
@@ -286,7 +286,7 @@ def _read_pieces(batch: pa.Table, setup: RunSetup, frozen: Any, ledger: Any) -> 
 
 
 def _finish_piece(
-    label_set: LabelSet, setup: RunSetup, frozen: FrozenKeys, result: PieceResult
+    label_set: LabelSet, setup: RunSetup, frozen: KeySnapshot, result: PieceResult
 ) -> None:
     bad = result.newly_quarantined(frozen)
     if bad:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from labeler.corpus.requests import Request, key_of_unit
+from labeler.corpus.requests import Request, requests_unit_key
 from labeler.quality.gates import Gates
 from labeler.supervision.supervisor import Survivor
 from labeler.units.unit_labels import UnitLabels
@@ -42,7 +42,7 @@ class UnitLabeller:
         Args:
             label_set: Where units go.
             teacher: None for a set of kind ``tokens``.
-            salt: See ``key_of_unit``.
+            salt: See ``requests_unit_key``.
             gates: What labels pass before they are committed; None: nothing.
         """
         self._label_set = label_set
@@ -58,7 +58,7 @@ class UnitLabeller:
                 those of another implementation.
             StoreError: The label set cannot be written to.
         """
-        unit_key = key_of_unit(requests, self._salt)
+        unit_key = requests_unit_key(requests, self._salt)
         store, path = self._label_set.store, manifest_path(unit_key)
         if store.exists(path):
             return _done(read_manifest(store, path, self._label_set.fingerprint))

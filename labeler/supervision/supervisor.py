@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from labeler.corpus.requests import Request, key_of_unit
+from labeler.corpus.requests import Request, requests_unit_key
 from labeler.supervision.attempts import Attempts, Deaths
 from labeler.supervision.shared_lock import EngineUsers
 from labeler.supervision.watchdog import EngineWatch
@@ -99,7 +99,7 @@ class Survivor:
             TeacherError: No engine can be made, or engines die whatever they label.
         """
         batch = list(requests)
-        key = key_of_unit(batch)
+        key = requests_unit_key(batch)
         if not self._attempts.deaths(key).total:
             found = self._labelled_together(batch, key)
             if found is not None:
@@ -159,7 +159,7 @@ class Survivor:
             requests: One or more.
             suspected: Whether they are part of what engines died over before.
         """
-        key = key_of_unit(requests)
+        key = requests_unit_key(requests)
         alone = len(requests) == 1
         deaths, last = self._attempts.deaths(key), None
         while not _is_deadly(deaths, suspected, alone):

@@ -30,14 +30,14 @@ LIMITS = {
 """For the provenance of such labels."""
 
 
-def beyond_candidates(record: RecordSpec) -> str:
+def unsupported_by_topk(record: RecordSpec) -> str:
     """What a record wants that candidates cannot tell; empty: nothing."""
     wants = [] if record.kind == "topk" else [f'kind "{record.kind}"']
     wants += [name for name in ("entropy", "temperatures") if getattr(record, name)]
     return ", ".join(wants)
 
 
-def topk_labels(
+def labels_from_topk(
     ids: npt.NDArray[np.int32],
     logprobs: npt.NDArray[np.float64],
     own: npt.NDArray[np.float64],

@@ -15,7 +15,7 @@ from label_faults import TEACHER_POINTS, FaultRun
 
 from labeler.config import GatesConfig, LabelConfig
 from labeler.corpus.listing import list_corpus
-from labeler.corpus.piece_reader import FrozenKeys
+from labeler.corpus.piece_reader import KeySnapshot
 from labeler.run.job import open_label_set
 from labeler.run.pipeline import RunSetup, run_pipeline
 from labeler.run.progress import Progress
@@ -24,7 +24,7 @@ from schemas.label_set.roster import close_roster, read_roster
 
 ROOT = Path(__file__).parents[2]
 NOTHING = np.empty(0, "S16")
-FRESH = FrozenKeys(NOTHING, NOTHING, retry_quarantined=False)
+FRESH = KeySnapshot(NOTHING, NOTHING, retry_quarantined=False)
 
 
 def config(folder: Path, model: Path, unit_rows: int) -> LabelConfig:

@@ -19,7 +19,7 @@ import ray
 
 from labeler.config import LabelConfig
 from labeler.corpus.listing import list_corpus
-from labeler.corpus.piece_reader import FrozenKeys
+from labeler.corpus.piece_reader import KeySnapshot
 from labeler.run.job import open_label_set
 from labeler.run.pipeline import RunSetup, run_pipeline
 from labeler.run.progress import Progress
@@ -30,7 +30,7 @@ from schemas.label_set.roster import close_roster
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 NOTHING = np.empty(0, "S16")
-FRESH = FrozenKeys(NOTHING, NOTHING, retry_quarantined=False)
+FRESH = KeySnapshot(NOTHING, NOTHING, retry_quarantined=False)
 ROWS = 60
 CPUS = 2.0  # of the shared Ray
 

@@ -68,7 +68,7 @@ class CheckpointWriter:
 
     @property
     def hidden_share(self) -> float:
-        """Share of the time that checkpoints took which the training did not wait."""
+        """Chunk of the time that checkpoints took which the training did not wait."""
         whole = self.copied_s + self.busy_s
         return max(0.0, 1.0 - self.blocked_s / whole) if whole else 0.0
 

@@ -19,7 +19,7 @@ CPU_TOKENS = 512
 and 32,768; 4,096 took 16% longer at the smaller one, as the logits leave the caches."""
 
 GPU_SHARE = 1 / 64
-"""Share of a GPU's whole memory that is the budget there: 1.2 GiB of 80 GB, which is 2,500 bfloat16
+"""Chunk of a GPU's whole memory that is the budget there: 1.2 GiB of 80 GB, which is 2,500 bfloat16
 positions of a vocabulary of 128k; matrix products stop gaining at about 1,000."""
 
 

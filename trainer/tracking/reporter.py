@@ -66,7 +66,7 @@ class Reporter:
 
     @property
     def data_wait_share(self) -> float:
-        """Share of the time since this process began that it waited for data."""
+        """Chunk of the time since this process began that it waited for data."""
         return ratio(self._here["wait_s"], self._here["seconds"])
 
     def add(

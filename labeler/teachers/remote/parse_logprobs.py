@@ -10,7 +10,7 @@ import numpy as np
 
 from labeler.teachers.protocol import RowLabels
 from labeler.teachers.request_checks import span_targets
-from labeler.teachers.topk_candidates import topk_labels
+from labeler.teachers.topk_candidates import labels_from_topk
 from schemas.errors import TeacherError
 
 
@@ -62,4 +62,4 @@ def row_labels(
         head = [item for item in here.items() if not outside or item[0] != token]
         ids[label] = [int(name) for name, _ in head]
         logprobs[label] = [entry["logprob"] for _, entry in head]
-    return topk_labels(ids, logprobs, own, told_ranks, vocab_size)
+    return labels_from_topk(ids, logprobs, own, told_ranks, vocab_size)

@@ -35,7 +35,7 @@ from labeler.teachers.protocol import (
 from labeler.teachers.remote.client import MAX_INTERNAL_ERRORS, Refusal, RemoteServer
 from labeler.teachers.remote.parse_logprobs import row_labels
 from labeler.teachers.request_checks import refuse_generation, refuse_request
-from labeler.teachers.topk_candidates import LIMITS, beyond_candidates
+from labeler.teachers.topk_candidates import LIMITS, unsupported_by_topk
 from schemas.errors import TeacherError, TeacherGoneError
 from schemas.spec import GenerationSpec, RecordSpec
 
@@ -132,7 +132,7 @@ class RemoteTeacher:
                 f"{answer.message}); record.k = {self._record.k} needs a vLLM server with "
                 f"--max-logprobs {self._record.k} or more"
             )
-        self._labels_of(answer, _CANARY, _CANARY_SPANS)
+        self._parse_labels(answer, _CANARY, _CANARY_SPANS)
 
     def label(
         self,
@@ -156,7 +156,7 @@ class RemoteTeacher:
             if isinstance(answer, RowFailure):
                 return answer
             # Parsing a long row takes a while, in which other answers come in.
-            labels = await asyncio.to_thread(self._labels_of, answer, tokens, spans)
+            labels = await asyncio.to_thread(self._parse_labels, answer, tokens, spans)
             on_row(row)
             return usable_or_failure(labels)
 
@@ -172,7 +172,7 @@ class RemoteTeacher:
             "prompt_logprobs": min(self._record.k, self._vocab_size),
         }
 
-    def _labels_of(self, answer: _Answer, token_ids: np.ndarray, spans: np.ndarray) -> RowLabels:
+    def _parse_labels(self, answer: _Answer, token_ids: np.ndarray, spans: np.ndarray) -> RowLabels:
         told = _choice(answer).get("prompt_logprobs")
         if told is None:
             raise TeacherError(
@@ -317,7 +317,7 @@ def _first(errors: BaseExceptionGroup) -> BaseException:
 
 
 def _check_served(config: TeacherConfig, record: RecordSpec) -> None:
-    beyond = beyond_candidates(record)
+    beyond = unsupported_by_topk(record)
     if beyond:
         raise TeacherError(
             f"a server tells the most probable ids only, so {config.url} serves records of kind "

@@ -5,7 +5,7 @@ from typing import Any
 
 from labeler.config import TeacherConfig
 from labeler.teacher_model.identity import model_folder, resolve_dtype, resolve_head_dtype
-from labeler.teachers.topk_candidates import beyond_candidates
+from labeler.teachers.topk_candidates import unsupported_by_topk
 from labeler.teachers.vllm.label_requests import EXTENSION
 from schemas.errors import TeacherError
 from schemas.spec import RecordSpec
@@ -84,7 +84,7 @@ def _machine_options() -> dict[str, Any]:
 
 def _candidate_options(record: RecordSpec) -> dict[str, Any]:
     """Lets vLLM's own path tell as many candidates as the record wants."""
-    beyond = beyond_candidates(record)
+    beyond = unsupported_by_topk(record)
     return {} if beyond or record.k <= STOCK_CANDIDATES else {"max_logprobs": record.k}
 
 

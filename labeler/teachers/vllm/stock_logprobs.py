@@ -10,12 +10,12 @@ import numpy as np
 
 from labeler.teachers.protocol import RowLabels
 from labeler.teachers.request_checks import span_targets
-from labeler.teachers.topk_candidates import topk_labels
+from labeler.teachers.topk_candidates import labels_from_topk
 from schemas.errors import TeacherError
 from schemas.spec import RecordSpec
 
 
-def flat_params(record: RecordSpec, vocab_size: int) -> Any:
+def stock_params(record: RecordSpec, vocab_size: int) -> Any:
     """Sampling parameters of a request whose every position is scored."""
     from vllm import SamplingParams
 
@@ -28,10 +28,10 @@ def flat_params(record: RecordSpec, vocab_size: int) -> Any:
     )
 
 
-def flat_row_labels(
+def stock_row_labels(
     output: Any, token_ids: np.ndarray, label_spans: np.ndarray, record: RecordSpec, vocab_size: int
 ) -> RowLabels:
-    """The labels in the output of a request made with ``flat_params``.
+    """The labels in the output of a request made with ``stock_params``.
 
     Raises:
         TeacherError: it does not tell of every position what was asked for.
@@ -53,4 +53,6 @@ def flat_row_labels(
     ranks = np.array([flat.ranks[start] for start in starts[1:]], np.int64)[rows]
     if (ids[:, 0] != token_ids[rows + 1]).any():
         raise TeacherError("vLLM's own path does not tell first of the token that stands there")
-    return topk_labels(ids[:, 1:], logprobs[:, 1:].copy(), logprobs[:, 0].copy(), ranks, vocab_size)
+    return labels_from_topk(
+        ids[:, 1:], logprobs[:, 1:].copy(), logprobs[:, 0].copy(), ranks, vocab_size
+    )

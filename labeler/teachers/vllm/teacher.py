@@ -28,7 +28,7 @@ from labeler.teachers.protocol import (
     usable_or_failure,
 )
 from labeler.teachers.request_checks import refuse_generation, refuse_request, span_targets
-from labeler.teachers.topk_candidates import LIMITS, beyond_candidates
+from labeler.teachers.topk_candidates import LIMITS, unsupported_by_topk
 from labeler.teachers.vllm import label_requests
 from labeler.teachers.vllm.engine_options import (
     STOCK_CANDIDATES,
@@ -36,7 +36,7 @@ from labeler.teachers.vllm.engine_options import (
     prepare_environment,
 )
 from labeler.teachers.vllm.engine_thread import EngineRequest, EngineThread
-from labeler.teachers.vllm.stock_logprobs import flat_params, flat_row_labels
+from labeler.teachers.vllm.stock_logprobs import stock_params, stock_row_labels
 from schemas.errors import TeacherError
 from schemas.spec import GenerationSpec, RecordSpec
 
@@ -102,7 +102,7 @@ class VllmTeacher:
         Raises:
             TeacherError: The head does not fit, and the record cannot be had without it.
         """
-        beyond = beyond_candidates(self._record)
+        beyond = unsupported_by_topk(self._record)
         if self._config.label_path == "flat":
             if beyond:
                 raise TeacherError(
@@ -151,7 +151,7 @@ class VllmTeacher:
             if refused is not None:
                 results[row] = refused
             elif self._flat_because:
-                requests[row] = engine_request(tokens, flat_params(self._record, self._vocab_size))
+                requests[row] = engine_request(tokens, stock_params(self._record, self._vocab_size))
             else:
                 params = label_requests.label_params(spans, key, audit_rate)
                 requests[row] = engine_request(tokens, params, label_requests.keep_arrays)
@@ -162,7 +162,7 @@ class VllmTeacher:
                 results[row] = output
                 continue
             if self._flat_because:
-                labels = flat_row_labels(
+                labels = stock_row_labels(
                     output, token_ids[row], label_spans[row], self._record, self._vocab_size
                 )
             else:

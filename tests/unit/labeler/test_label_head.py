@@ -7,7 +7,7 @@ from label_oracle import Entries, entries_of
 
 from labeler.label_head import numpy_kernels, position_labels
 from labeler.label_head.position_labels import PositionLabels, label_logits
-from labeler.label_head.thread_pool import SliceWorkers
+from labeler.label_head.thread_pool import SlicePool
 from labeler.label_head.topk import ordered_topk
 from schemas.spec import RecordSpec
 
@@ -170,7 +170,7 @@ def test_workers_with_memory_of_earlier_calls_change_nothing(
 ) -> None:
     monkeypatch.setattr(position_labels, "_SLICE_ELEMENTS_CPU", 10_000)
     num_threads = torch.get_num_threads()
-    workers = SliceWorkers(torch.device("cpu"))
+    workers = SlicePool(torch.device("cpu"))
     workers.count = 3
     records = [RecordSpec(kind="topk", k=10), RecordSpec(kind="threshold", tau=0.1)]
     for num_rows, vocab_size in ((137, 400), (1, 400), (260, 400), (8, 50)):

@@ -12,7 +12,7 @@ from labeler.label_head.position_labels import label_logits
 from labeler.teachers.protocol import RowLabels
 from labeler.teachers.request_checks import row_uniforms, span_targets
 from labeler.teachers.vllm.label_requests import AUDIT_RATE, ROW_KEY, SPANS, row_labels
-from labeler.teachers.vllm.worker.runner_v2 import LabelHeadV2, complaint_about, install_into
+from labeler.teachers.vllm.worker.runner_v2 import LabelHeadV2, incompatibility, install_into
 from schemas.spec import RecordSpec
 
 VOCAB = 50
@@ -169,10 +169,10 @@ def test_another_record_from_now_on(runner: Runner) -> None:
 
 
 def test_the_installed_vllm_has_the_names_it_relies_on() -> None:
-    assert complaint_about(worker()) == ""
+    assert incompatibility(worker()) == ""
     other = worker()
     other.add_request = lambda req_id, sampling_params: None
-    assert "add_request takes ('req_id', 'sampling_params')" in complaint_about(other)
+    assert "add_request takes ('req_id', 'sampling_params')" in incompatibility(other)
     head = torch.zeros(VOCAB, HIDDEN)
     assert install_into(Runner(None, head), RecordSpec()) == "it labels no prompts"
     assert install_into(Runner(None, head, is_last_pp_rank=False), RecordSpec()) == ""

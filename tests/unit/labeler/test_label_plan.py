@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from labeler.config import LabelConfig
-from labeler.corpus.documents import TextRows, text_spec
+from labeler.corpus.documents import RowTokenizer, text_spec
 from labeler.corpus.listing import list_corpus
-from labeler.corpus.piece_reader import FrozenKeys, PieceReader
+from labeler.corpus.piece_reader import KeySnapshot, PieceReader
 from labeler.planning.calibration import Calibration
 from labeler.planning.corpus_sample import COUNTS, CorpusSample, Estimate, sample_corpus, scaled_up
 from labeler.planning.estimate import describe, make_plan
@@ -19,7 +19,7 @@ from labeler.teacher_model.identity import load_tokenizer
 
 SEED = 20261125
 NOTHING = np.empty(0, "S16")
-FRESH = FrozenKeys(NOTHING, NOTHING, retry_quarantined=False)
+FRESH = KeySnapshot(NOTHING, NOTHING, retry_quarantined=False)
 
 
 def config(folder: Path, model: Path, **changes: Any) -> LabelConfig:
@@ -61,7 +61,7 @@ def test_a_small_corpus_is_counted_and_a_large_one_sampled(
     job = config(tmp_path, tiny_model_dir)
     tokenizer = load_tokenizer(job.teacher)
     text = text_spec(job.text, tokenizer, "text")
-    reader = PieceReader(job.corpus, text, None, TextRows(tokenizer, job.corpus, text, 320))
+    reader = PieceReader(job.corpus, text, None, RowTokenizer(tokenizer, job.corpus, text, 320))
     pieces = list_corpus(job.corpus)
     assert len(pieces) > 10
     whole = sample_corpus(pieces, reader, FRESH, seed=1)

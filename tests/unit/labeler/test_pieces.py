@@ -10,10 +10,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from labeler.config import CorpusConfig
-from labeler.corpus.documents import TextRows
+from labeler.corpus.documents import RowTokenizer
 from labeler.corpus.listing import list_corpus
-from labeler.corpus.piece_reader import FrozenKeys, PieceReader, PieceResult
-from labeler.corpus.requests import Request, from_table, key_of_unit, to_table
+from labeler.corpus.piece_reader import KeySnapshot, PieceReader, PieceResult
+from labeler.corpus.requests import Request, from_table, requests_unit_key, to_table
 from labeler.run.ledger import Ledger
 from labeler.run.unit_labeller import UnitDone
 from schemas.keys import Keys, keys_to_sorted, stack_keys
@@ -23,7 +23,7 @@ from schemas.spec import GenerationSpec, TextSpec
 VOCAB_SIZE = 320
 TEXT = TextSpec(max_tokens=32, overlap=4, add_bos=True, add_eos=True, split_long=True)
 NOTHING = np.empty(0, "S16")
-FRESH = FrozenKeys(NOTHING, NOTHING, retry_quarantined=False)
+FRESH = KeySnapshot(NOTHING, NOTHING, retry_quarantined=False)
 
 
 class Corpus:
@@ -38,13 +38,13 @@ class Corpus:
 
     def read(
         self,
-        frozen: FrozenKeys = FRESH,
+        frozen: KeySnapshot = FRESH,
         text: TextSpec = TEXT,
         generation: GenerationSpec | None = None,
         index: int = 0,
     ) -> tuple[list[Request], PieceResult]:
         (piece,) = list_corpus(self.config)
-        rows = TextRows(self.tokenizer, self.config, text, VOCAB_SIZE, generation is not None)
+        rows = RowTokenizer(self.tokenizer, self.config, text, VOCAB_SIZE, generation is not None)
         reader = PieceReader(self.config, text, generation, rows)
         result = PieceResult()
 
@@ -56,9 +56,9 @@ class Corpus:
         return sent, result
 
 
-def frozen(requests: list[Request], quarantined: bool = False, retry: bool = False) -> FrozenKeys:
+def frozen(requests: list[Request], quarantined: bool = False, retry: bool = False) -> KeySnapshot:
     keys = keys_to_sorted(stack_keys([request.row_key for request in requests]))
-    return FrozenKeys(*((NOTHING, keys) if quarantined else (keys, NOTHING)), retry)
+    return KeySnapshot(*((NOTHING, keys) if quarantined else (keys, NOTHING)), retry)
 
 
 def test_every_row_is_in_the_roster_and_sent_once(tmp_path: Path, tiny_model_dir: Path) -> None:
@@ -99,7 +99,7 @@ def test_what_is_labelled_or_in_quarantine_is_not_sent(
     assert len(corpus.read(frozen(sent, quarantined=True, retry=True))[0]) == 2
     known = keys_to_sorted(stack_keys([result.quarantined[0].row_key]))
     assert result.newly_quarantined(FRESH) == result.quarantined
-    assert result.newly_quarantined(FrozenKeys(NOTHING, known, False)) == []
+    assert result.newly_quarantined(KeySnapshot(NOTHING, known, False)) == []
 
 
 def test_long_documents_are_cut_or_quarantined(tmp_path: Path, tiny_model_dir: Path) -> None:
@@ -164,8 +164,17 @@ def test_requests_survive_arrow(tmp_path: Path, tiny_model_dir: Path) -> None:
 def test_key_of_a_unit_ignores_order_but_not_the_salt(tmp_path: Path, tiny_model_dir: Path) -> None:
     corpus = Corpus(tmp_path, tiny_model_dir, [{"text": "a"}, {"text": "b"}])
     sent, _ = corpus.read()
-    assert key_of_unit(sent) == key_of_unit(sent[::-1])
-    assert len({key_of_unit(sent), key_of_unit(sent, "run1"), key_of_unit(sent, "run2")}) == 3
+    assert requests_unit_key(sent) == requests_unit_key(sent[::-1])
+    assert (
+        len(
+            {
+                requests_unit_key(sent),
+                requests_unit_key(sent, "run1"),
+                requests_unit_key(sent, "run2"),
+            }
+        )
+        == 3
+    )
 
 
 def test_ledger_counts_each_piece_and_unit_once() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from test_survivor import POISON, FragileTeacher, _labels, requests
 
-from labeler.corpus.requests import Request, key_of_unit
+from labeler.corpus.requests import Request, requests_unit_key
 from labeler.supervision.attempts import Attempts, Deaths
 from labeler.supervision.shared_lock import EngineUsers
 from labeler.supervision.supervisor import Survivor
@@ -103,7 +103,7 @@ def test_neighbours_of_a_row_that_kills_are_labelled(tmp_path: Path) -> None:
     assert len(lines) == len(teachers) - 1  # once an engine, however many units were in it
     # Who only was there when it happened has nothing else against it.
     for innocent in (0, 2, 3):
-        assert attempts.deaths(key_of_unit(batches[innocent])) == Deaths(together=1)
+        assert attempts.deaths(requests_unit_key(batches[innocent])) == Deaths(together=1)
 
 
 def test_deaths_beside_others_quarantine_nobody(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_deaths_beside_others_quarantine_nobody(tmp_path: Path) -> None:
     attempts = Attempts(Store(str(tmp_path)), "run")
     (batch,) = units([[20]])
     for _ in range(9):
-        attempts.failed(attempts.begin(key_of_unit(batch), alone=False))
+        attempts.failed(attempts.begin(requests_unit_key(batch), alone=False))
     found, _ = Survivor(SharedTeacher, attempts, None).label(batch)
     assert len(found.requests) == 1
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labeler.corpus.requests import Request, key_of_unit, label_request
+from labeler.corpus.requests import Request, label_request, requests_unit_key
 from labeler.corpus.windows import all_but_first
 from labeler.supervision.attempts import Attempts, Deaths, remove_attempts
 from labeler.supervision.supervisor import MAX_STARTS, Survivor
@@ -300,4 +300,4 @@ def test_a_server_that_is_gone_is_held_against_no_row(tmp_path: Path, shared: bo
     for _ in range(3):
         with pytest.raises(TeacherGoneError, match="no answer"):
             Survivor(Gone, attempts, None).label(requests([20, 21]))
-    assert attempts.deaths(key_of_unit(requests([20, 21]))) == Deaths()
+    assert attempts.deaths(requests_unit_key(requests([20, 21]))) == Deaths()

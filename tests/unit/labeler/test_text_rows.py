@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from labeler.config import CorpusConfig, TextConfig
-from labeler.corpus.documents import Document, Rejection, TextRows, text_spec
+from labeler.corpus.documents import Document, Rejection, RowTokenizer, text_spec
 from labeler.corpus.readers import SourceRow
 from schemas.errors import ConfigError
 from schemas.spec import TextSpec
@@ -41,7 +41,7 @@ def documents(
         SourceRow("a", place, value if isinstance(value, dict) else {config.text_column(): value})
         for place, value in enumerate(values)
     ]
-    return TextRows(tokenizer, config, text, VOCAB_SIZE, prompts).documents(rows)
+    return RowTokenizer(tokenizer, config, text, VOCAB_SIZE, prompts).documents(rows)
 
 
 def one(tokenizer: Any, value: Any, **options: Any) -> Document:
@@ -79,7 +79,7 @@ def test_a_bad_text_does_not_disturb_its_neighbours(tokenizer: Any) -> None:
     assert reasons == ["", "empty", "wrong_type", "wrong_type", "invalid_utf8", ""]
     rows = [SourceRow("a", 0, {}, "bad_json", "detail"), SourceRow("a", 1, {"text": "fine"})]
     corpus = CorpusConfig(path="corpus", format="jsonl")
-    first, second = TextRows(tokenizer, corpus, TEXT, VOCAB_SIZE).documents(rows)
+    first, second = RowTokenizer(tokenizer, corpus, TEXT, VOCAB_SIZE).documents(rows)
     assert first == Rejection("bad_json", "detail")
     assert isinstance(second, Document)
 

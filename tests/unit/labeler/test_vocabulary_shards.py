@@ -17,16 +17,16 @@ import sys
 import numpy as np, torch, torch.distributed as dist
 from labeler.label_head.audit_logits import audit_logits
 from labeler.label_head.position_labels import label_logits
-from labeler.label_head.thread_pool import SliceWorkers
+from labeler.label_head.thread_pool import SlicePool
 from labeler.teachers.request_checks import row_uniforms
 from labeler.teachers.vllm.packed_labels import pack
-from labeler.teachers.vllm.worker.tensor_parallel import label_shards
+from labeler.teachers.vllm.worker.tensor_parallel import label_vocab_parallel
 from schemas.spec import RecordSpec
 
 rank, world, meeting, seed = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
 vocab, padded = 101, 104
-workers = SliceWorkers(torch.device("cpu"))
+workers = SlicePool(torch.device("cpu"))
 records = [
     RecordSpec(kind="topk", k=7, temperatures=(2.0,)),
     RecordSpec(kind="topp", top_p=0.8, max_head=20),
@@ -42,7 +42,7 @@ for record in records:
         uniforms = row_uniforms(record, bytes(16), np.arange(count))
         width = padded // world
         shard = logits[:, rank * width : (rank + 1) * width].contiguous()
-        packed, audits = label_shards(
+        packed, audits = label_vocab_parallel(
             shard, targets, uniforms, audited, record, vocab, dist.group.WORLD, workers
         )
         whole = logits[:, :vocab].contiguous()
@@ -78,9 +78,9 @@ def test_two_workers_make_the_labels_of_one(tmp_path: Path, world: int) -> None:
 
 @pytest.mark.parametrize(("count", "ranks"), [(1, 2), (7, 2), (8, 4), (3, 4), (100, 8)])
 def test_every_position_is_of_one_share(count: int, ranks: int) -> None:
-    from labeler.teachers.vllm.worker.tensor_parallel import share_bounds
+    from labeler.teachers.vllm.worker.tensor_parallel import rank_bounds
 
-    bounds = share_bounds(count, ranks)
+    bounds = rank_bounds(count, ranks)
     assert bounds[0] == 0
     assert bounds[-1] == count
     assert (np.diff(bounds) >= 0).all()

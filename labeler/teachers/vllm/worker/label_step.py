@@ -6,10 +6,14 @@ import numpy as np
 import torch
 
 from labeler.label_head.position_labels import label_logits
-from labeler.label_head.thread_pool import SliceWorkers
+from labeler.label_head.thread_pool import SlicePool
 from labeler.teachers.vllm.packed_labels import Packed, pack
-from labeler.teachers.vllm.worker.request_state import Share, deal, deal_audits, joined
-from labeler.teachers.vllm.worker.tensor_parallel import VocabularyShards, audits_of, label_shards
+from labeler.teachers.vllm.worker.request_state import Chunk, deal, deal_audits, joined
+from labeler.teachers.vllm.worker.tensor_parallel import (
+    VocabParallelLogits,
+    audit_rows,
+    label_vocab_parallel,
+)
 from schemas.spec import RecordSpec
 
 # Logits that exist at once: enough rows that the product with the head is efficient, whatever the
@@ -24,20 +28,20 @@ def rows_at_once(vocab_size: int) -> int:
 
 
 def label_step(
-    logits_of: Callable[[torch.Tensor], torch.Tensor | None],
-    shards: VocabularyShards | None,
+    compute_logits: Callable[[torch.Tensor], torch.Tensor | None],
+    shards: VocabParallelLogits | None,
     hidden_states: torch.Tensor,
     hidden_rows: np.ndarray,
     target_ids: torch.Tensor,
-    shares: list[Share],
+    shares: list[Chunk],
     record: RecordSpec,
     vocab_size: int,
-    workers: SliceWorkers,
+    workers: SlicePool,
 ) -> None:
     """Labels rows of the hidden states and deals the results to the requests.
 
     Args:
-        logits_of: logits [rows, V] of hidden states; None in a worker that gets none.
+        compute_logits: logits [rows, V] of hidden states; None in a worker that gets none.
         shards: of the logits, where several workers have parts of the vocabulary; None: not used.
         hidden_states: [tokens of the step, H].
         hidden_rows: int64 [T], which of them give the labels of the shares, one after the other.
@@ -59,13 +63,13 @@ def label_step(
         hidden, ids = hidden_states[rows[part]], target_ids[part]
         numbers = None if uniforms is None else uniforms[part]
         if shards is None:
-            logits = logits_of(hidden)
+            logits = compute_logits(hidden)
             if logits is None:
                 continue  # One worker of a tensor-parallel group may get them all.
             found = _label(logits, ids, numbers, audited[part], record, workers)
         else:
-            shard = shards.shard_of(hidden)
-            found = label_shards(
+            shard = shards.local_logits(hidden)
+            found = label_vocab_parallel(
                 shard, ids, numbers, audited[part], record, vocab_size, shards.group, workers
             )
         packed.append(found[0])
@@ -83,9 +87,9 @@ def _label(
     uniforms: np.ndarray | None,
     audited: np.ndarray,
     record: RecordSpec,
-    workers: SliceWorkers,
+    workers: SlicePool,
 ) -> tuple[Packed, torch.Tensor | None]:
     labels = label_logits(logits, target_ids, record, uniforms, workers)
     at = torch.from_numpy(np.flatnonzero(audited)).to(logits.device)
-    audits = audits_of(logits, labels, at, workers) if len(at) else None
+    audits = audit_rows(logits, labels, at, workers) if len(at) else None
     return pack(labels), audits

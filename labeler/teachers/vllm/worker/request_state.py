@@ -12,7 +12,7 @@ from schemas.spec import RecordSpec
 
 
 @dataclass
-class RowInProgress:
+class RequestState:
     """A request that is being labelled; a long one takes several steps, and may be restarted.
 
     Attributes:
@@ -38,12 +38,12 @@ class RowInProgress:
         record: RecordSpec,
         vocab_size: int,
         device: torch.device | None = None,
-    ) -> "RowInProgress":
+    ) -> "RequestState":
         """A row of which nothing is labelled yet; its labels will be on the device, unset: host."""
         audited = audited_labels(row_key, len(targets), audit_rate)
         is_audited = np.zeros(len(targets), bool)
         is_audited[audited] = True
-        return RowInProgress(
+        return RequestState(
             targets=targets,
             target_ids=None if token_ids is None else token_ids[targets],
             uniforms=row_uniforms(record, row_key, targets),
@@ -53,10 +53,10 @@ class RowInProgress:
 
 
 @dataclass(frozen=True)
-class Share:
+class Chunk:
     """The positions of one request that one step labels: [first, last) of its N targets."""
 
-    row: RowInProgress
+    row: RequestState
     first: int
     last: int
 
@@ -67,12 +67,12 @@ class Share:
         return slice(int(flags[: self.first].sum()), int(flags[: self.last].sum()))
 
 
-def joined(shares: list[Share], name: str) -> np.ndarray:
+def joined(shares: list[Chunk], name: str) -> np.ndarray:
     """What the shares have of an array of their rows, one after the other."""
     return np.concatenate([getattr(share.row, name)[share.first : share.last] for share in shares])
 
 
-def deal(packed: Packed, shares: list[Share]) -> None:
+def deal(packed: Packed, shares: list[Chunk]) -> None:
     """Copies the labels of a step into the rows that they belong to."""
     start = 0
     for share in shares:
@@ -82,7 +82,7 @@ def deal(packed: Packed, shares: list[Share]) -> None:
         start = end
 
 
-def deal_audits(columns: torch.Tensor, shares: list[Share]) -> None:
+def deal_audits(columns: torch.Tensor, shares: list[Chunk]) -> None:
     """Copies the audits of a step, float32 [audits, K + 2], into the rows that they belong to."""
     start = 0
     for share in shares:

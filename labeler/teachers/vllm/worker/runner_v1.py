@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from labeler.label_head.thread_pool import SliceWorkers
+from labeler.label_head.thread_pool import SlicePool
 from labeler.teachers.request_checks import span_targets
 from labeler.teachers.vllm.label_requests import AUDIT_RATE, ROW_KEY, SPANS
 from labeler.teachers.vllm.patches import DiscardedSamples
 from labeler.teachers.vllm.worker.label_step import label_step
-from labeler.teachers.vllm.worker.request_state import RowInProgress, Share, joined
-from labeler.teachers.vllm.worker.tensor_parallel import shards_of
+from labeler.teachers.vllm.worker.request_state import Chunk, RequestState, joined
+from labeler.teachers.vllm.worker.tensor_parallel import vocab_parallel_logits
 from schemas.spec import RecordSpec
 
 _RUNNER_PARTS = (
@@ -82,9 +82,9 @@ class _LabelHead:
         self._runner = runner
         self._on_step = on_step
         self.record = record
-        self._workers = SliceWorkers(runner.device)
+        self._workers = SlicePool(runner.device)
         self._vocab_size = runner.model_config.get_vocab_size()
-        self._shards = shards_of(runner.model)
+        self._shards = vocab_parallel_logits(runner.model)
         self._stock_step: Callable[..., dict[str, Any]] = runner._get_prompt_logprobs_dict
 
     def step(
@@ -103,7 +103,7 @@ class _LabelHead:
         pending: dict[str, int] = self._runner.num_prompt_logprobs
         ours = [name for name in pending if self._spans(name) is not None]
         finished = self._stock(pending, ours, hidden_states, num_scheduled_tokens)
-        shares: list[Share] = []
+        shares: list[Chunk] = []
         hidden_rows: list[np.ndarray] = []
         complete: list[str] = []
         for name in ours:
@@ -154,7 +154,7 @@ class _LabelHead:
         pending.update(hidden)
         return finished
 
-    def _share(self, name: str, start: int, end: int) -> Share:
+    def _share(self, name: str, start: int, end: int) -> Chunk:
         """The targets of a request whose hidden states are those of positions [start, end)."""
         request = self._runner.requests[name]
         row = request.in_progress_prompt_logprobs_cpu
@@ -164,10 +164,10 @@ class _LabelHead:
             )
             request.in_progress_prompt_logprobs_cpu = row
         first, last = np.searchsorted(row.targets, (start + 1, end + 1))
-        return Share(row, int(first), int(last))
+        return Chunk(row, int(first), int(last))
 
-    def _new_row(self, token_ids: np.ndarray, arguments: dict[str, Any]) -> RowInProgress:
-        return RowInProgress.of(
+    def _new_row(self, token_ids: np.ndarray, arguments: dict[str, Any]) -> RequestState:
+        return RequestState.of(
             token_ids,
             span_targets(np.asarray(arguments[SPANS])),
             bytes.fromhex(arguments[ROW_KEY]),
@@ -176,7 +176,7 @@ class _LabelHead:
             self._vocab_size,
         )
 
-    def _hidden_rows(self, name: str, share: Share, start: int) -> np.ndarray:
+    def _hidden_rows(self, name: str, share: Chunk, start: int) -> np.ndarray:
         offset = self._runner.query_start_loc.np[self._runner.input_batch.req_id_to_index[name]]
         rows: np.ndarray = share.row.targets[share.first : share.last] - 1 - start + offset
         return rows
@@ -185,7 +185,7 @@ class _LabelHead:
         from vllm.v1.outputs import LogprobsTensors
 
         request = self._runner.requests[name]
-        row: RowInProgress = request.in_progress_prompt_logprobs_cpu
+        row: RequestState = request.in_progress_prompt_logprobs_cpu
         request.in_progress_prompt_logprobs_cpu = None
         del self._runner.num_prompt_logprobs[name]
         return LogprobsTensors(*row.packed)

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from labeler.label_head.thread_pool import SliceWorkers
+from labeler.label_head.thread_pool import SlicePool
 from labeler.teachers.request_checks import span_targets
 from labeler.teachers.vllm.label_requests import AUDIT_RATE, ROW_KEY, SPANS
 from labeler.teachers.vllm.worker.label_step import label_step
-from labeler.teachers.vllm.worker.request_state import RowInProgress, Share
-from labeler.teachers.vllm.worker.tensor_parallel import VocabularyShards, shards_of
+from labeler.teachers.vllm.worker.request_state import Chunk, RequestState
+from labeler.teachers.vllm.worker.tensor_parallel import VocabParallelLogits, vocab_parallel_logits
 from schemas.spec import RecordSpec
 
 _SIGNATURES = {
@@ -62,14 +62,14 @@ def install_into(runner: Any, record: RecordSpec) -> str:
     if isinstance(installed, LabelHeadV2):
         installed.record = record
         return ""
-    complaint = complaint_about(worker)
+    complaint = incompatibility(worker)
     if not complaint:
         vocab_size = runner.model_config.get_vocab_size()
-        LabelHeadV2(worker, vocab_size, record, shards_of(runner.model)).install()
+        LabelHeadV2(worker, vocab_size, record, vocab_parallel_logits(runner.model)).install()
     return complaint
 
 
-def complaint_about(worker: Any) -> str:
+def incompatibility(worker: Any) -> str:
     """What about a runner's ``PromptLogprobsWorker`` is not as expected; empty: nothing."""
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
@@ -88,15 +88,15 @@ class LabelHeadV2:
     """Takes the place of the methods of one ``PromptLogprobsWorker``."""
 
     def __init__(
-        self, worker: Any, vocab_size: int, record: RecordSpec, shards: VocabularyShards | None
+        self, worker: Any, vocab_size: int, record: RecordSpec, shards: VocabParallelLogits | None
     ) -> None:
         self.record = record
         self._worker = worker
         self._vocab_size = vocab_size
         self._shards = shards
-        self._workers = SliceWorkers(worker.device)
+        self._workers = SlicePool(worker.device)
         self._wanted: dict[str, dict[str, Any]] = {}
-        self._rows: dict[str, RowInProgress] = {}
+        self._rows: dict[str, RequestState] = {}
         self._stock_add: Callable[..., None] = worker.add_request
         self._stock_remove: Callable[..., None] = worker.remove_request
         self._stock_compute: Callable[..., dict[str, Any]] = worker.compute_prompt_logprobs
@@ -145,7 +145,7 @@ class LabelHeadV2:
         finished = self._stock_compute(
             logits_fn, hidden_states, input_batch, all_token_ids, num_computed_tokens, prompt_lens
         )
-        shares: list[Share] = []
+        shares: list[Chunk] = []
         hidden_rows: list[np.ndarray] = []
         target_ids: list[torch.Tensor] = []
         complete: list[str] = []
@@ -161,7 +161,7 @@ class LabelHeadV2:
             first, last = np.searchsorted(row.targets, (start + 1, end + 1))
             if last > first:
                 targets = row.targets[first:last]
-                shares.append(Share(row, int(first), int(last)))
+                shares.append(Chunk(row, int(first), int(last)))
                 offset = int(input_batch.query_start_loc_np[place])
                 hidden_rows.append(targets - 1 - start + offset)
                 at = torch.from_numpy(targets).to(hidden_states.device)
@@ -185,10 +185,10 @@ class LabelHeadV2:
             self._forget(name)
         return finished
 
-    def _row(self, name: str, start: int, device: torch.device) -> RowInProgress:
+    def _row(self, name: str, start: int, device: torch.device) -> RequestState:
         if start == 0:
             arguments = self._wanted[name]
-            self._rows[name] = RowInProgress.of(
+            self._rows[name] = RequestState.of(
                 None,
                 span_targets(np.asarray(arguments[SPANS])),
                 bytes.fromhex(arguments[ROW_KEY]),

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from labeler.label_head.audit_logits import audit_logits
 from labeler.label_head.position_labels import PositionLabels, label_logits
-from labeler.label_head.thread_pool import SliceWorkers
+from labeler.label_head.thread_pool import SlicePool
 from labeler.teachers.vllm.packed_labels import Packed, pack
 from schemas.spec import RecordSpec
 
@@ -32,19 +32,19 @@ _PLAIN = re.compile(
 
 
 @dataclass(frozen=True)
-class VocabularyShards:
+class VocabParallelLogits:
     """A model's logits, in parts of the vocabulary.
 
     Attributes:
-        shard_of: this worker's part of the logits of hidden states [T, H].
+        local_logits: this worker's part of the logits of hidden states [T, H].
         group: the ``torch.distributed`` group of the workers.
     """
 
-    shard_of: Callable[[torch.Tensor], torch.Tensor]
+    local_logits: Callable[[torch.Tensor], torch.Tensor]
     group: Any
 
 
-def label_shards(
+def label_vocab_parallel(
     shard: torch.Tensor,
     target_ids: torch.Tensor,
     uniforms: np.ndarray | None,
@@ -52,7 +52,7 @@ def label_shards(
     record: RecordSpec,
     vocab_size: int,
     group: Any,
-    workers: SliceWorkers,
+    workers: SlicePool,
 ) -> tuple[Packed, torch.Tensor | None]:
     """Labels T positions together with the other workers of a group; every worker calls it.
 
@@ -72,8 +72,8 @@ def label_shards(
         none is.
     """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    logits = whole_rows(shard, ranks, group)[:, :vocab_size]
-    bounds = share_bounds(len(shard), ranks)
+    logits = exchange_shards(shard, ranks, group)[:, :vocab_size]
+    bounds = rank_bounds(len(shard), ranks)
     mine = slice(int(bounds[rank]), int(bounds[rank + 1]))
     logits = logits[: mine.stop - mine.start]
     labels = label_logits(
@@ -88,13 +88,13 @@ def label_shards(
     if not audited.any():
         return packed, None
     at = torch.from_numpy(np.flatnonzero(audited[mine])).to(logits.device)
-    audits = audits_of(logits, labels, at, workers)
+    audits = audit_rows(logits, labels, at, workers)
     counts = [int(audited[start:end].sum()) for start, end in pairwise(bounds)]
     return packed, _gathered(audits, counts, group)
 
 
-def audits_of(
-    logits: torch.Tensor, labels: PositionLabels, at: torch.Tensor, workers: SliceWorkers
+def audit_rows(
+    logits: torch.Tensor, labels: PositionLabels, at: torch.Tensor, workers: SlicePool
 ) -> torch.Tensor:
     """Audits of some rows of logits, in order; see ``audit_logits``.
 
@@ -114,7 +114,7 @@ def audits_of(
     return torch.cat(workers.each(audit, parts))
 
 
-def share_bounds(count: int, ranks: int) -> np.ndarray:
+def rank_bounds(count: int, ranks: int) -> np.ndarray:
     """Where the shares of each rank begin and end among T positions: int64 [G + 1]."""
     return np.minimum(np.arange(ranks + 1) * _share(count, ranks), count)
 
@@ -123,7 +123,7 @@ def _share(count: int, ranks: int) -> int:
     return -(-count // ranks)
 
 
-def whole_rows(shard: torch.Tensor, ranks: int, group: Any) -> torch.Tensor:
+def exchange_shards(shard: torch.Tensor, ranks: int, group: Any) -> torch.Tensor:
     """From a part of the vocabulary of all rows to all of the vocabulary of this rank's rows.
 
     Args:
@@ -152,7 +152,7 @@ def _gathered(column: torch.Tensor, lengths: list[int], group: Any) -> torch.Ten
     return torch.cat([part[:length] for part, length in zip(everything, lengths, strict=True)])
 
 
-def shards_of(model: Any) -> VocabularyShards | None:
+def vocab_parallel_logits(model: Any) -> VocabParallelLogits | None:
     """How a vLLM model gives a worker's part of the logits.
 
     Returns:
@@ -164,7 +164,7 @@ def shards_of(model: Any) -> VocabularyShards | None:
         return None
     from vllm.distributed import get_tp_group
 
-    return VocabularyShards(
+    return VocabParallelLogits(
         lambda hidden: processor(head, hidden, skip_gather=True), get_tp_group().device_group
     )
 
