@@ -4,11 +4,11 @@ Everything that a person may have got wrong is found here in seconds, before a c
 anything: the configuration, the view and its shards, the vocabulary, the run folder.
 """
 
-import contextlib
 import os
 from typing import Any
 
-from schemas.errors import StudentError, TutelageError
+from schemas.console.progress import Progress
+from schemas.errors import StudentError
 from schemas.views.view import View
 from trainer.config.student import StudentConfig
 from trainer.config.train import RayConfig, TrainConfig
@@ -17,7 +17,6 @@ from trainer.data.row_order import count_steps, read_row_table
 from trainer.engine.deepspeed_config import build_deepspeed_config
 from trainer.run.ray_train import RAY_NOTES, make_trainer, ray_cluster
 from trainer.run_folder import RunFolder, TrainSummary
-from trainer.tracking.board import Board, Watcher
 from trainer.tracking.external import check_trackers
 
 
@@ -34,6 +33,7 @@ def run_train_job(config: TrainConfig, progress: bool = True) -> TrainSummary:
     Raises:
         TutelageError: the one line that says what is wrong.
     """
+    shown = Progress("train", enabled=progress)
     # Its contradictions, before anything else.
     build_deepspeed_config(config, num_parameters=1, world_size=config.ray.max_workers)
     check_trackers(config.log)
@@ -42,32 +42,31 @@ def run_train_job(config: TrainConfig, progress: bool = True) -> TrainSummary:
     label_sets = [label_set.fingerprint for label_set in view.label_sets]
     finished = folder.finished(config, view.view_hash, label_sets)
     if finished is not None:
-        _say(progress, f"{config.run} is finished: {finished.steps} steps, {finished.exported}")
+        shown.say(f"{config.run} is finished: {finished.steps} steps, {finished.exported}")
         return finished
     view.check_shards()
     note = _check_labels(config, view)
     if note:
-        _say(progress, note)
+        shown.say(note)
     rows = read_row_table(view, config.data)
     num_steps = count_steps(rows, config.data)
-    _say(
-        progress,
+    shown.say(
         f"{len(rows):,} rows, {int(rows.num_tokens.sum()):,} tokens, {num_steps:,} steps of "
         f"{config.data.sequences_per_step} x {config.data.max_tokens} tokens on "
         f"{_workers(config.ray)} workers"
         + (f"; {rows.num_dropped:,} longer rows are left out" if rows.num_dropped else ""),
     )
     folder.start(config, view.view_hash, label_sets)
-    with ray_cluster(config.ray, lambda line: _say(progress, line)):
-        _train(config, folder, view.view_hash, num_steps, progress)
+    with ray_cluster(config.ray, shown.say):
+        _train(config, folder, view.view_hash, num_steps, shown)
     summary = folder.summary()
     if summary is None:
         raise StudentError(f"the run in {config.run} ended without a summary; run it again")
-    _say(progress, _what_it_came_to(config, summary))
+    shown.say(_outcome(config, summary))
     return summary
 
 
-def _what_it_came_to(config: TrainConfig, summary: TrainSummary) -> str:
+def _outcome(config: TrainConfig, summary: TrainSummary) -> str:
     """The last line that a person sees."""
     steps = f"{summary.steps} steps" + (", stopped early" if summary.stopped_early else "")
     loss = f"loss {summary.final_loss:.4f}"
@@ -116,25 +115,24 @@ def _vocab_size(student: StudentConfig, tokenizer: Any) -> int:
 
 
 def _train(
-    config: TrainConfig, folder: RunFolder, view_hash: str, num_steps: int, progress: bool
+    config: TrainConfig, folder: RunFolder, view_hash: str, num_steps: int, progress: Progress
 ) -> None:
     """Runs all workers to the end.
 
     Raises:
         TutelageError: what a worker met; a StudentError for what nobody foresaw.
     """
-    import ray
     from ray.exceptions import RayError
 
+    from trainer.run.status import RunStatusActor, StatusDisplay
     from trainer.run.worker import TrainJob, train_worker
 
-    board = _start_board()
-    job = TrainJob(config, os.getcwd(), folder.claim(), view_hash, num_steps, board)
-    watcher = Watcher(lambda seen: ray.get(board.news.remote(seen)))
+    status = RunStatusActor()
+    job = TrainJob(config, os.getcwd(), folder.claim(), view_hash, num_steps, status)
     try:
-        with watcher if progress else contextlib.nullcontext():
+        with StatusDisplay(status.news, progress):
             failure = _fit(make_trainer(config, train_worker, job, folder.store))
-        known: TutelageError | None = ray.get(board.error.remote())
+        known = status.error()
     except RayError as error:
         raise StudentError(f"the Ray cluster was lost: {_unforeseen(error, config)}") from error
     finally:
@@ -143,19 +141,6 @@ def _train(
         raise known from failure
     if failure is not None:
         raise StudentError(_unforeseen(failure, config)) from failure
-
-
-def _start_board() -> Any:
-    """The board's actor, on the driver's own node, without which there is no run.
-
-    It is not restarted, as it would have forgotten the error that ends a run; elsewhere it would go
-    with any node that is taken away, and the run with it.
-    """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=here)(Board).remote()
 
 
 def _fit(trainer: Any) -> Exception | None:
@@ -185,10 +170,3 @@ def _workers(ray: RayConfig) -> str:
     if ray.min_workers == ray.max_workers:
         return str(ray.max_workers)
     return f"{ray.min_workers} to {ray.max_workers}"
-
-
-def _say(progress: bool, text: str) -> None:
-    if progress:
-        from trainer.tracking.board import show
-
-        show(text)

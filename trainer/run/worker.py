@@ -7,9 +7,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import ray
 import torch.distributed as dist
 
 from schemas.errors import ConfigError, TutelageError
@@ -36,6 +34,7 @@ from trainer.run_folder import RunFolder, TrainSummary
 from trainer.tracking.learning_curve import Curve
 from trainer.tracking.reporter import Reporter, no_sums, ratio
 from trainer.tracking.row_log import RowLog
+from trainer.tracking.run_status import StatusReceiver
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class TrainJob:
         owner: from ``RunFolder.claim``.
         view_hash: of the view as the driver saw it.
         num_steps: global steps of the whole run.
-        board: handle of the ``trainer.tracking.board.Board`` actor.
+        status: where the workers report to.
     """
 
     config: TrainConfig
@@ -55,23 +54,25 @@ class TrainJob:
     owner: str
     view_hash: str
     num_steps: int
-    board: Any
+    status: StatusReceiver
 
 
 def train_worker(job: TrainJob) -> None:
-    """Trains, or goes on training, to the end of the run.
+    """Trains, or continues training, to the end of the run.
 
-    Ray Train starts all workers again when one is lost. An error that a person has to mend would
-    only come again, so it is pinned to the board and ends every later attempt at once.
+    Runs on every rank, in a process whose default process group exists and whose ``LOCAL_RANK``
+    names it on its node. Ray Train starts all workers again when one is lost. An error that the
+    user has to fix would only occur again, so the run's status keeps it and every later attempt
+    ends at once.
     """
-    if ray.get(job.board.error.remote()) is not None:
+    if job.status.error() is not None:
         return
     with contextlib.suppress(OSError):  # absolute paths need no such folder on this node
         os.chdir(job.folder)
     try:
         Worker(job).run()
     except TutelageError as error:
-        ray.get(job.board.fail.remote(error))
+        job.status.fail(error)
         raise
 
 
@@ -120,7 +121,7 @@ class Worker:
             HeldOut(self._config, self._step, self._vocab_size) if self._config.eval else None
         )
         self._reporter = Reporter(
-            job.board, self._open_curve(), self._open_row_log(), self._resumed_from, job.num_steps
+            job.status, self._open_curve(), self._open_row_log(), job.num_steps
         )
 
     def run(self) -> None:
@@ -304,7 +305,7 @@ class Worker:
 
     def _note(self, text: str) -> None:
         if self._rank == 0:
-            self._job.board.note.remote(text)
+            self._job.status.note(text)
 
 
 def _open_view(job: TrainJob) -> View:

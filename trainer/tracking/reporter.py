@@ -3,7 +3,6 @@
 import resource
 import sys
 import time
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,9 +11,9 @@ from trainer.checkpoints.store import TrainProgress
 from trainer.config.train import EvalConfig
 from trainer.data.loader import StepBatch
 from trainer.engine.train_step import StepResult
-from trainer.tracking.board import Progress
 from trainer.tracking.learning_curve import Curve, EvalPoint, Point
 from trainer.tracking.row_log import RowLog
+from trainer.tracking.run_status import StatusReceiver, StepStatus
 
 SUMS = ("loss", "ce", "kl", "weight", "tokens", "seconds", "wait_s")
 """What is added up between two points of the learning curve. Seconds are those of one rank."""
@@ -35,22 +34,20 @@ class Reporter:
 
     def __init__(
         self,
-        board: Any,
+        status: StatusReceiver,
         curve: Curve | None,
         row_log: RowLog | None,
-        start_step: int,
         num_steps: int,
     ) -> None:
         """
         Args:
-            board: handle of the ``trainer.tracking.board.Board`` actor.
+            status: where the user's lines and the state of the training go.
             curve: rank 0's, None on the others.
             row_log: likewise, where it is asked for.
-            start_step: where this process began.
             num_steps: of the whole run.
         """
-        self._board, self._curve, self._row_log = board, curve, row_log
-        self._start_step, self._num_steps = start_step, num_steps
+        self._status, self._curve, self._row_log = status, curve, row_log
+        self._num_steps = num_steps
         self._here = no_sums()  # of this process alone
         self._posted_at = 0.0
 
@@ -149,27 +146,27 @@ class Reporter:
         )
 
     def post(self, progress: TrainProgress) -> None:
-        """Tells the person who waits how far the run is; to be called before ``point``."""
+        """Reports the state of the training to the user; call it before ``point``."""
         now = time.perf_counter()
         is_last = progress.step == self._num_steps
         if self._curve is None or (now - self._posted_at < POST_EVERY_S and not is_last):
             return
         self._posted_at = now
-        sums, done = progress.pending, progress.step - self._start_step
-        news = Progress(
-            step=progress.step,
-            num_steps=self._num_steps,
-            loss=ratio(sums["loss"], sums["weight"]),
-            tokens_per_s=ratio(sums["tokens"], sums["seconds"]),
-            data_wait_share=ratio(sums["wait_s"], sums["seconds"]),
-            seconds_left=self._here["seconds"] / done * (self._num_steps - progress.step),
+        sums = progress.pending
+        self._status.update(
+            StepStatus(
+                step=progress.step,
+                num_steps=self._num_steps,
+                tokens=progress.tokens,
+                loss=ratio(sums["loss"], sums["weight"]),
+                data_wait_share=ratio(sums["wait_s"], sums["seconds"]),
+            )
         )
-        self._board.progress.remote(news)
 
     def note(self, text: str) -> None:
-        """A line for the person who waits, once."""
+        """Shows a line to the user, once for all ranks."""
         if self._curve is not None:
-            self._board.note.remote(text)
+            self._status.note(text)
 
     def _write(self, point: Point | EvalPoint) -> None:
         if self._curve is not None:
