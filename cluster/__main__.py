@@ -73,12 +73,12 @@ def _add_json(command: argparse.ArgumentParser) -> None:
 
 
 def _write_json(path: str | None, text: str) -> None:
+    from schemas.storage.local_files import replace_file
+
     if path is not None:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(target)
+        replace_file(target, f"{text}\n".encode())
 
 
 def _label(args: argparse.Namespace) -> int:

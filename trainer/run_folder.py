@@ -21,9 +21,7 @@ there is no appending, so that the learning curve is written anew when a checkpo
 import json
 import os
 import socket
-import tempfile
 import uuid
-from pathlib import Path
 from typing import Any
 
 from schemas.config import StrictModel, dump_toml
@@ -195,28 +193,6 @@ def run_identity(config: TrainConfig, view_hash: str, label_sets: list[str]) -> 
     flat = _flatten(config.model_dump(mode="json"))
     identity = {key: value for key, value in flat.items() if not _is_free(key)}
     return {**identity, "view hash": view_hash, "label sets": label_sets}
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file so that a reader finds all of it or none, also after a crash."""
-    folder = path.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}.", delete=False) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-    sync_folder(folder)
-
-
-def sync_folder(path: Path) -> None:
-    """Makes the names in a folder durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _is_free(key: str) -> bool:

@@ -7,10 +7,9 @@ silently.
 """
 
 import contextlib
-import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +24,7 @@ from schemas.record.rows import LabelRows
 from schemas.record.validate import validate
 from schemas.spec import TOKEN_COLUMNS, RecordSpec
 from schemas.storage.driver_errors import refuse_unreadable
+from schemas.storage.local_files import HashingWriter, digest_stream
 from schemas.storage.store import Store
 
 T = TypeVar("T")
@@ -86,7 +86,7 @@ def write_shard(
     sizes: list[tuple[int, int, int, int]] = []
     try:
         with store.open(rel, "wb") as file:
-            sink = _HashingFile(file)
+            sink = HashingWriter(file)
             target = pa.PythonFile(sink, "w")
             with pq.ParquetWriter(target, schema, **_parquet_options(spec)) as writer:
                 for group in _row_groups(batches):
@@ -104,7 +104,7 @@ def write_shard(
     fault_point("shard_synced")
     return ShardInfo(
         path=rel,
-        sha256=sink.sha256.hexdigest(),
+        sha256=sink.sha256,
         size_bytes=sink.size_bytes,
         num_rows=sum(size[0] for size in sizes),
         num_tokens=sum(size[1] for size in sizes),
@@ -183,38 +183,10 @@ def check_digest(store: Store, rel: str, sha256: str) -> None:
         DamagedError: it differs.
         MissingError: the file is not there.
     """
-    digest = hashlib.sha256()
     with store.open(rel) as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    if digest.hexdigest() != sha256:
-        found = digest.hexdigest()
+        found, _ = digest_stream(file)
+    if found != sha256:
         raise _damaged(store, rel, f"sha256 is {found}, the manifest says {sha256}")
-
-
-class _HashingFile:
-    """Passes writes on, keeping the digest and the length; Parquet is written front to back."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.sha256 = hashlib.sha256()
-        self.size_bytes = 0
-        self.closed = False
-
-    def write(self, data: Any) -> int:
-        self.sha256.update(data)
-        self.size_bytes += memoryview(data).nbytes
-        self._file.write(data)
-        return memoryview(data).nbytes
-
-    def tell(self) -> int:
-        return self.size_bytes
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        self.closed = True
 
 
 def _parquet_options(spec: RecordSpec) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from datetime import UTC, datetime, timedelta
 from schemas.config import StrictModel
 from schemas.errors import ConfigError
 from schemas.label_set.label_set import LabelSet
-from schemas.storage.store import TEMPORARY_PREFIX, Store, StoredFile
+from schemas.storage.local_files import TEMPORARY_PREFIX
+from schemas.storage.store import Store, StoredFile
 
 _OF_A_RUN = "of a run that ended"
 _FOLDERS = ("shards", "keys", "quarantine", "attempts", "rosters", "manifests")

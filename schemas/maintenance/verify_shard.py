@@ -1,6 +1,5 @@
 """One shard against its manifest and its key file: bytes, pages, schema, rows, invariants."""
 
-import hashlib
 from collections.abc import Iterator
 from typing import IO, Any, Protocol
 
@@ -18,13 +17,12 @@ from schemas.record.columns import arrow_schema
 from schemas.record.rows import LabelRows
 from schemas.record.validate import validate
 from schemas.storage.driver_errors import refuse_unreadable
+from schemas.storage.local_files import digest_stream
 
 SHOWN_ROWS = 20
 """Broken rows of one row group that are named; the others are counted."""
 WHOLE_BYTES = 256 * 2**20
 """Shards up to this size are read once, as a whole."""
-
-_BLOCK_BYTES = 2**22
 
 
 class Report(Protocol):
@@ -70,23 +68,17 @@ class ShardCheck:
 
     def _bytes(self, file: IO[bytes]) -> None:
         unit = self._unit
-        digest, size = hashlib.sha256(), 0
         source: Any = file
         if unit.size_bytes <= WHOLE_BYTES:
-            data = file.read()
-            digest.update(data)
-            size, source = len(data), pa.BufferReader(data)
-        else:
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
-                size += len(block)
-            file.seek(0)
+            source = pa.BufferReader(file.read())
+        sha256, size = digest_stream(source)
+        source.seek(0)
         if size != unit.size_bytes:
             self._report(
                 "bytes", unit.shard, f"has {size} bytes, the manifest says {unit.size_bytes}"
             )
-        elif digest.hexdigest() != unit.sha256:
-            found = f"sha256 is {digest.hexdigest()}, the manifest says {unit.sha256}"
+        elif sha256 != unit.sha256:
+            found = f"sha256 is {sha256}, the manifest says {unit.sha256}"
             self._report("bytes", unit.shard, found)
         self._parquet(source)
 

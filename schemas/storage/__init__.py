@@ -1,4 +1,4 @@
-"""Files behind one fsspec URL: atomic creation, retries, and drivers' errors in one form.
+"""Files behind one fsspec URL: atomic writes, retries, and one form for the errors of drivers.
 
-Knows bytes and paths only; what a file means belongs to other rooms.
+Knows bytes and paths only; the meaning of files belongs to other rooms.
 """

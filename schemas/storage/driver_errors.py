@@ -1,8 +1,8 @@
-"""What goes wrong with a store, as told by its driver: what passes, and what is no damage.
+"""Errors of store drivers: which ones are transient, and which ones indicate damaged data.
 
-Drivers have errors of their own, and raise those of Python without an errno (s3fs: PermissionError
-for AccessDenied and ExpiredToken). None of them says anything about the bytes that are stored, so
-none may be answered by dropping labels.
+Drivers raise classes of their own, and Python's without an errno (s3fs: PermissionError for
+AccessDenied and ExpiredToken). None of those says anything about the stored bytes, so none may be
+handled by dropping labels.
 """
 
 import contextlib
@@ -12,9 +12,9 @@ from typing import IO, Any, Self
 
 from schemas.errors import StoreError, TutelageError, first_line
 
-# What a store answers about a path; callers tell these apart.
+# Answers about a path rather than failures; callers handle each of them.
 _ANSWERS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-# Where the classes of mistakes of a program are defined; those of drivers are elsewhere.
+# Exceptions defined in these packages are bugs or errors of this program, not of a driver.
 _OURS = frozenset(("builtins", "schemas", "labeler", "trainer", "cluster"))
 
 _TRANSIENT_ERRNO = frozenset(
@@ -22,10 +22,10 @@ _TRANSIENT_ERRNO = frozenset(
         errno.ENOSPC,
         errno.EDQUOT,
         errno.EIO,
-        getattr(errno, "EREMOTEIO", errno.EIO),  # what s3fs makes of status 500
+        getattr(errno, "EREMOTEIO", errno.EIO),  # s3fs, for status 500
         errno.ESTALE,
         errno.EAGAIN,
-        errno.EBUSY,  # what s3fs makes of status 503
+        errno.EBUSY,  # s3fs, for status 503
         errno.EMFILE,
         errno.ENFILE,
         errno.ENOMEM,
@@ -40,7 +40,7 @@ _TRANSIENT_ERRNO = frozenset(
     )
 )
 _TRANSIENT_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504, 507))
-# Of the drivers' libraries, which are not imported here: no connection, or one that was lost.
+# Failed or lost connections, in libraries of drivers that are not imported here.
 _TRANSIENT_NAMES = frozenset(
     (
         "EndpointConnectionError",
@@ -59,7 +59,7 @@ _TRANSIENT_NAMES = frozenset(
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same call may well succeed later."""
+    """Whether the same call may succeed later."""
     found: BaseException | None = error
     while found is not None:
         if isinstance(found, TimeoutError | ConnectionError):
@@ -73,36 +73,34 @@ def is_transient(error: BaseException) -> bool:
 
 
 def refuse_unreadable(error: BaseException, where: str) -> None:
-    """Raises where reading failed, but nothing is known about the bytes that are stored.
+    """Raises if a read failed without showing that the stored bytes are damaged.
 
-    Returns where bytes came and made no sense, which is damage; Arrow says that by errors of its
-    own, or by an OSError without an errno.
+    Returns if bytes were read that make no sense, which Arrow reports by its own errors or by an
+    OSError without an errno.
 
     Args:
-        error: of a read, by Arrow or by a driver.
+        error: raised by Arrow or a driver during a read.
         where: the file.
 
     Raises:
-        StoreError: it may pass, or is not allowed.
+        StoreError: the failure is transient, or access was denied.
     """
     if isinstance(error, StoreError):
         raise error
-    passes = is_transient(error)
-    # EINVAL: damaged bytes named a place that no file has.
+    # EINVAL: damaged bytes gave an impossible file offset.
     is_senseless = not isinstance(error, OSError) or (
         type(error) is OSError and error.errno in (None, errno.EINVAL)
     )
-    if is_senseless and not passes:
+    if is_senseless and not is_transient(error):
         return
     raise store_failure(error, where, "cannot be read") from error
 
 
 @contextlib.contextmanager
 def store_errors(where: str) -> Iterator[None]:
-    """Turns what a store's driver raises into one line that says where, why and what to do.
+    """Turns driver errors into a StoreError of one line: where, why, and what to do.
 
-    What is or is not at a path stays as it is, for whoever asked to answer, and so do the mistakes
-    of this program.
+    Answers about a path (it does not exist, it is a folder) and bugs of this program pass through.
 
     Args:
         where: URL of the file or folder.
@@ -113,28 +111,28 @@ def store_errors(where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, (TutelageError, *_ANSWERS)) or not _is_of_driver(error):
+        if isinstance(error, (TutelageError, *_ANSWERS)) or not _is_driver_error(error):
             raise
         raise store_failure(error, where, "cannot be read or written") from error
 
 
-def _is_of_driver(error: Exception) -> bool:
-    """Whether the system raised it, or a library that has a class of its own for it."""
+def _is_driver_error(error: Exception) -> bool:
+    """Whether the operating system or a third-party library raised it."""
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] not in _OURS
 
 
 def store_failure(error: BaseException, where: str, what: str) -> StoreError:
-    """What cannot be done where, why, and what to do."""
-    advice = "see to the credentials, the bucket or the permissions, then"
+    """A StoreError that says where, `what` failed, why, and what to do."""
+    advice = "check credentials, bucket and permissions, then"
     if is_transient(error):
-        advice = "that may pass:"
+        advice = "this may be temporary:"
     return StoreError(f"{where}: {what} ({first_line(error)}); {advice} run the same command again")
 
 
 class GuardedFile:
-    """A file of a driver, whose failures are those of its store, at each block as at the opening.
+    """A driver's file whose reads and writes raise the same StoreErrors as its opening.
 
-    It has the methods that readers and writers of this project use, and Arrow; see `IO`.
+    Covers the methods of `IO` that this project and Arrow call.
     """
 
     def __init__(self, file: IO[bytes], where: str) -> None:
@@ -168,7 +166,7 @@ class GuardedFile:
 
 
 def _status(error: BaseException) -> int:
-    """The HTTP status that an error of a driver carries; 0 where it carries none."""
+    """The HTTP status of a driver error; 0 if it has none."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)

@@ -1,10 +1,10 @@
-"""Files behind one URL, through fsspec, and the two ways to create one that a crash cannot tear.
+"""Files behind one URL, through fsspec, with two atomic ways to write one.
 
-`Store.write_bytes` replaces a file as a whole. `Store.create_exclusive` makes a file that is not
-there yet, as a whole, for exactly one of any number of writers: the commit of this project.
+`Store.write_bytes` replaces a file atomically. `Store.create_exclusive` creates a file atomically,
+for exactly one of any number of concurrent writers: units of labels are committed by it.
 
-A local path and its ``file://`` URL are the same store. What fails in a way that passes is tried
-again where `schemas.storage.retry` says so; what a driver fails with in the end is a `StoreError`.
+A local path and its ``file://`` URL are the same store. Transient failures are retried as
+`schemas.storage.retry` is configured; every other failure of a driver becomes a `StoreError`.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import errno
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,15 +23,20 @@ import fsspec
 from schemas.errors import MissingError, StoreError
 from schemas.fault_points import fault_point
 from schemas.storage.driver_errors import GuardedFile, store_errors, store_failure
+from schemas.storage.local_files import (
+    TEMPORARY_PREFIX,
+    replace_file,
+    sync_folder,
+    write_temporary,
+)
 from schemas.storage.retry import retried
 
 # Stores whose fsspec driver turns mode "create" into one conditional request (`memory` lives in one
-# process). Elsewhere it is a look and then a write, which two writers can both pass.
+# process). Others check and then write, so that two writers can both succeed.
 EXCLUSIVE_PROTOCOLS = frozenset(
     {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "azure", "memory"}
 )
-TEMPORARY_PREFIX = ".writing-"
-# What brings the driver of a protocol.
+# The optional dependency group that installs the driver of a protocol.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"} | dict.fromkeys(
     ("abfs", "abfss", "az", "adl", "azure"), "azure"
 )
@@ -38,12 +44,11 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"} | dict.fromkeys(
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file as a listing shows it.
+    """A file in a listing.
 
     Attributes:
         rel: path in the store.
-        size_bytes: its length.
-        modified: when it was last written to.
+        modified: time of the last write.
     """
 
     rel: str
@@ -55,9 +60,9 @@ class Store:
     """A folder on any file system that fsspec knows; `rel` paths in it use forward slashes.
 
     Attributes:
-        url: as it was given.
+        url: as given.
         fs: the fsspec file system.
-        root: the folder, as `fs` names it.
+        root: the folder, in the form that `fs` expects.
     """
 
     def __init__(self, url: str) -> None:
@@ -80,98 +85,84 @@ class Store:
 
     @property
     def is_local(self) -> bool:
-        """Whether the files are this machine's own."""
+        """Whether this is a local file system."""
         return "file" in self._protocols
 
     def path(self, *parts: str) -> str:
-        """The full path of a file, as `fs` names it."""
+        """The full path of a file, in the form that `fs` expects."""
         return "/".join((self.root.rstrip("/"), *parts)) if parts else self.root
 
     @retried
     def exists(self, rel: str = "") -> bool:
-        """Whether the file is there; without a path, whether anything is."""
+        """Whether a file or folder exists; without a path, whether the root does."""
         return bool(self.fs.exists(self.path(rel) if rel else self.root))
 
     @retried
     def size(self, rel: str) -> int:
-        """Its length in bytes.
+        """The length of a file in bytes.
 
         Raises:
-            MissingError: it is not there.
+            MissingError: it does not exist.
         """
-        try:
+        with self._required(rel):
             return int(self.fs.size(self.path(rel)))
-        except FileNotFoundError as error:
-            raise self._not_there(rel) from error
 
     @retried
     def read_bytes(self, rel: str) -> bytes:
-        """The whole file.
+        """The content of a file.
 
         Raises:
-            MissingError: it is not there.
+            MissingError: it does not exist.
         """
-        try:
+        with self._required(rel):
             return bytes(self.fs.cat_file(self.path(rel)))
-        except FileNotFoundError as error:
-            raise self._not_there(rel) from error
 
     @retried
     def open(self, rel: str, mode: str = "rb") -> IO[bytes]:
-        """The file, opened; for writing its folder is made. `sync` makes what was written last.
+        """Opens a file; for writing, creates its folder. Call `sync` once it is written and closed.
 
         Raises:
-            MissingError: it is to be read and is not there.
+            MissingError: it is opened for reading and does not exist.
         """
         if "r" not in mode:
             self._make_folder(rel)
-        try:
+        with self._required(rel):
             if self.is_local:
                 return open(self.path(rel), mode)
-            file: Any = GuardedFile(
-                self.fs.open(self.path(rel), mode), f"{self.url.rstrip('/')}/{rel}"
-            )
+            opened = self.fs.open(self.path(rel), mode)
+            file: Any = GuardedFile(opened, f"{self.url.rstrip('/')}/{rel}")
             return file
-        except FileNotFoundError as error:
-            raise self._not_there(rel) from error
 
     @retried
     def sync(self, rel: str) -> None:
-        """Makes a file that was just written, and its name, survive a power cut."""
+        """Makes a file that was just written, and its name, durable."""
         if self.is_local:
             with open(self.path(rel), "rb") as file:
                 os.fsync(file.fileno())
-            _sync_folder(Path(self.path(rel)).parent)
+            sync_folder(Path(self.path(rel)).parent)
 
     @retried
     def write_bytes(self, rel: str, data: bytes) -> None:
-        """Writes or replaces a file as a whole: readers see the old content or the new."""
+        """Writes or replaces a file atomically: readers see the old content or the new."""
         self._make_folder(rel)
         if not self.is_local:
             self.fs.pipe_file(self.path(rel), data)
             return
-        final = Path(self.path(rel))
-        temporary = _write_temporary(final, data)
-        try:
-            os.replace(temporary, final)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(final.parent)
+        replace_file(Path(self.path(rel)), data)
 
     @retried
     def create_exclusive(self, rel: str, data: bytes) -> bool:
-        """Creates a file as a whole if it is not there. Of all writers, exactly one gets True.
+        """Creates a file atomically unless it exists. Of all writers, exactly one gets True.
 
-        Writers have to differ in `data`, for example by an attempt id: on an object store a
-        request that is repeated after a lost answer may meet its own success, which only reading
-        back shows.
+        Writers have to differ in `data`, for example by an attempt id: on an object store a request
+        that is repeated after a lost response may find its own success, which only reading back
+        shows.
 
         Returns:
-            True: this call created it. False: it was there; its content is untouched.
+            True: this call created the file. False: it existed and is untouched.
 
         Raises:
-            StoreError: the store cannot create exclusively, or could not be written to.
+            StoreError: the store cannot create exclusively, or the write failed.
         """
         self._make_folder(rel)
         if self.is_local:
@@ -179,7 +170,7 @@ class Store:
         self._refuse_unconditional()
         try:
             self.fs.pipe_file(self.path(rel), data, mode="create")
-        except Exception as error:  # noqa: BLE001  # whatever went wrong, the file itself says what came of it
+        except Exception as error:  # noqa: BLE001  # only the file itself shows whether the write took effect
             try:
                 found = self.read_bytes(rel)
             except StoreError:
@@ -188,10 +179,10 @@ class Store:
         return True
 
     def probe_exclusive(self) -> None:
-        """Shows, on an object store, that it honours conditional writes.
+        """Tests that an object store honours conditional writes.
 
         Raises:
-            StoreError: a second creation of one file succeeded, or nothing can be written.
+            StoreError: the same file could be created twice, or nothing can be written.
         """
         if self.is_local:
             return
@@ -208,9 +199,9 @@ class Store:
 
     @retried
     def walk(self, rel: str) -> list[StoredFile]:
-        """Every file below a folder, temporary ones included, by path; none where it is not there.
+        """Every file below a folder, temporary ones included, by path; none if it does not exist.
 
-        Files that go away meanwhile may be missing.
+        Files that are deleted meanwhile may be missing.
         """
         found = []
         for path, entry in self.fs.find(self.path(rel), detail=True).items():
@@ -222,7 +213,7 @@ class Store:
 
     @retried
     def folders(self, rel: str) -> list[str]:
-        """Relative paths of the folders right under a folder, sorted."""
+        """Relative paths of the folders directly in a folder, sorted."""
         folder = self.path(rel) if rel else self.root
         try:
             entries = self.fs.ls(folder, detail=True)
@@ -237,7 +228,7 @@ class Store:
 
     @retried
     def list(self, rel: str, suffix: str = "") -> list[str]:
-        """Relative paths of the files right under a folder, sorted; none where it is not there."""
+        """Relative paths of the files directly in a folder, sorted; none if it does not exist."""
         folder = self.path(rel)
         try:
             entries = os.listdir(folder) if self.is_local else self.fs.ls(folder, detail=False)
@@ -249,11 +240,11 @@ class Store:
 
     @retried
     def delete(self, rel: str) -> None:
-        """Removes a file, or a folder with all that is in it; it is fine if it is not there."""
+        """Deletes a file, or a folder with its content; does nothing if it does not exist."""
         path = self.path(rel)
         with contextlib.suppress(FileNotFoundError):
             if not self.is_local:
-                # Not fs.rm, which would take a bracket in a name for a pattern.
+                # Not fs.rm, which treats brackets in names as patterns.
                 for found in self.fs.find(path):
                     self.fs.rm_file(found)
             elif os.path.isdir(path):
@@ -270,24 +261,28 @@ class Store:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StoreError(f"{folder}: cannot be made ({error.strerror})") from error
+            raise StoreError(f"{folder}: cannot be created ({error.strerror})") from error
         for made in missing:
-            _sync_folder(made.parent)
+            sync_folder(made.parent)
 
     def _refuse_unconditional(self) -> None:
         if not self._protocols & EXCLUSIVE_PROTOCOLS:
             raise StoreError(
-                f"{self.url}: {'/'.join(sorted(self._protocols))} cannot create a file for exactly "
-                "one of several writers, so it can be read from but not written to; use a local "
-                "path, s3, gs or abfs"
+                f"{self.url}: {'/'.join(sorted(self._protocols))} has no exclusive creation of "
+                "files, so label sets there can be read but not written; use a local path, s3, gs "
+                "or abfs"
             )
 
-    def _not_there(self, rel: str) -> MissingError:
-        return MissingError(f"{self.path(rel)}: there is no such file")
+    @contextlib.contextmanager
+    def _required(self, rel: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise MissingError(f"{self.path(rel)}: no such file") from error
 
 
 def _modified(fs: Any, path: str, entry: dict[str, Any]) -> datetime:
-    """From a listing, whose key differs from store to store; else by asking for it."""
+    """From the listing, in which drivers use different keys; else by another request."""
     names = ("LastModified", "mtime", "updated", "last_modified", "modified")
     value = next((entry[name] for name in names if entry.get(name)), None)
     if value is None:
@@ -300,32 +295,19 @@ def _modified(fs: Any, path: str, entry: dict[str, Any]) -> datetime:
     return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
 
 
-def _write_temporary(final: Path, data: bytes) -> Path:
-    temporary = final.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StoreError(f"{final}: cannot be written ({error.strerror})") from error
-    return temporary
-
-
 def _link_exclusive(final: Path, data: bytes) -> bool:
-    """The hard link is the one step that both puts the whole file there and fails if it was there.
+    """Creates a file by a hard link, which puts complete content in place or fails if it exists.
 
-    Opening with O_EXCL and then writing would leave a torn file after a crash.
+    Opening with O_EXCL and then writing could leave a torn file after a crash.
     """
-    temporary = _write_temporary(final, data)
+    temporary = write_temporary(final, data)
     fault_point("before_link")
     try:
         os.link(temporary, final)
         fault_point("after_link")
         created = True
     except OSError as error:
-        # Over NFS the answer to a link that was made can be lost, and the repeated call then fails.
+        # Over NFS the response to a successful link can be lost; the repeated call then fails.
         created = os.stat(temporary).st_nlink == 2
         if not created and error.errno != errno.EEXIST:
             raise StoreError(
@@ -334,13 +316,5 @@ def _link_exclusive(final: Path, data: bytes) -> bool:
             ) from error
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
     return created
-
-
-def _sync_folder(folder: Path) -> None:
-    handle: Any = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 
 from schemas.errors import ConfigError
+from schemas.storage.local_files import replace_file, sync_folder
 from trainer.checkpoints.store import (
     MANIFEST,
     UNIVERSAL_PREFIX,
@@ -36,7 +37,6 @@ from trainer.checkpoints.store import (
     describe,
 )
 from trainer.engine.universal_checkpoint import to_universal
-from trainer.run_folder import sync_folder, write_atomic
 
 TWO_MOMENTS = frozenset({"adam", "adamw", "lamb"})
 """Optimizers of which each parameter's state is a step and two moments."""
@@ -143,7 +143,7 @@ def _universal_copy(folder: Path, manifest: CheckpointManifest, is_leader: bool)
         to_universal(folder, partial)
         paths = sorted(path for path in partial.rglob("*") if path.is_file())
         whole = manifest.model_copy(update={"files": [describe(partial, path) for path in paths]})
-        write_atomic(partial / MANIFEST, whole.model_dump_json(indent=2).encode())
+        replace_file(partial / MANIFEST, whole.model_dump_json(indent=2).encode())
         partial.rename(copy)
         sync_folder(folder.parent)
     dist.barrier()

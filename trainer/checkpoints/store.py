@@ -11,17 +11,16 @@ Written by `trainer.checkpoints.writer`, loaded by `trainer.checkpoints.restore`
 """
 
 import contextlib
-import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
 
 import torch.distributed as dist
 from pydantic import Field, ValidationError
 
 from schemas.config import StrictModel
+from schemas.storage.local_files import digest_stream
 from schemas.storage.store import Store
 from trainer.config.train import CheckpointConfig
 from trainer.data.row_order import LoaderState
@@ -31,7 +30,6 @@ from trainer.progress import EvalState
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
 UNIVERSAL_PREFIX = "universal_"
-BLOCK_BYTES = 1 << 22
 DOWNLOADS = 4
 """Files that one node downloads at a time."""
 
@@ -204,10 +202,9 @@ def damage(folder: Path, file: CheckpointFile) -> str:
 def describe(folder: Path, path: Path) -> CheckpointFile:
     """Size and hash of a file on this machine."""
     with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return CheckpointFile(
-        path=path.relative_to(folder).as_posix(), size_bytes=path.stat().st_size, sha256=sha256
-    )
+        sha256, size = digest_stream(file)
+    rel = path.relative_to(folder).as_posix()
+    return CheckpointFile(path=rel, size_bytes=size, sha256=sha256)
 
 
 def _compare(expected: CheckpointFile, found: CheckpointFile) -> str:
@@ -245,20 +242,10 @@ def _download(store: Store, name: str, manifest: CheckpointManifest, folder: Pat
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with store.open(f"{FOLDER}/{name}/{file.path}") as source, path.open("wb") as target:
-                sha256, size = copy_hashed(source, target.write)
+                sha256, size = digest_stream(source, target)
         except FileNotFoundError:
             return f"{file.path} is missing"
         return _compare(file, CheckpointFile(path=file.path, size_bytes=size, sha256=sha256))
 
     with ThreadPoolExecutor(DOWNLOADS) as pool:
         return list(pool.map(one, manifest.files))
-
-
-def copy_hashed(source: IO[bytes], write: Callable[[bytes], object]) -> tuple[str, int]:
-    """Copies a stream. Returns the hash and the number of its bytes."""
-    sha256, size = hashlib.sha256(), 0
-    while block := source.read(BLOCK_BYTES):
-        write(block)
-        sha256.update(block)
-        size += len(block)
-    return sha256.hexdigest(), size

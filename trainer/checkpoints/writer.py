@@ -10,19 +10,19 @@ an error for a person; that another rank was lost, as it is, so that the workers
 
 import contextlib
 import copy
-import hashlib
 import os
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from schemas.errors import StudentError, TutelageError
+from schemas.storage.local_files import HashingWriter
 from schemas.storage.store import Store
 from trainer.checkpoints.store import (
     FOLDER,
@@ -172,12 +172,10 @@ def write_state(store: Store, folder: str, path: str, state: Any) -> CheckpointF
     """Writes one file durably and returns what is in it, by the bytes that were written."""
     rel = f"{folder}/{path}"
     with store.open(rel, "wb") as file:
-        hashing = _Hashing(file)
+        hashing = HashingWriter(file)
         torch.save(state, hashing)
     store.sync(rel)
-    return CheckpointFile(
-        path=path, size_bytes=hashing.size_bytes, sha256=hashing.sha256.hexdigest()
-    )
+    return CheckpointFile(path=path, size_bytes=hashing.size_bytes, sha256=hashing.sha256)
 
 
 def snapshot(engine: Any) -> dict[str, Any]:
@@ -247,18 +245,3 @@ def _host_copy(item: Any, copies: dict[Any, torch.Tensor]) -> Any:
     if type(item) is tuple:
         return tuple(_host_copy(value, copies) for value in item)
     return item
-
-
-class _Hashing:
-    """A file that hashes what is written to it."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self.sha256, self.size_bytes = file, hashlib.sha256(), 0
-
-    def write(self, data: Any) -> int:
-        self.sha256.update(data)
-        self.size_bytes += len(data)
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        self._file.flush()

@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 from schemas.config import dump_toml
 from schemas.storage.driver_errors import store_errors
+from schemas.storage.local_files import sync_folder
 from schemas.storage.store import Store
 from trainer.config.train import TrainConfig
-from trainer.run_folder import STUDENT, sync_folder
+from trainer.run_folder import STUDENT
 from trainer.student.lora import merged, scalings
 
 CARD = """---

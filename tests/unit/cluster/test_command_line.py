@@ -92,7 +92,7 @@ def test_a_bucket_without_credentials_is_one_line(words: list[str], tmp_path: Pa
     assert done.returncode == 1
     assert done.stderr.startswith("error: s3://bucket/x")
     assert "Unable to locate credentials" in done.stderr
-    assert "see to the credentials" in done.stderr
+    assert "check credentials" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
@@ -102,6 +102,10 @@ def test_a_summary_that_cannot_be_written_is_one_line(
     def fail(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", "out.json")
 
-    monkeypatch.setattr(Path, "write_text", fail)
-    assert main(["labels", "ls", str(tmp_path), "--json", str(tmp_path / "out.json")]) == 1
+    words = ["labels", "ls", str(tmp_path), "--json", str(tmp_path / "out.json")]
+    monkeypatch.setattr(os, "fsync", fail)
+    assert main(words) == 1
+    assert "/out.json: cannot be written (Permission denied)" in capsys.readouterr().err
+    monkeypatch.setattr(Path, "mkdir", fail)
+    assert main(words) == 1
     assert "Permission denied: 'out.json'; see to the permissions" in capsys.readouterr().err

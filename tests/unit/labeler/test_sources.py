@@ -234,5 +234,5 @@ def test_a_corpus_that_nobody_is_let_into_is_one_line(monkeypatch: pytest.Monkey
         raise PermissionError("Access Denied")
 
     monkeypatch.setattr(fsspec.filesystem("memory"), "exists", fail)
-    with pytest.raises(StoreError, match=r"^memory://c: .*Access Denied\); see to the credentials"):
+    with pytest.raises(StoreError, match=r"^memory://c: .*Access Denied\); check credentials"):
         list_corpus(CorpusConfig(path="memory://c"))

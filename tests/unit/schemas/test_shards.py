@@ -148,11 +148,11 @@ def test_unreadable_is_not_damaged(store: Store, monkeypatch: pytest.MonkeyPatch
 
 
 PASSING = [
-    (PermissionError("Access Denied"), r"\(Access Denied\); see to the credentials"),
-    (PermissionError(), r"\(PermissionError\); see to the credentials"),
-    (ConnectionResetError("reset by peer"), r"\(reset by peer\); that may pass"),
-    (TimeoutError(), r"\(TimeoutError\); that may pass"),
-    (OSError(5, "Input/output error\nand more"), r".*Input/output error\); that may pass"),
+    (PermissionError("Access Denied"), r"\(Access Denied\); check credentials"),
+    (PermissionError(), r"\(PermissionError\); check credentials"),
+    (ConnectionResetError("reset by peer"), r"\(reset by peer\); this may be temporary"),
+    (TimeoutError(), r"\(TimeoutError\); this may be temporary"),
+    (OSError(5, "Input/output error\nand more"), r".*Input/output error\); this may be temporary"),
 ]
 
 

@@ -63,7 +63,7 @@ def test_write_read_list_delete(store: Store) -> None:
 
 def test_what_is_not_there_is_named(store: Store) -> None:
     for read in (store.read_bytes, store.open, store.size):
-        with pytest.raises(StoreError, match=r"nothing\.json: there is no such file"):
+        with pytest.raises(StoreError, match=r"nothing\.json: no such file"):
             read("nothing.json")
 
 
@@ -141,7 +141,7 @@ def test_store_that_overwrites_is_found_out(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_driver_without_conditional_writes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "EXCLUSIVE_PROTOCOLS", frozenset({"s3"}))
-    with pytest.raises(StoreError, match="can be read from but not written to"):
+    with pytest.raises(StoreError, match="can be read but not written"):
         Store("memory://any").create_exclusive("x", b"")
 
 
@@ -207,12 +207,12 @@ def test_what_a_driver_fails_with_is_one_line(
         (PermissionError(), "PermissionError"),
     ):
         monkeypatch.setattr(store.fs, called, _failing(error))
-        line = rf"^memory://refused/a/x: cannot be read or written \({told}\); see to the credent"
+        line = rf"^memory://refused/a/x: cannot be read or written \({told}\); check credentials"
         with retrying(RetryPolicy(timeout_s)), pytest.raises(StoreError, match=line) as caught:
             call(store)
         assert caught.value.__cause__ is error
     monkeypatch.setattr(store.fs, called, _failing(ConnectionError("lost")))
-    with pytest.raises(StoreError, match=r"\(lost\); that may pass: run the same command"):
+    with pytest.raises(StoreError, match=r"\(lost\); this may be temporary: run the same command"):
         call(store)
     for mistake in (TypeError("ours"), AssertionError("ours"), KeyError("ours")):
         monkeypatch.setattr(store.fs, called, _failing(mistake))

@@ -8,8 +8,9 @@ import pytest
 from training_runs import losses, make_config
 
 from schemas.errors import ConfigError, DamagedError, StudentError
+from schemas.storage.local_files import replace_file
 from schemas.storage.store import Store
-from trainer.run_folder import RunFolder, TrainSummary, write_atomic
+from trainer.run_folder import RunFolder, TrainSummary
 from trainer.tracking.learning_curve import Curve, Point
 
 
@@ -142,9 +143,10 @@ def test_points_after_the_checkpoint_come_again(tmp_path: Path) -> None:
     assert losses(tmp_path) == [1.0, 1 / 2, 1 / 3]
 
 
-def test_atomic_writes_replace(tmp_path: Path) -> None:
+def test_replace_file_leaves_only_the_new_content(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "file"
-    write_atomic(path, b"one")
-    write_atomic(path, b"two")
+    path.parent.mkdir()
+    replace_file(path, b"one")
+    replace_file(path, b"two")
     assert path.read_bytes() == b"two"
     assert [child.name for child in path.parent.iterdir()] == ["file"]
