@@ -1,14 +1,14 @@
-"""What both stages agree on: the label record, label sets, views, keys and errors.
+"""The contract between labelling and training: records, label sets, views, keys and errors.
 
-``errors``        every error that a user can meet
-``config``        TOML files to checked models, and back
-``spec``          everything that makes a label mean what it means, and its fingerprint
+``errors``        the exceptions shown to users
+``config``        TOML files to validated models, and back
+``spec``          everything that defines the meaning of a label, and its fingerprint
 ``keys``          identities of rows and units
 ``record/``       the label record: columns, rows in memory, invariants, rounding
-``storage/``      files behind one fsspec URL; the two atomic ways to create one
+``storage/``      files behind one fsspec URL, written atomically
 ``label_set/``    a folder of committed units: shards, manifests, rosters
-``views/``        rows of label sets chosen for training
-``maintenance/``  verify, list, sample, collect garbage: for the command line alone
+``views/``        rows of label sets selected for training
+``maintenance/``  verify, list, sample and collect garbage; for the command line only
 
-Nothing here imports torch, Ray or vLLM. Imports go up this list, never down.
+Nothing here imports torch, Ray or vLLM. Modules import from rooms above them in this list only.
 """

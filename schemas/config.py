@@ -1,12 +1,10 @@
-"""TOML files into checked models, and back.
+"""TOML files to validated models, and back.
 
-A configuration file is a whole run by itself. ``key.sub=value`` words after it replace single
+A configuration file describes a complete run. ``key.sub=value`` words after it override single
 values. Relative paths in a file are relative to the working directory, not to the file.
 """
 
 import difflib
-import json
-import math
 import tomllib
 import types
 import typing
@@ -14,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import pydantic
+import tomli_w
 
 from schemas.errors import ConfigError
 
@@ -21,22 +20,21 @@ M = TypeVar("M", bound="StrictModel")
 
 
 class StrictModel(pydantic.BaseModel):
-    """Immutable; unknown keys are errors; defaults are checked like given values."""
+    """Immutable; unknown keys are errors; defaults are validated like given values."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 def load_toml(path: str, model: type[M], overrides: Sequence[str] = ()) -> M:
-    """Reads and checks a configuration file.
+    """Reads and validates a configuration file.
 
     Args:
         path: the TOML file.
-        model: what the file describes.
-        overrides: words ``key.sub=value``; the value is read as TOML, and as a plain string
-            where it is not TOML.
+        model: class to validate its content with.
+        overrides: words ``key.sub=value``; a value that is not TOML is taken as a plain string.
 
     Raises:
-        ConfigError: the file is missing, is not TOML, or does not describe a valid `model`.
+        ConfigError: the file is missing, is not TOML, or is not a valid `model`.
     """
     try:
         with open(path, "rb") as file:
@@ -52,7 +50,7 @@ def load_toml(path: str, model: type[M], overrides: Sequence[str] = ()) -> M:
 
 
 def validated(content: Mapping[str, Any], model: type[M], where: str) -> M:
-    """`content` as a checked `model`; a ConfigError names `where` and every key that is wrong."""
+    """`content` as a validated `model`; a ConfigError names `where` and every invalid key."""
     try:
         return model.model_validate(content)
     except pydantic.ValidationError as error:
@@ -61,15 +59,16 @@ def validated(content: Mapping[str, Any], model: type[M], where: str) -> M:
 
 
 def dump_toml(model: StrictModel) -> str:
-    """The whole model as TOML that `load_toml` reads back to an equal one; None is left out.
+    """A model as TOML that `load_toml` reads back to an equal one; None is left out.
 
     Raises:
-        ConfigError: a value is None where the default is not, which TOML cannot say.
+        ConfigError: a value is None but its default is not, which TOML cannot express.
     """
-    _refuse_unspeakable_none(model)
-    lines: list[str] = []
-    _write_table(model.model_dump(mode="json", exclude_none=True), (), lines)
-    return "\n".join(lines).strip() + "\n"
+    _refuse_unwritable_none(model)
+    try:
+        return tomli_w.dumps(model.model_dump(mode="json", exclude_none=True))
+    except TypeError as error:
+        raise ConfigError(f"cannot be written as TOML: {error}") from error
 
 
 def _override(content: dict[str, Any], word: str) -> None:
@@ -118,14 +117,14 @@ def _explain_unknown(key: str, loc: tuple[Any, ...], model: type[StrictModel]) -
 
 
 def _fields_at(model: type[StrictModel], loc: tuple[Any, ...]) -> list[str]:
-    """Names of the fields of the model that stands at `loc` inside `model`."""
-    here: type[pydantic.BaseModel] | None = model
+    """Field names of the model at `loc` inside `model`."""
+    current: type[pydantic.BaseModel] | None = model
     for part in loc:
-        if here is None or isinstance(part, int):
+        if current is None or isinstance(part, int):
             continue
-        field = here.model_fields.get(str(part))
-        here = _model_in(field.annotation) if field is not None else None
-    return sorted(here.model_fields) if here is not None else []
+        field = current.model_fields.get(str(part))
+        current = _model_in(field.annotation) if field is not None else None
+    return sorted(current.model_fields) if current is not None else []
 
 
 def _model_in(annotation: Any) -> type[pydantic.BaseModel] | None:
@@ -139,43 +138,10 @@ def _model_in(annotation: Any) -> type[pydantic.BaseModel] | None:
     return None
 
 
-def _refuse_unspeakable_none(model: pydantic.BaseModel, prefix: str = "") -> None:
+def _refuse_unwritable_none(model: pydantic.BaseModel, prefix: str = "") -> None:
     for name, field in type(model).model_fields.items():
         value = getattr(model, name)
         if value is None and (field.is_required() or field.get_default() is not None):
-            raise ConfigError(f"{prefix}{name} is None, which TOML cannot say")
+            raise ConfigError(f"{prefix}{name} is None, which TOML cannot express")
         if isinstance(value, pydantic.BaseModel):
-            _refuse_unspeakable_none(value, f"{prefix}{name}.")
-
-
-def _write_table(table: Mapping[str, Any], path: tuple[str, ...], lines: list[str]) -> None:
-    plain = {key: value for key, value in table.items() if not isinstance(value, Mapping)}
-    # A table without keys of its own still has to be named, or an empty one would be lost.
-    if path and (plain or len(plain) == len(table)):
-        lines.extend(["", f"[{'.'.join(_toml_key(name) for name in path)}]"])
-    lines.extend(f"{_toml_key(key)} = {_toml_value(value)}" for key, value in plain.items())
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            _write_table(value, (*path, key), lines)
-
-
-def _toml_key(key: str) -> str:
-    bare = key and all(c.isascii() and (c.isalnum() or c in "-_") for c in key)
-    return key if bare else _toml_value(key)
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, Mapping):
-        pairs = (f"{_toml_key(key)} = {_toml_value(inner)}" for key, inner in value.items())
-        return "{" + ", ".join(pairs) + "}"
-    if isinstance(value, Sequence):
-        return "[" + ", ".join(_toml_value(inner) for inner in value) + "]"
-    raise ConfigError(f"a {type(value).__name__} cannot be written as TOML")
+            _refuse_unwritable_none(value, f"{prefix}{name}.")

@@ -1,29 +1,29 @@
-"""Every error that a user can meet.
+"""The exceptions shown to users.
 
-One line each: what was found, what was expected, where, and what to do. Each class keeps a
-standard-library base, so that code which knows nothing of this project can still catch it by kind,
-and takes one string, so that it survives pickling between processes.
+Messages are one line: what was found, what was expected, where, and what to do. Each class keeps a
+standard-library base, so that code outside this project can catch it by kind, and takes a single
+string, so that it survives pickling between processes.
 """
 
 
 class TutelageError(Exception):
-    """Root of the tree. Anything else that escapes is a bug of this project."""
+    """Base class. Any other exception that escapes is a bug in this project."""
 
 
 class ConfigError(TutelageError, ValueError):
-    """A configuration file or a ``key=value`` word does not say a valid run."""
+    """A configuration file or a ``key=value`` override is not valid."""
 
 
 class CorpusError(TutelageError, ValueError):
-    """The corpus cannot be read as the configuration says."""
+    """The corpus cannot be read as configured."""
 
 
 class TeacherError(TutelageError, RuntimeError):
-    """The teacher cannot be loaded, or cannot give what the record asks for."""
+    """The teacher cannot be loaded, or cannot compute what the record needs."""
 
 
 class TeacherGoneError(TeacherError):
-    """A teacher that runs elsewhere answers no row any more; no row can be blamed for it."""
+    """A remote teacher stopped answering; no single row is to blame."""
 
 
 class StudentError(TutelageError, RuntimeError):
@@ -31,33 +31,33 @@ class StudentError(TutelageError, RuntimeError):
 
 
 class VocabularyError(TutelageError, ValueError):
-    """Token ids mean different things to two parts that have to agree on them."""
+    """Two vocabularies that must agree map token ids differently."""
 
 
 class RecordError(TutelageError, ValueError):
-    """Rows break an invariant of the label record."""
+    """Rows violate an invariant of the label record."""
 
 
 class StoreError(TutelageError, OSError):
-    """A label set, roster or view is not there, is another one, or cannot be written."""
+    """A label set, roster or view is missing, is a different one, or cannot be written."""
 
 
 class MissingError(StoreError, FileNotFoundError):
-    """A store answers that it has no such file."""
+    """A file does not exist in its store."""
 
 
 class DamagedError(StoreError):
-    """Stored bytes are not what the manifest says."""
+    """Stored bytes differ from what the manifest records."""
 
 
 class JobStoppedError(TutelageError, RuntimeError):
-    """A job was asked to stop and did so, between two units; the same command goes on."""
+    """A job stopped on request, between two units; the same command resumes it."""
 
 
 class AccountsError(TutelageError, RuntimeError):
-    """A run cannot show what became of each row that it read."""
+    """A run cannot account for every row that it read."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its class where it says nothing."""
+    """The first line of an error's message, or its class name if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,7 +1,7 @@
-"""Places where a test can have a process die; nothing happens at them anywhere else.
+"""Points at which a test can kill a process; outside of tests they do nothing.
 
-A test names a folder in the environment before the processes start. Where a file with the name of a
-point is in it, the first process that comes by takes the file away and is killed there.
+A test names a folder in the environment before processes start. If the folder has a file named
+after a point, the first process to reach the point deletes the file and is killed there.
 """
 
 import os
@@ -13,7 +13,7 @@ _FOLDER = os.environ.get(FOLDER_VARIABLE, "")
 
 
 def fault_point(name: str) -> None:
-    """Dies here, as by `kill -9`, if a test wants it."""
+    """Kills this process, as by `kill -9`, if a test has requested it."""
     if not _FOLDER:
         return
     try:

@@ -1,7 +1,7 @@
 """Identities of rows and units: 16-byte BLAKE2b hashes.
 
-Every hash starts with its own domain (two kinds of key never collide by content), and every part
-is preceded by its length (two lists of parts never read as the same bytes). Integers are
+Every hash starts with a domain, so that keys of two kinds never collide by content, and every part
+is preceded by its length, so that no two lists of parts hash the same bytes. Integers are
 little-endian.
 """
 
@@ -25,12 +25,12 @@ def row_key(
     label_spans: npt.NDArray[Any],
     teacher_context: npt.NDArray[Any] | None = None,
 ) -> bytes:
-    """Identity of one labelled request: everything the teacher saw, and what was asked of it.
+    """Identity of one labelled request: everything the teacher saw, and the positions to label.
 
     Args:
         token_ids: int [L].
         label_spans: int [2 * spans], flat half-open [start, end) pairs of target indices.
-        teacher_context: int, the tokens that only the teacher saw; None and empty are the same.
+        teacher_context: int, tokens that only the teacher saw; None and empty are equivalent.
     """
     context = np.empty(0, np.int32) if teacher_context is None else teacher_context
     return digest("row", _int32(token_ids), _int32(label_spans), _int32(context))
@@ -39,9 +39,9 @@ def row_key(
 def generated_row_key(
     prompt_ids: npt.NDArray[Any], generation: GenerationSpec, sample_index: int
 ) -> bytes:
-    """Identity of a response still to be sampled: prompt, generation spec and which sample it is.
+    """Identity of a response before it is sampled: prompt, generation spec and sample index.
 
-    How many samples are asked for is left out: asking for more keeps those that are there.
+    The number of samples is left out, so that requesting more keeps the existing ones.
     """
     how = json.dumps(generation.model_dump(exclude={"n"}), sort_keys=True, separators=(",", ":"))
     return digest("generated", _int32(prompt_ids), how.encode(), _int64(sample_index))
@@ -53,7 +53,7 @@ def content_key(token_ids: npt.NDArray[Any], label_spans: npt.NDArray[Any]) -> b
 
 
 def place_key(source: str, place: int, window: int) -> bytes:
-    """Identity of a row that cannot be tokenised: where it stands in the source."""
+    """Identity of a row that cannot be tokenised: its place in the source."""
     return digest("place", source.encode(), _int64(place), _int64(window))
 
 
@@ -61,7 +61,7 @@ def unit_key(row_keys: Keys) -> str:
     """Identity of a unit, 32 hexadecimal digits, from the keys of its rows in any order.
 
     Args:
-        row_keys: uint8 [R, 16], labelled and quarantined rows alike.
+        row_keys: uint8 [R, 16], of labelled and quarantined rows.
     """
     return digest("unit", keys_to_sorted(row_keys).tobytes()).hex()
 
@@ -74,8 +74,8 @@ def stack_keys(keys: list[bytes]) -> Keys:
 def keys_to_sorted(keys: Keys) -> SortedKeys:
     """uint8 [R, 16] to a sorted S16 [R], for `contains`.
 
-    numpy drops trailing zero bytes of an S16 element when it is taken out; in comparisons they do
-    not matter, because all keys are of one length.
+    numpy drops trailing zero bytes when it extracts an S16 element; comparisons are unaffected,
+    because all keys have the same length.
     """
     return np.sort(as_strings(keys))
 
@@ -90,7 +90,7 @@ def contains(sorted_keys: SortedKeys, keys: Keys) -> npt.NDArray[np.bool_]:
 
 
 def find_keys(haystack: Keys, keys: Keys) -> npt.NDArray[np.int64]:
-    """int64 [R]: where each of `keys` is in `haystack`, whose keys differ; -1 where it is not.
+    """int64 [R]: index of each of `keys` in `haystack`, whose keys are unique; -1 if absent.
 
     Args:
         haystack: uint8 [n, 16], in any order.
@@ -120,7 +120,7 @@ def _int64(value: int) -> bytes:
 
 
 def digest(domain: str, *parts: bytes) -> bytes:
-    """16 bytes: the hash of `parts`, in order, that no other `domain` can give."""
+    """16 bytes: the hash of `parts`, in order, within a `domain`."""
     hasher = hashlib.blake2b(digest_size=KEY_BYTES)
     for part in (b"tutelage." + domain.encode(), *parts):
         hasher.update(len(part).to_bytes(8, "little"))

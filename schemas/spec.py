@@ -1,7 +1,7 @@
-"""What makes a label mean what it means, and the fingerprint of it.
+"""Everything that defines the meaning of a label, and its fingerprint.
 
-Identity only: parallelism, versions and hardware are provenance and live in the manifests. Two
-label sets of equal fingerprint can be mixed; a run never adds to a set of another fingerprint.
+Parallelism, versions and hardware are provenance and live in manifests. Label sets of equal
+fingerprint can be mixed; a run never adds to a set of another fingerprint.
 """
 
 import hashlib
@@ -36,8 +36,8 @@ LABEL_COLUMNS = (
 
 RecordKind = Literal["tokens", "topk", "topp", "sampled", "threshold"]
 
-# Fields of a record that mean something for its kind alone, beside those that all labels have.
-_OWN_FIELDS: dict[str, tuple[str, ...]] = {
+# Fields that apply to one kind of record only, in addition to the shared ones.
+_KIND_FIELDS: dict[str, tuple[str, ...]] = {
     "tokens": (),
     "topk": ("k",),
     "topp": ("top_p", "max_head"),
@@ -48,44 +48,44 @@ _SHARED_FIELDS = ("kind", "temperatures", "entropy", "logprob_bits", "teacher_co
 
 
 class RecordSpec(StrictModel):
-    """Which labels each position gets, and how precisely they are kept.
+    """Which labels each position has, and at what precision.
 
-    Kinds, p being the teacher's distribution:
+    Kinds, where p is the teacher's distribution:
 
-    - ``threshold``: every id with p >= tau exactly, the most probable always; of the others, draws
-      at equal distances tau along their cumulative sum. Each draw stands for a probability of tau:
-      an unbiased estimate of anything linear in p (Horvitz-Thompson).
+    - ``threshold``: every id with p >= tau exactly, and always the most probable one; the others
+      are sampled systematically, at steps of tau along their cumulative sum. Each draw represents
+      a probability of tau, an unbiased estimate of anything linear in p (Horvitz-Thompson).
     - ``sampled``: independent draws from p, with their counts (Random Sampling KD,
-      arXiv 2503.16870). Unbiased too, with more variance.
+      arXiv 2503.16870). Also unbiased, with higher variance.
     - ``topk``, ``topp``: an exact head and its mass; a biased target unless k is large.
     - ``tokens``: no teacher, for hard labels.
     """
 
     kind: RecordKind = Field(
-        default="threshold", description="what is kept of the teacher's distribution"
+        default="threshold", description="how the teacher's distribution is stored"
     )
-    k: int = Field(default=64, ge=1, le=65535, description="topk: entries of a head")
+    k: int = Field(default=64, ge=1, le=65535, description="topk: entries in each head")
     top_p: float = Field(
-        default=0.98, gt=0.0, le=1.0, description="topp: the mass that a head covers"
+        default=0.98, gt=0.0, le=1.0, description="topp: probability mass that a head covers"
     )
     max_head: int = Field(
-        default=128, ge=1, le=65535, description="topp: entries of a head at most"
+        default=128, ge=1, le=65535, description="topp: maximum number of entries in a head"
     )
     tau: float = Field(
         default=1 / 32,
         ge=1e-4,
         lt=1.0,
-        description="threshold: ids at least this probable are kept exactly",
+        description="threshold: ids with at least this probability are stored exactly",
     )
-    draws: int = Field(default=32, ge=1, le=255, description="sampled: draws of a position")
+    draws: int = Field(default=32, ge=1, le=255, description="sampled: draws per position")
     draw_temperature: float | None = Field(
         default=None,
         gt=0.0,
-        description="sampled, threshold: the distribution that is drawn from, and that tau is "
-        "compared with, is p^(1/T) normalised; unset: the largest of 1 and temperatures",
+        description="sampled, threshold: draws are from p^(1/T), normalised, which is also what "
+        "tau is compared with; unset: the largest of 1 and temperatures",
     )
     draw_seed: int = Field(
-        default=0, ge=0, lt=2**64, description="sampled, threshold: another seed, other draws"
+        default=0, ge=0, lt=2**64, description="sampled, threshold: seed of the draws"
     )
     temperatures: tuple[float, ...] = Field(
         default=(), description="distillation temperatures other than 1 for which lse is stored"
@@ -95,10 +95,10 @@ class RecordSpec(StrictModel):
         default=6,
         ge=1,
         le=10,
-        description="mantissa bits of log-probabilities that are kept; lse keeps 10",
+        description="mantissa bits stored of log-probabilities; lse keeps 10",
     )
     teacher_context: bool = Field(
-        default=False, description="rows may have tokens that only the teacher saw"
+        default=False, description="rows may have tokens that only the teacher sees"
     )
 
     @field_validator("temperatures")
@@ -118,12 +118,12 @@ class RecordSpec(StrictModel):
 
     @model_validator(mode="after")
     def _check_fields(self) -> Self:
-        own = _OWN_FIELDS[self.kind]
-        for name in {name for names in _OWN_FIELDS.values() for name in names} - set(own):
+        own = _KIND_FIELDS[self.kind]
+        for name in {name for names in _KIND_FIELDS.values() for name in names} - set(own):
             if getattr(self, name) != RecordSpec.model_fields[name].default:
-                kinds = [kind for kind, names in _OWN_FIELDS.items() if name in names]
+                kinds = [kind for kind, names in _KIND_FIELDS.items() if name in names]
                 raise ValueError(
-                    f"record.{name} means something for kind {' and '.join(kinds)} only, but "
+                    f"record.{name} applies to kind {' and '.join(kinds)} only, but "
                     f'record.kind is "{self.kind}"; remove it'
                 )
         served = (1.0, *self.temperatures)
@@ -136,38 +136,38 @@ class RecordSpec(StrictModel):
 
     @property
     def has_draws(self) -> bool:
-        """Whether positions have tail draws, and with them unbiased labels."""
+        """Whether positions have tail draws, which make labels unbiased."""
         return self.kind in ("sampled", "threshold")
 
     @property
     def drawn_at(self) -> float:
-        """The temperature of the distribution that tail draws are from."""
+        """Temperature of the distribution that tail draws are from."""
         if self.draw_temperature is not None:
             return self.draw_temperature
         return max((1.0, *self.temperatures))
 
     def most_entries(self, vocab_size: int) -> int:
-        """How many entries a position has at most."""
+        """Maximum number of entries of a position."""
         most = {
             "tokens": 0,
             "topk": self.k,
             "topp": self.max_head,
             "sampled": self.draws,
-            # The head takes tau or more from what is drawn from; but for a head of one, perhaps.
+            # Head entries have tau or more of the mass, except perhaps in a head of one.
             "threshold": int(1 / self.tau) + 2,
         }
         return min(most[self.kind], vocab_size)
 
     @property
     def draw_share(self) -> float:
-        """What one draw stands for, as a share of the distribution drawn from; 0 without draws."""
+        """Probability that one draw represents, at the temperature of draws; 0 without draws."""
         if self.kind == "threshold":
             return self.tau
         return 1.0 / self.draws if self.kind == "sampled" else 0.0
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of the columns of a label set of this spec, in the order of the schema."""
+        """Column names of a label set of this spec, in schema order."""
         names = list(TOKEN_COLUMNS)
         if self.kind != "tokens":
             names.extend(LABEL_COLUMNS)
@@ -182,10 +182,10 @@ class RecordSpec(StrictModel):
         return tuple(names)
 
     def identity(self) -> dict[str, Any]:
-        """The fields that mean something for this kind, the temperature of draws filled in."""
+        """The fields that apply to this kind, with the temperature of draws resolved."""
         if self.kind == "tokens":
             return self.model_dump(mode="json", include={"kind", "teacher_context"})
-        own = _OWN_FIELDS[self.kind]
+        own = _KIND_FIELDS[self.kind]
         fields = self.model_dump(mode="json", include={*_SHARED_FIELDS, *own})
         if self.has_draws:
             fields["draw_temperature"] = self.drawn_at
@@ -193,16 +193,16 @@ class RecordSpec(StrictModel):
 
 
 class TeacherIdentity(StrictModel):
-    """What the teacher computes. Its name and path are provenance, so not here.
+    """Everything that determines the teacher's output; its name and path are provenance.
 
-    Kind ``tokens`` has no teacher: only `tokenizer_digest` and `vocab_size` are used then.
+    Kind ``tokens`` has no teacher and uses only `tokenizer_digest` and `vocab_size`.
     """
 
     weights_digest: str = ""
     config_digest: str = ""
     tokenizer_digest: str
     chat_template_digest: str = ""
-    vocab_size: int = Field(ge=1, description="ids that the teacher gives probability to")
+    vocab_size: int = Field(ge=1, description="ids that the teacher assigns probability to")
     dtype: str = ""
     head_dtype: str = ""
     quantization: str | None = None
@@ -210,29 +210,29 @@ class TeacherIdentity(StrictModel):
 
 
 class TextSpec(StrictModel):
-    """How documents became token sequences."""
+    """How documents become token sequences."""
 
-    max_tokens: int = Field(ge=2, description="the longest sequence, in tokens")
-    overlap: int = Field(ge=0, description="tokens of context that a later window repeats")
+    max_tokens: int = Field(ge=2, description="maximum sequence length, in tokens")
+    overlap: int = Field(ge=0, description="tokens of context that each further window repeats")
     add_bos: bool
     add_eos: bool
-    split_long: bool = Field(description="long documents are cut into windows; else quarantined")
+    split_long: bool = Field(
+        description="split long documents into windows; otherwise quarantine them"
+    )
 
 
 class GenerationSpec(StrictModel):
     """How responses are sampled from the teacher before they are labelled."""
 
-    n: int = Field(default=1, ge=1, description="responses for one prompt")
-    temperature: float = Field(
-        default=1.0, ge=0.0, description="generation temperature; 0: the most probable token"
-    )
+    n: int = Field(default=1, ge=1, description="responses per prompt")
+    temperature: float = Field(default=1.0, ge=0.0, description="generation temperature; 0: greedy")
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    max_tokens: int = Field(default=256, ge=1, description="of one response")
+    max_tokens: int = Field(default=256, ge=1, description="maximum length of a response")
     seed: int = Field(default=0, ge=0)
 
 
 class LabelSetSpec(StrictModel):
-    """The identity of a label set."""
+    """Identity of a label set."""
 
     schema_version: int = SCHEMA_VERSION
     record: RecordSpec
@@ -241,19 +241,19 @@ class LabelSetSpec(StrictModel):
     generation: GenerationSpec | None = None
 
     @model_validator(mode="after")
-    def _has_a_teacher(self) -> Self:
+    def _check_teacher(self) -> Self:
         if self.record.kind != "tokens" and not self.teacher.weights_digest:
             raise ValueError(
-                f'teacher.weights_digest is empty, but record.kind "{self.record.kind}" is the '
-                "output of a teacher, which its weights identify"
+                f'teacher.weights_digest is empty, but labels of record.kind "{self.record.kind}" '
+                "are identified by the teacher's weights"
             )
         return self
 
     def identity(self) -> dict[str, Any]:
-        """The fields that the fingerprint covers, nested; only those that mean something here."""
+        """The fields that the fingerprint covers, nested; those that do not apply are left out."""
         fields = self.model_dump(mode="json")
         if self.generation is not None:
-            # Asking for more samples adds rows; it does not change those that are there.
+            # Requesting more samples adds rows and changes no existing one.
             del fields["generation"]["n"]
         fields["record"] = self.record.identity()
         if self.record.kind == "tokens":
@@ -263,12 +263,12 @@ class LabelSetSpec(StrictModel):
         return fields
 
     def fingerprint(self) -> str:
-        """32 hexadecimal digits: SHA-256 of the identity as canonical JSON, cut."""
+        """32 hexadecimal digits: SHA-256 of the identity as canonical JSON, truncated."""
         canonical = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
     def differences(self, other: "LabelSetSpec") -> list[str]:
-        """One text ``field: mine / theirs`` for each field of the identity that differs."""
+        """A text ``field: mine / theirs`` for each field of the identity that differs."""
         mine, theirs = dict(_flat(self.identity())), dict(_flat(other.identity()))
         return [
             f"{name}: {mine.get(name)!r} / {theirs.get(name)!r}"

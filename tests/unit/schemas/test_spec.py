@@ -79,9 +79,9 @@ def test_temperatures_are_checked(temperatures: tuple[float, ...]) -> None:
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"kind": "threshold", "k": 12}, "record.k means something for kind topk only"),
-        ({"kind": "topk", "tau": 0.1}, "record.tau means something for kind threshold only"),
-        ({"kind": "topk", "draw_seed": 1}, "draw_seed means something for kind sampled and thresh"),
+        ({"kind": "threshold", "k": 12}, "record.k applies to kind topk only"),
+        ({"kind": "topk", "tau": 0.1}, "record.tau applies to kind threshold only"),
+        ({"kind": "topk", "draw_seed": 1}, "draw_seed applies to kind sampled and thresh"),
         (
             {"kind": "sampled", "draw_temperature": 2.0},
             r"expected 1 or one of .*temperatures, \[\]",
