@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import ROOT
+
 RAY = Path(sys.executable).with_name("ray")
 START_TIMEOUT_S = 90
 TOKEN = secrets.token_hex(16)

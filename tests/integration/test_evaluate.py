@@ -16,7 +16,7 @@ from schemas.label_set.roster import close_roster, write_part
 from schemas.record import LabelRows
 from schemas.spec import LabelSetSpec, RecordSpec, TeacherIdentity, TextSpec
 from schemas.views.view import build_view
-from tests.conftest import make_model
+from tests.support.tiny_model import make_model
 from trainer.evaluation.compare import EvaluateConfig, format_table, run_evaluate
 from trainer.student.build import load_model, load_tokenizer
 

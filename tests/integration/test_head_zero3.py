@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from schemas.config import StrictModel
-from tests.distillation_oracle import random_targets
+from tests.support import ROOT
+from tests.support.distillation_oracle import random_targets
 from trainer.config.train import LossConfig, TrainConfig
 from trainer.losses.targets import SparseTargets
 from trainer.student.build import StudentWithHead
@@ -123,7 +124,7 @@ def distributed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={RANKS}", __file__, str(out)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=300, check=False
     )

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from label_faults import TEACHER_POINTS, FaultRun
 
 from labeler.config import GatesConfig, LabelConfig
 from labeler.corpus.listing import list_corpus
@@ -21,8 +20,9 @@ from labeler.run.pipeline import RunSetup, run_pipeline
 from labeler.run.progress import Progress
 from labeler.run.resources import Resources
 from schemas.label_set.roster import close_roster, read_roster
+from tests.support import ROOT
+from tests.support.label_faults import TEACHER_POINTS, FaultRun
 
-ROOT = Path(__file__).parents[2]
 NOTHING = np.empty(0, "S16")
 FRESH = KeySnapshot(NOTHING, NOTHING, retry_quarantined=False)
 

@@ -7,11 +7,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import make_tokenizer
-from training_runs import make_view
 
 from schemas.spec import RecordSpec
 from schemas.views.view import View
+from tests.support import ROOT
+from tests.support.tiny_model import make_tokenizer
+from tests.support.training_runs import make_view
 from trainer import DataConfig, LossConfig, StudentWithHead, ViewDataset
 
 LOSS = LossConfig(kind="forward_kl", alpha=0.7)
@@ -22,7 +23,7 @@ LR = 1e-2
 @pytest.fixture(scope="module")
 def examples() -> Iterator[dict[str, ModuleType]]:
     """The example modules, which import each other by name as scripts of one folder do."""
-    folder = str(Path(__file__).parents[2] / "examples" / "library")
+    folder = str(ROOT / "examples" / "library")
     sys.path.insert(0, folder)
     import hf_trainer
     import own_loop
@@ -61,8 +62,7 @@ def expected(
     examples: dict[str, ModuleType], tokenizer: Path, view: View
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and final weights by the trainer's own loader, all micro-batches of a step at once."""
-    from training_runs import make_config
-
+    from tests.support.training_runs import make_config
     from trainer.data.loader import Loader
     from trainer.data.row_order import LoaderState, read_row_table
 

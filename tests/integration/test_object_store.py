@@ -16,8 +16,6 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
-from label_rows import make_rows, make_spec
-from s3_server import S3Server
 
 from cluster.__main__ import main
 from schemas.errors import StoreError
@@ -32,6 +30,9 @@ from schemas.spec import RecordSpec
 from schemas.storage.retry import RetryPolicy, retrying
 from schemas.storage.store import Store
 from schemas.views.view import View, build_view
+from tests.support import ROOT
+from tests.support.label_rows import make_rows, make_spec
+from tests.support.s3_server import S3Server
 
 pytest.importorskip("s3fs", reason="pip install 'tutelage[s3]'")
 if importlib.util.find_spec("moto") is None:  # not imported: see s3_server
@@ -114,7 +115,7 @@ def test_of_many_threads_one_creates(url: str, round_: int) -> None:
 
 RACE = """
 import sys
-from label_rows import make_rows, make_spec
+from tests.support.label_rows import make_rows, make_spec
 from schemas.keys import unit_key
 from schemas.label_set.label_set import LabelSet
 from schemas.spec import RecordSpec
@@ -131,11 +132,10 @@ for seed in range(5):
 def test_of_many_processes_one_commits_and_all_get_the_winner(url: str, tmp_path: Path) -> None:
     script = tmp_path / "race.py"
     script.write_text(RACE)
-    path = os.pathsep.join([os.getcwd(), str(Path(__file__).parents[1])])
     racers = [
         subprocess.Popen(
             [sys.executable, str(script), url],
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

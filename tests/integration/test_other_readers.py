@@ -9,11 +9,11 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from label_rows import make_rows
 
 from schemas.label_set import shards
 from schemas.spec import RecordSpec
 from schemas.storage.store import Store
+from tests.support.label_rows import make_rows
 
 VOCAB = 300
 SPEC = RecordSpec(kind="topk", k=64, temperatures=(0.5, 2.0), teacher_context=True)

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from teacher_requests import config as teacher_config
-from teacher_requests import label, labelled, make_rows
 
 from labeler.config import LabelConfig, TeacherConfig
 from labeler.teachers.protocol import RowFailure
@@ -18,6 +16,8 @@ from labeler.teachers.transformers_teacher import TransformersTeacher
 from schemas.errors import TeacherError
 from schemas.label_set.label_set import LabelSet
 from schemas.spec import GenerationSpec, RecordSpec
+from tests.support.teacher_requests import config as teacher_config
+from tests.support.teacher_requests import label, labelled, make_rows
 
 K = 16
 RECORD = RecordSpec(kind="topk", k=K, entropy=False)

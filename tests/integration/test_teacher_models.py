@@ -5,7 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from teacher_requests import (
+
+from labeler.config import TeacherConfig
+from labeler.teachers.factory import make_teacher
+from labeler.teachers.request_checks import span_targets
+from schemas.errors import TeacherError
+from schemas.spec import GenerationSpec, RecordSpec
+from tests.support.teacher_requests import (
     CONTEXT,
     RECORD,
     VOCAB_SIZE,
@@ -16,12 +22,6 @@ from teacher_requests import (
     labelled,
     make_rows,
 )
-
-from labeler.config import TeacherConfig
-from labeler.teachers.factory import make_teacher
-from labeler.teachers.request_checks import span_targets
-from schemas.errors import TeacherError
-from schemas.spec import GenerationSpec, RecordSpec
 
 
 def make_markov_model(folder: Path, logits: torch.Tensor) -> None:
@@ -135,7 +135,7 @@ def make_gemma(folder: Path) -> None:
 
 
 def test_what_a_model_does_to_its_logits_is_honoured(tmp_path: Path) -> None:
-    from conftest import make_tokenizer
+    from tests.support.tiny_model import make_tokenizer
 
     make_gemma(tmp_path)
     make_tokenizer(tmp_path)

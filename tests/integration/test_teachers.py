@@ -8,18 +8,6 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from teacher_requests import (
-    CONTEXT,
-    RECORD,
-    VOCAB_SIZE,
-    assert_same,
-    assert_same_draws,
-    config,
-    label,
-    labelled,
-    make_rows,
-    serving,
-)
 
 from labeler.label_head.position_labels import label_logits
 from labeler.teachers import transformers_teacher
@@ -36,6 +24,18 @@ from schemas.keys import content_key, row_key, stack_keys
 from schemas.record import validate
 from schemas.record.uniforms import uniforms
 from schemas.spec import GenerationSpec, RecordSpec
+from tests.support.teacher_requests import (
+    CONTEXT,
+    RECORD,
+    VOCAB_SIZE,
+    assert_same,
+    assert_same_draws,
+    config,
+    label,
+    labelled,
+    make_rows,
+    serving,
+)
 
 FLAT = RecordSpec(kind="topk", k=RECORD.k, entropy=False)
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from teacher_requests import ENGINE, label, labelled
-from teacher_requests import config as teacher_config
-from training_faults import Trial, loss_difference, samples, step_of
-from training_runs import back_to_step, losses, make_config, make_view
 
 from schemas.errors import ConfigError, DamagedError, StudentError
 from schemas.spec import RecordSpec
 from schemas.views.view import View
+from tests.support.teacher_requests import ENGINE, label, labelled
+from tests.support.teacher_requests import config as teacher_config
+from tests.support.training_faults import Trial, loss_difference, samples, step_of
+from tests.support.training_runs import back_to_step, losses, make_config, make_view
 from trainer.config.train import TrainConfig
 from trainer.run.launch import run_train_job
 from trainer.run_folder import TrainSummary
@@ -48,7 +48,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from conftest import make_tokenizer
+    from tests.support.tiny_model import make_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     make_tokenizer(folder)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import losses, make_config, make_view
 
 from schemas.errors import ConfigError
 from schemas.spec import RecordSpec
+from tests.support.training_runs import losses, make_config, make_view
 from trainer.config.train import TrainConfig
 from trainer.run.launch import run_train_job
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from training_runs import curve, losses, make_config, make_view
 
 from schemas.spec import RecordSpec
+from tests.support.training_runs import curve, losses, make_config, make_view
 from trainer.evaluation.compare import EvaluateConfig, run_evaluate
 from trainer.run.launch import run_train_job
 

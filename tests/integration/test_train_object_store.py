@@ -14,13 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from pyarrow.fs import FSSpecHandler, PyFileSystem
-from s3_server import S3Server
-from training_runs import make_config, make_world
 
 from schemas.config import dump_toml
 from schemas.errors import StudentError
 from schemas.spec import RecordSpec
 from schemas.storage.store import Store
+from tests.support import ROOT
+from tests.support.s3_server import S3Server
+from tests.support.training_runs import make_config, make_world
 from trainer.checkpoints.store import TrainProgress, find_checkpoint
 from trainer.checkpoints.writer import CheckpointWriter
 from trainer.data.row_order import LoaderState
@@ -32,7 +33,6 @@ pytest.importorskip("s3fs", reason="pip install 'tutelage[s3]'")
 if importlib.util.find_spec("moto") is None:  # not imported: see s3_server
     pytest.skip("pip install 'tutelage[dev]'", allow_module_level=True)
 
-ROOT = Path(__file__).parents[2]
 # Twice in one process, on a Ray of its own whose workers know where the server is. In between the
 # newest checkpoint is cut short, and the summary goes, so that the run is not finished any more.
 PROGRAM = """

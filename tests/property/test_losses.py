@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.spec import RecordSpec
-from tests.distillation_oracle import dense_loss, drawn_targets, random_targets
+from tests.support.distillation_oracle import dense_loss, drawn_targets, random_targets
 from trainer.config.train import LossConfig
 from trainer.head.fused_head import fused_distillation_loss
 from trainer.losses.targets import SparseTargets

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from label_rows import make_rows
 
 from schemas.errors import RecordError
 from schemas.keys import contains, find_keys, keys_to_sorted
@@ -18,6 +17,7 @@ from schemas.label_set.shards import read_row_group, read_shard, write_shard
 from schemas.record import LabelRows, round_logprobs, target_positions, validate
 from schemas.spec import RecordSpec
 from schemas.storage.store import Store
+from tests.support.label_rows import make_rows
 
 VOCAB = 40
 

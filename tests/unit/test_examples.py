@@ -6,10 +6,10 @@ import pytest
 
 from labeler.config import LabelConfig
 from schemas.config import StrictModel, dump_toml, load_toml
+from tests.support import ROOT
 from trainer.config.train import TrainConfig
 from trainer.evaluation.compare import EvaluateConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "examples").rglob("*.toml"))
 
 

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from label_faults import JOB_POINTS, TEACHER_POINTS, FaultRun
+
+from tests.support.label_faults import JOB_POINTS, TEACHER_POINTS, FaultRun
 
 SEED = int(os.environ.get("TUTELAGE_FAULT_SEED", "20261125"))
 NUM_ROWS = 1500

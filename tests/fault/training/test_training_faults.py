@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_faults import ROOT, Trial, loss_difference, samples, table
-from training_runs import make_config, make_world
 
 from schemas.spec import RecordSpec
+from tests.support import ROOT
+from tests.support.training_faults import Trial, loss_difference, samples, table
+from tests.support.training_runs import make_config, make_world
 from trainer.config.train import TrainConfig, WorkerRange
 from trainer.run.launch import run_train_job
 
@@ -140,10 +141,10 @@ def test_two_then_three_workers_then_one(
 def assert_groups_keep_their_own(trial: Trial) -> None:
     """The optimizer of a process that loads what two ranks saved."""
     trial.stop()
-    code = "import optimizer_groups, sys; optimizer_groups.main(sys.argv[1])"
+    code = "import sys; from tests.support.optimizer_groups import main; main(sys.argv[1])"
     result = subprocess.run(
         [sys.executable, "-c", code, str(trial.run / "config.toml")],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,

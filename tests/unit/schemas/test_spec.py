@@ -4,9 +4,9 @@ from typing import Any
 
 import pydantic
 import pytest
-from label_rows import make_spec
 
 from schemas.spec import GenerationSpec, LabelSetSpec, RecordSpec, TeacherIdentity
+from tests.support.label_rows import make_spec
 
 SPEC = make_spec(RecordSpec(kind="topk", logprob_bits=10), 320)
 

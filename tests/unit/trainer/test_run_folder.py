@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from training_runs import losses, make_config
 
 from schemas.errors import ConfigError, DamagedError, StudentError
 from schemas.storage.local_files import replace_file
 from schemas.storage.store import Store
+from tests.support.training_runs import losses, make_config
 from trainer.run_folder import RunFolder, TrainSummary
 from trainer.tracking.learning_curve import Curve, Point
 

@@ -1,0 +1,229 @@
+"""Rows that kill engines: found by halving, quarantined alone, their neighbours labelled."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from labeler.corpus.requests import label_request, requests_unit_key
+from labeler.corpus.windows import all_but_first
+from labeler.supervision.attempts import Attempts, Deaths, remove_attempts
+from labeler.supervision.supervisor import MAX_STARTS, Survivor
+from labeler.teachers.protocol import RowFailure, RowLabels, Teacher
+from schemas.errors import TeacherError, TeacherGoneError
+from schemas.storage.store import Store
+from tests.support import ROOT
+from tests.support.fragile_teacher import POISON, REFUSED, FragileTeacher, requests, survivor
+
+
+def test_the_row_that_kills_is_alone_in_quarantine(tmp_path: Path) -> None:
+    tokens = [*range(20, 51), POISON, REFUSED]
+    found, _ = survivor(tmp_path).label(requests(tokens))
+    assert [request.place for request in found.requests] == list(range(31))
+    assert found.labels is not None
+    assert len(found.labels) == 31
+    reasons = {row.place: row.reason for row in found.quarantined}
+    assert reasons == {31: "kills_engine", 32: "refused"}
+    assert FragileTeacher.started <= 4 + np.ceil(np.log2(len(tokens))) + 1
+
+
+def test_every_killer_of_a_unit_is_found(tmp_path: Path) -> None:
+    tokens = [20, POISON, 21, 22, POISON, 23]
+    batch = requests(tokens)
+    batch[4] = label_request(np.array([POISON, 1], np.int32), all_but_first(2), "a", 4, 0)
+    found, _ = survivor(tmp_path).label(batch)
+    assert [row.place for row in found.quarantined] == [1, 4]
+    assert [request.place for request in found.requests] == [0, 2, 3, 5]
+
+
+def test_a_broken_engine_ends_the_run_and_blames_no_row(tmp_path: Path) -> None:
+    with pytest.raises(TeacherError, match="3 engines died while they labelled a row of two"):
+        survivor(tmp_path, canary_dies=True).label(requests([20, POISON]))
+
+
+def test_a_broken_engine_says_what_the_last_one_died_of(tmp_path: Path) -> None:
+    lines: list[str] = []
+    broken = Survivor(
+        lambda: FragileTeacher(canary_dies=True),
+        Attempts(Store(str(tmp_path)), "run"),
+        None,
+        tell=lines.append,
+    )
+    with pytest.raises(TeacherError, match=r"options; the last one: the engine died$") as caught:
+        broken.label(requests([20, POISON]))
+    assert isinstance(caught.value.__cause__, TeacherError)
+    assert lines == ["an engine died and is started anew: the engine died"] * (2 + 3)
+
+
+def test_engines_that_took_their_processes_along_could_not_say_why(tmp_path: Path) -> None:
+    attempts = Attempts(Store(str(tmp_path)), "run")
+    for _ in range(MAX_STARTS):
+        attempts.failed(attempts.begin(attempts.own_key("start")))
+    with pytest.raises(TeacherError, match="the last one took its process along"):
+        Survivor(FragileTeacher, attempts, None).label(requests([20]))
+
+
+def test_a_row_that_kills_is_kept_with_what_the_engine_said(tmp_path: Path) -> None:
+    class Talkative(FragileTeacher):
+        def label(self, *arguments: Any, **more: Any) -> list[RowLabels | RowFailure]:
+            try:
+                return super().label(*arguments, **more)
+            except TeacherError as error:
+                raise TeacherError("CUDA error: illegal access\nlong\ntraceback") from error
+
+    lines: list[str] = []
+    attempts = Attempts(Store(str(tmp_path)), "run")
+    found, _ = Survivor(Talkative, attempts, None, tell=lines.append).label(requests([POISON]))
+    (row,) = found.quarantined
+    assert row.detail == (
+        "2 engines died while they had this row alone; the last one: CUDA error: illegal access"
+    )
+    assert lines == ["an engine died and is started anew: CUDA error: illegal access"] * 2
+
+
+def test_a_question_over_which_an_engine_dies_is_asked_again(tmp_path: Path) -> None:
+    FragileTeacher.started = 0
+
+    def question(teacher: Teacher) -> int:
+        if FragileTeacher.started <= deaths:
+            raise TeacherError("the engine died")
+        return FragileTeacher.started
+
+    deaths = MAX_STARTS - 1
+    assert survivor(tmp_path).ask(question) == MAX_STARTS
+    deaths = 100
+    with pytest.raises(TeacherError, match=r"3 engines died while they scored .* the last one"):
+        survivor(tmp_path, run="other").ask(question)
+
+
+def test_a_teacher_that_cannot_be_made_says_why_at_once(tmp_path: Path) -> None:
+    calls = []
+
+    def refuse() -> FragileTeacher:
+        calls.append(1)
+        raise TeacherError("no such model")
+
+    teacher = Survivor(refuse, Attempts(Store(str(tmp_path)), "run"), None)
+    for _ in range(5):
+        with pytest.raises(TeacherError, match="no such model"):
+            teacher.label(requests([20]))
+    assert len(calls) == 5
+
+
+def test_no_engine_starts_before_the_first_rows(tmp_path: Path) -> None:
+    survivor(tmp_path)
+    assert FragileTeacher.started == 0
+
+
+def test_only_this_run_and_living_nodes_count(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    first = Attempts(store, "first", node="a")
+    for _ in range(2):
+        first.failed(first.begin("key"))
+    assert Attempts(store, "first", node="b").deaths("key") == Deaths(alone=2)
+    assert Attempts(store, "first", is_lost=lambda node: node == "a").deaths("key") == Deaths()
+    assert Attempts(store, "second").deaths("key") == Deaths()
+    came_back = first.begin("other")
+    first.end(came_back)
+    assert first.deaths("other") == Deaths()
+    remove_attempts(store, "first")
+    assert first.deaths("key") == Deaths()
+    remove_attempts(store, "first")  # of a run that left nothing
+
+
+def test_starts_of_other_replicas_are_no_deaths(tmp_path: Path) -> None:
+    """They are still in flight, and their records are in the folder of the same run."""
+    store = Store(str(tmp_path))
+    for replica in range(MAX_STARTS + 1):
+        others = Attempts(store, "run", actor=f"replica-{replica}")
+        others.begin(others.own_key("start"))
+    last = Attempts(store, "run", actor="last")
+    found, _ = Survivor(FragileTeacher, last, None).label(requests([20]))
+    assert len(found.requests) == 1
+
+
+def test_starts_before_a_restart_of_the_actor_are_deaths(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    for _ in range(MAX_STARTS):
+        before = Attempts(store, "run", actor="replica")
+        before.failed(before.begin(before.own_key("start")))
+    again = Attempts(store, "run", actor="replica")
+    with pytest.raises(TeacherError, match="3 engines died while they started"):
+        Survivor(FragileTeacher, again, None).label(requests([20]))
+
+
+def test_an_attempt_that_ends_while_it_is_counted_is_no_death(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path))
+    attempts = Attempts(store, "run")
+    attempts.failed(attempts.begin("key"))
+    ending = attempts.begin("key")
+    listed = store.list("attempts/run/key", ".json")
+    attempts.end(ending)
+    monkeypatch.setattr(store, "list", lambda *_: listed)
+    assert attempts.deaths("key") == Deaths(alone=1)
+
+
+def test_clearing_a_key_beside_another_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is looked at, the other begins, and then what was seen is removed."""
+    store = Store(str(tmp_path))
+    attempts, other = Attempts(store, "run"), Attempts(store, "run")
+    attempts.begin("key")
+    unlink = os.unlink
+
+    def unlink_late(path: str, **where: Any) -> None:
+        monkeypatch.undo()
+        other.begin("key")
+        unlink(path, **where)
+
+    monkeypatch.setattr(os, "unlink", unlink_late)
+    attempts.clear("key")
+    assert attempts.deaths("key") == Deaths(alone=1)
+
+
+CHILD = """
+import json, sys
+from pathlib import Path
+from tests.support.fragile_teacher import requests, survivor
+found, _ = survivor(Path({folder!r}), crash=True).label(requests({tokens!r}))
+print(json.dumps([[r.place for r in found.requests], [r.place for r in found.quarantined]]))
+"""
+
+
+def test_processes_that_die_are_survived(tmp_path: Path) -> None:
+    """The process is the engine: whoever restarts it, as Ray does, gets on in the end."""
+    child = CHILD.format(folder=str(tmp_path), tokens=[20, 21, POISON, 22])
+    deaths = 0
+    while deaths < 12:
+        done = subprocess.run(
+            [sys.executable, "-c", child], cwd=ROOT, capture_output=True, text=True
+        )
+        if done.returncode == 0:
+            break
+        assert done.returncode == 11, done.stderr
+        deaths += 1
+    assert json.loads(done.stdout) == [[0, 1, 3], [2]]
+    assert deaths == 5  # the four rows twice, a half once, the row alone twice
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_server_that_is_gone_is_held_against_no_row(tmp_path: Path, shared: bool) -> None:
+    class Gone(FragileTeacher):
+        shareable = shared
+
+        def label(self, *_: object) -> list[RowLabels | RowFailure]:
+            raise TeacherGoneError("no answer")
+
+    attempts = Attempts(Store(str(tmp_path)), "run")
+    for _ in range(3):
+        with pytest.raises(TeacherGoneError, match="no answer"):
+            Survivor(Gone, attempts, None).label(requests([20, 21]))
+    assert attempts.deaths(requests_unit_key(requests([20, 21]))) == Deaths()

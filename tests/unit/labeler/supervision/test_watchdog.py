@@ -1,0 +1,197 @@
+"""Engines that hang are ended; those that somebody else ended are not held against their rows."""
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import labeler.supervision.supervisor
+from labeler.supervision.attempts import Attempts
+from labeler.supervision.supervisor import Survivor
+from labeler.supervision.watchdog import EXIT_STALLED, EngineWatch
+from labeler.teachers.protocol import RowFailure, RowLabels
+from schemas.errors import TeacherError
+from schemas.storage.store import Store
+from tests.support.fragile_teacher import FragileTeacher, requests
+
+STOP, KILL, CRASH, FAIL = 901, 902, 903, 904
+ONCE = "once"
+
+
+def engine(pipe: Connection, folder: Path) -> None:
+    """A process that answers as long as it lives."""
+    with contextlib.suppress(EOFError):
+        answer(pipe, folder)
+
+
+def answer(pipe: Connection, folder: Path) -> None:
+    while True:
+        tokens = pipe.recv()
+        first = not (folder / ONCE).exists()
+        (folder / ONCE).touch()
+        if STOP in tokens:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if KILL in tokens and first:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if CRASH in tokens:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if FAIL in tokens:
+            sys.exit(1)
+        pipe.send(len(tokens))
+
+
+class ProcessTeacher(FragileTeacher):
+    """Its engine is a process of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        context = multiprocessing.get_context("spawn")
+        self._pipe, its = context.Pipe()
+        self._process = context.Process(target=engine, args=(its, folder), daemon=True)
+        self._process.start()
+        its.close()
+
+    def label(
+        self,
+        token_ids: Sequence[np.ndarray],
+        label_spans: Sequence[np.ndarray],
+        row_keys: np.ndarray,
+        audit_rate: float = 0.0,
+    ) -> list[RowLabels | RowFailure]:
+        try:
+            self._pipe.send([int(ids[0]) for ids in token_ids])
+            self._pipe.recv()
+        except (EOFError, OSError) as error:
+            raise TeacherError("the engine died") from error
+        return super().label(token_ids, label_spans, row_keys, audit_rate)
+
+    def close(self) -> None:
+        self._process.terminate()
+
+
+def survivor(folder: Path, stall_s: float = 60.0) -> Survivor:
+    ProcessTeacher.started = 0
+    attempts = Attempts(Store(str(folder / "attempts")), "run")
+    return Survivor(lambda: ProcessTeacher(folder), attempts, None, watch=EngineWatch(stall_s))
+
+
+def test_an_engine_that_hangs_is_ended_and_its_row_found(tmp_path: Path) -> None:
+    found, _ = survivor(tmp_path, stall_s=8.0).label(requests([STOP]))
+    assert [row.reason for row in found.quarantined] == ["kills_engine"]
+
+
+def test_a_signal_from_outside_is_nobodys_fault(tmp_path: Path) -> None:
+    found, _ = survivor(tmp_path).label(requests([KILL]))
+    assert len(found.requests) == 1
+    assert ProcessTeacher.started == 2
+    assert not any(path.is_file() for path in (tmp_path / "attempts").rglob("*"))
+
+
+@pytest.mark.parametrize("how", [CRASH, FAIL])
+def test_an_engine_that_ends_by_itself_is_held_against_the_row(tmp_path: Path, how: int) -> None:
+    found, _ = survivor(tmp_path).label(requests([how]))
+    assert [row.reason for row in found.quarantined] == ["kills_engine"]
+
+
+class StuckStarter(ProcessTeacher):
+    """Its engine stops while it starts: the first of all, or each."""
+
+    def __init__(self, folder: Path, always: bool) -> None:
+        super().__init__(folder)
+        if always or StuckStarter.started == 1:
+            try:
+                self._pipe.send([STOP])
+                self._pipe.recv()
+            except (EOFError, OSError) as error:
+                raise TeacherError("the engine does not start") from error
+
+
+def stuck_starters(folder: Path, always: bool, stall_s: float) -> Survivor:
+    StuckStarter.started = 0
+    attempts = Attempts(Store(str(folder / "attempts")), "run")
+    make = functools.partial(StuckStarter, folder, always)
+    return Survivor(make, attempts, None, watch=EngineWatch(stall_s))
+
+
+def test_an_engine_that_hangs_while_it_starts_is_started_anew(tmp_path: Path) -> None:
+    found, _ = stuck_starters(tmp_path, always=False, stall_s=8.0).label(requests([20]))
+    assert len(found.requests) == 1
+    assert StuckStarter.started == 2
+    assert not any(path.is_file() for path in (tmp_path / "attempts").rglob("*"))
+
+
+def test_engines_that_all_hang_while_they_start_end_the_run(tmp_path: Path) -> None:
+    expected = "3 engines died while they started: .*; the last one: .* raise run.stall_s"
+    with pytest.raises(TeacherError, match=expected):
+        stuck_starters(tmp_path, always=True, stall_s=3.0).label(requests([20]))
+    assert StuckStarter.started == 3
+
+
+class DeafTeacher(ProcessTeacher):
+    """Does not notice that its engine is gone until somebody says so, as vLLM does not."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._told = threading.Event()
+
+    def wake(self) -> None:
+        self._told.set()
+
+    def label(
+        self,
+        token_ids: Sequence[np.ndarray],
+        label_spans: Sequence[np.ndarray],
+        row_keys: np.ndarray,
+        audit_rate: float = 0.0,
+    ) -> list[RowLabels | RowFailure]:
+        try:
+            return super().label(token_ids, label_spans, row_keys, audit_rate)
+        except TeacherError:
+            assert self._told.wait(30)
+            raise
+
+
+def test_a_call_that_does_not_notice_a_death_is_told(tmp_path: Path) -> None:
+    attempts = Attempts(Store(str(tmp_path / "attempts")), "run")
+    watch = EngineWatch(60.0)
+    deaf = Survivor(lambda: DeafTeacher(tmp_path), attempts, None, watch=watch)
+    found, _ = deaf.label(requests([KILL]))
+    assert len(found.requests) == 1
+
+
+def test_engines_that_are_always_ended_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(labeler.supervision.supervisor, "MAX_OUTSIDE", 2)
+    watched = survivor(tmp_path)
+    monkeypatch.setattr(watched._watch, "was_ended_from_outside", lambda: True)
+    expected = "2 engines in a row were ended by a signal .*; the last one: the engine died"
+    with pytest.raises(TeacherError, match=expected):
+        watched.label(requests([CRASH]))
+
+
+@pytest.mark.parametrize(
+    ("hang", "code"),
+    [
+        ("import time; time.sleep(60)", EXIT_STALLED),
+        # Holds the interpreter's lock, so that no thread of Python ever runs again.
+        ("import ctypes; ctypes.PyDLL(None).sleep(60)", 1),
+    ],
+)
+def test_an_engine_that_hangs_in_this_process_takes_it_along(hang: str, code: int) -> None:
+    child = (
+        "from labeler.supervision.watchdog import EngineWatch\n"
+        f"with EngineWatch(1.0).waiting():\n    {hang}"
+    )
+    done = subprocess.run([sys.executable, "-c", child], capture_output=True, timeout=50)
+    assert done.returncode == code, done.stderr
