@@ -185,7 +185,8 @@ def _train(out: Path, stages: Stages) -> dict[str, dict[str, Any]]:
 
 
 def _evaluate(out: Path) -> dict[str, dict[str, Any]]:
-    from trainer.evaluation.compare import EvaluateConfig, run_evaluate
+    from trainer.config.evaluate import EvaluateConfig
+    from trainer.evaluation.compare import run_evaluate
 
     summary = run_evaluate(load_toml(str(out / "evaluate.toml"), EvaluateConfig))
     return {name: metrics.model_dump() for name, metrics in summary.models.items()}

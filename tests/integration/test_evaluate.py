@@ -1,6 +1,7 @@
 """Students and teacher on a held-out view, against a naive computation of every number."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from schemas.record import LabelRows
 from schemas.spec import LabelSetSpec, RecordSpec, TeacherIdentity, TextSpec
 from schemas.views.view import build_view
 from tests.support.tiny_model import make_model
-from trainer.evaluation.compare import EvaluateConfig, format_table, run_evaluate
+from trainer.config.evaluate import EvaluateConfig
+from trainer.evaluation.compare import format_table, run_evaluate
 from trainer.student.build import load_model, load_tokenizer
 
 LENGTHS = (40, 7, 23, 2, 31, 18, 40, 11)
@@ -124,6 +126,7 @@ def test_every_number_equals_the_naive_one(
         view, tiny_model_dir, student_dir, batch_tokens=batch_tokens, chunk_tokens=chunk_tokens
     )
     summary = run_evaluate(wanted)
+    printed = capsys.readouterr()
     assert list(summary.models) == ["teacher", "small"]
     for name, path in (("teacher", tiny_model_dir), ("small", student_dir)):
         found = summary.models[name].model_dump()
@@ -138,9 +141,11 @@ def test_every_number_equals_the_naive_one(
     rows = token_rows()
     assert (summary.rows, summary.tokens) == (len(rows), rows.num_tokens)
     assert summary.labels == rows.num_labels
-    printed = capsys.readouterr().out
-    assert format_table(summary) in printed
-    assert "KL to teacher" in printed
+    assert format_table(summary) in printed.out
+    assert "KL to teacher" in printed.out
+    done = f"evaluate: {len(rows)} of {len(rows)} rows, {rows.num_tokens} tokens | teacher "
+    assert printed.err.splitlines()[-1].startswith(done)
+    assert re.search(r"small [\d,]+ tokens/s", printed.err)
     assert json.loads(summary.model_dump_json())["models"]["small"]["ece"] >= 0
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from schemas.spec import RecordSpec
 from tests.support.training_runs import curve, losses, make_config, make_view
-from trainer.evaluation.compare import EvaluateConfig, run_evaluate
+from trainer.config.evaluate import EvaluateConfig
+from trainer.evaluation.compare import run_evaluate
 from trainer.run.launch import run_train_job
 
 pytestmark = pytest.mark.usefixtures("ray_session")

@@ -7,8 +7,8 @@ import pytest
 from labeler.config import LabelConfig
 from schemas.config import StrictModel, dump_toml, load_toml
 from tests.support import ROOT
+from trainer.config.evaluate import EvaluateConfig
 from trainer.config.train import TrainConfig
-from trainer.evaluation.compare import EvaluateConfig
 
 SHIPPED = sorted((ROOT / "examples").rglob("*.toml"))
 

@@ -1,7 +1,7 @@
-"""Students against their teacher on held-out rows, with full distributions of every model.
+"""Compares students with their teacher on held-out rows, on full distributions of every model.
 
-All models are held at once, so that the teacher runs once per batch whatever the number of
-students. Rows are padded on the right, which causal attention needs no mask for.
+All models stay loaded, so that the teacher runs once per batch for any number of students. Rows are
+padded on the right; causal attention needs no mask for that.
 """
 
 import math
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from schemas.console.progress import Progress
+from schemas.console.text import table
 from schemas.errors import ConfigError, StudentError
 from schemas.record import LabelRows, target_positions
 from schemas.views.view import View
@@ -30,10 +32,8 @@ from trainer.student.build import (
 )
 from trainer.student.vocabulary import check_vocabularies
 
-__all__ = ["EvaluateConfig", "EvaluateSummary", "ModelMetrics", "run_evaluate"]
-
-_ROWS_AT_ONCE = 2048
-"""Rows that are read together and batched by length."""
+_READ_ROWS = 2048
+"""Rows read at a time and then batched by length."""
 
 
 def run_evaluate(config: EvaluateConfig, progress: bool = True) -> EvaluateSummary:
@@ -41,30 +41,37 @@ def run_evaluate(config: EvaluateConfig, progress: bool = True) -> EvaluateSumma
 
     Args:
         config: what to compare.
-        progress: print a table of the result.
+        progress: show progress on standard error and print a table of the result.
 
     Returns:
-        The metrics by name of the model, the teacher's under "teacher".
+        Metrics by model name, the teacher's under "teacher".
 
     Raises:
-        ConfigError: no GPU where one was asked for, or a view without labels.
-        StudentError: a model cannot be loaded, or cannot take rows of this length.
-        VocabularyError: a model's tokenizer is not that of the labels.
-        StoreError, DamagedError: the view or its shards are not what they should be.
+        ConfigError: a GPU is requested and torch sees none, or the view has no labels.
+        StudentError: a model cannot be loaded, or its context is shorter than the longest row.
+        VocabularyError: a model's tokenizer differs from that of the labels.
+        StoreError, DamagedError: the view or a shard is missing or damaged.
     """
     started = time.perf_counter()
     view = View.open(config.view)
     view.check_shards()
-    table = _chosen_rows(view.table, config.max_rows)
+    rows = _sample_rows(view.table, config.max_rows)
     device = _device(config.device)
     paths = {TEACHER: config.teacher, **config.students}
-    runners = {name: _load(name, path, config, view, device) for name, path in paths.items()}
-    for batch in _batches(view, table, config.batch_tokens, device):
-        _measure(runners, batch, config.chunk_tokens)
+    runners: dict[str, _Runner] = {}
+    total = int(np.sum(rows.column("num_tokens").to_numpy()))
+    shown = Progress("evaluate", enabled=progress)
+    for name, path in paths.items():
+        shown.say(f"loading {name} ({path})")
+        runners[name] = _load(name, path, config, view, device)
+    with shown:  # only now: transformers draws bars of its own while it loads
+        for batch in _batches(view, rows, config.batch_tokens, device):
+            _measure(runners, batch, config.chunk_tokens)
+            _show(shown, runners, len(rows), total)
     summary = EvaluateSummary(
         view=config.view,
         view_hash=view.view_hash,
-        rows=len(table),
+        rows=len(rows),
         tokens=runners[TEACHER].num_tokens,
         labels=runners[TEACHER].tally.num_labels,
         device=str(device),
@@ -80,7 +87,7 @@ def format_table(summary: EvaluateSummary) -> str:
     """The result as aligned plain text."""
     head = ["model", "parameters", "perplexity", "CE", "KL to teacher", "agreement", "accuracy"]
     head += ["ECE", "tokens/s"]
-    rows = [
+    lines = [
         [
             name,
             f"{m.parameters:,}",
@@ -94,13 +101,8 @@ def format_table(summary: EvaluateSummary) -> str:
         ]
         for name, m in summary.models.items()
     ]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-        for row in [head, *rows]
-    ]
     title = f"{summary.view}: {summary.rows:,} rows, {summary.labels:,} labels, {summary.device}"
-    return "\n".join([title, *lines])
+    return f"{title}\n{table(head, lines, right=range(1, len(head)))}"
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,9 @@ class _Batch:
     Attributes:
         input_ids: [B, L] int64, padded on the right.
         position_ids: [B, L] int64.
-        states: [T] int64, flat index of the hidden state that each label is predicted from.
-        token_ids: [T] int64, the token that stands there.
+        states: [T] int64, flat index of the hidden state that predicts each labelled token.
+        token_ids: [T] int64, the labelled tokens.
+        num_rows: B.
         num_tokens: without padding.
     """
 
@@ -119,16 +122,18 @@ class _Batch:
     position_ids: Tensor
     states: Tensor
     token_ids: Tensor
+    num_rows: int
     num_tokens: int
 
 
 @dataclass
 class _Runner:
-    """One model, what it cost and what it achieved so far."""
+    """One model, with the time and the metrics of the rows so far."""
 
     model: PreTrainedModel
     device: torch.device
     seconds: float = 0.0
+    num_rows: int = 0
     num_tokens: int = 0
     tally: Tally = field(default_factory=Tally)
 
@@ -141,10 +146,11 @@ class _Runner:
         self.seconds += time.perf_counter() - started
 
     def states(self, batch: _Batch) -> Tensor:
-        """[T, H], the hidden states that the labels of the batch are predicted from."""
+        """[T, H], the hidden states that predict the labelled tokens of the batch."""
         with self.timed():
             hidden = hidden_states(self.model, batch.input_ids, batch.position_ids)
             chosen = hidden.flatten(0, 1)[batch.states]
+        self.num_rows += batch.num_rows
         self.num_tokens += batch.num_tokens
         return chosen
 
@@ -153,8 +159,12 @@ class _Runner:
         with self.timed():
             return output_logits(self.model, states)
 
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.seconds
+
     def metrics(self) -> ModelMetrics:
-        tally, parameters = self.tally, self.model.parameters()
+        tally = self.tally
         ce = tally.ce / tally.num_labels
         return ModelMetrics(
             cross_entropy=ce,
@@ -163,8 +173,8 @@ class _Runner:
             top1_agreement=tally.agreements / tally.num_labels,
             top1_accuracy=tally.hits / tally.num_labels,
             ece=tally.calibration.error,
-            parameters=sum(parameter.numel() for parameter in parameters),
-            tokens_per_s=self.num_tokens / self.seconds,
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            tokens_per_s=self.tokens_per_s,
         )
 
     def _wait(self) -> None:
@@ -174,8 +184,9 @@ class _Runner:
 
 @torch.no_grad()
 def _measure(runners: dict[str, _Runner], batch: _Batch, chunk_tokens: int) -> None:
-    """Adds one batch to every model's tally; [T, V] logits exist for one chunk of positions."""
+    """Adds one batch to every model's tally."""
     states = {name: runner.states(batch) for name, runner in runners.items()}
+    # By chunk: full [T, V] logits of a batch, twice, would outgrow the models themselves.
     for start in range(0, len(batch.token_ids), chunk_tokens):
         part = slice(start, start + chunk_tokens)
         teacher = runners[TEACHER].logits(states[TEACHER][part])
@@ -184,10 +195,20 @@ def _measure(runners: dict[str, _Runner], batch: _Batch, chunk_tokens: int) -> N
             runner.tally.add(logits, teacher, batch.token_ids[part])
 
 
+def _show(progress: Progress, runners: dict[str, _Runner], num_rows: int, num_tokens: int) -> None:
+    done = runners[TEACHER]  # every model has seen the same rows
+    progress.show(
+        done.num_tokens,
+        num_tokens,
+        f"{done.num_rows:,} of {num_rows:,} rows, {done.num_tokens:,} tokens",
+        facts=[f"{name} {runner.tokens_per_s:,.0f} tokens/s" for name, runner in runners.items()],
+    )
+
+
 def _load(
     name: str, path: str, config: EvaluateConfig, view: View, device: torch.device
 ) -> _Runner:
-    """Loads a model and shows that it can be given these rows."""
+    """Loads a model and checks that it can run on the rows of the view."""
     model = load_model(path, config.dtype).eval().to(device)
     check_student(model)
     rows = model.get_output_embeddings().weight.shape[0]
@@ -198,37 +219,37 @@ def _load(
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise StudentError(
-            f"{name} ({path}) takes {limit} tokens, the longest row of {config.view} has "
-            f"{longest}; evaluate on a view of shorter rows"
+            f"{name} ({path}) has a context of {limit} tokens, the longest row of {config.view} "
+            f"has {longest}; evaluate on a view of shorter rows"
         )
     return _Runner(model, device)
 
 
-def _chosen_rows(table: pa.Table, max_rows: int) -> pa.Table:
-    """The rows to measure on: all, or `max_rows` at equal distances."""
-    if max_rows and max_rows < len(table):
-        table = table.take(pa.array(np.arange(max_rows) * len(table) // max_rows))
-    if not int(np.sum(table.column("num_labels").to_numpy())):
+def _sample_rows(rows: pa.Table, max_rows: int) -> pa.Table:
+    """All rows, or `max_rows` spread evenly over them."""
+    if max_rows and max_rows < len(rows):
+        rows = rows.take(pa.array(np.arange(max_rows) * len(rows) // max_rows))
+    if not int(np.sum(rows.column("num_labels").to_numpy())):
         raise ConfigError("the view has no labels to evaluate on; name the view of held-out rows")
-    return table
+    return rows
 
 
-def _device(wanted: str) -> torch.device:
+def _device(requested: str) -> torch.device:
     has_gpu = torch.cuda.is_available()
-    if wanted == "cuda" and not has_gpu:
+    if requested == "cuda" and not has_gpu:
         raise ConfigError('device = "cuda", but torch sees no GPU; use device = "auto" or "cpu"')
-    return torch.device("cuda" if has_gpu and wanted != "cpu" else "cpu")
+    return torch.device("cuda" if has_gpu and requested != "cpu" else "cpu")
 
 
 def _batches(
-    view: View, table: pa.Table, batch_tokens: int, device: torch.device
+    view: View, chosen: pa.Table, batch_tokens: int, device: torch.device
 ) -> Iterator[_Batch]:
-    """All rows of `table`, those of like length together."""
-    sets = table.column("label_set").to_numpy()
+    """The chosen rows of a view in batches of similar length, which keeps padding small."""
+    sets = chosen.column("label_set").to_numpy()
     for number, label_set in enumerate(view.label_sets):
         places = np.flatnonzero(sets == number)
-        for start in range(0, len(places), _ROWS_AT_ONCE):
-            where = table.take(pa.array(places[start : start + _ROWS_AT_ONCE]))
+        for start in range(0, len(places), _READ_ROWS):
+            where = chosen.take(pa.array(places[start : start + _READ_ROWS]))
             rows = label_set.read_rows(where, columns=())
             lengths = np.diff(rows.token_offsets)
             order = np.argsort(lengths, kind="stable")
@@ -237,7 +258,7 @@ def _batches(
 
 
 def _groups(lengths: np.ndarray, batch_tokens: int) -> Iterator[slice]:
-    """Cuts rows of rising length into batches of `batch_tokens` padded tokens, or of one row."""
+    """Splits rows of rising length into batches of `batch_tokens` padded tokens, or of one row."""
     start = 0
     for stop in range(1, len(lengths) + 1):
         if stop == len(lengths) or (stop + 1 - start) * lengths[stop] > batch_tokens:
@@ -261,5 +282,6 @@ def _batch(rows: LabelRows, device: torch.device) -> _Batch:
         position_ids=torch.arange(width, device=device).expand(len(rows), -1),
         states=targets - 1,
         token_ids=tokens.flatten()[targets],
+        num_rows=len(rows),
         num_tokens=rows.num_tokens,
     )
