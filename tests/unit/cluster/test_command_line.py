@@ -17,18 +17,11 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_help_imports_nothing_heavy() -> None:
-    code = (
-        "import sys\n"
-        "from cluster.__main__ import main\n"
-        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'ray', 'vllm', 'pyarrow', 'numpy', 'transformers', 'pydantic'}\n"
-        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def test_help_lists_the_commands() -> None:
+    done = run("--help")
     assert done.returncode == 0, done.stderr
-    assert "label" in done.stdout
-    assert "evaluate" in done.stdout
+    for command in ("label", "train", "evaluate", "labels", "demo"):
+        assert f"  {command} " in done.stdout
 
 
 def test_no_command_is_a_usage_error() -> None:

@@ -59,18 +59,6 @@ def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> No
         config(**changes)
 
 
-def test_importing_the_configuration_imports_no_engine() -> None:
-    import subprocess
-    import sys
-
-    code = (
-        "import sys, labeler.config, labeler.run.job; "
-        "heavy = {'torch', 'vllm', 'ray', 'transformers'} & set(sys.modules); "
-        "assert not heavy, heavy"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_labels_are_of_the_default_kind_where_nothing_is_said() -> None:
     config = LabelConfig.model_validate(
         {"labels": "x", "corpus": {"path": "y"}, "teacher": {"model": "z"}}
