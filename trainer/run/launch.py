@@ -5,6 +5,7 @@ anything: the configuration, the view and its shards, the vocabulary, the run fo
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from schemas.console.progress import Progress
@@ -19,13 +20,19 @@ from trainer.run.ray_train import RAY_NOTES, make_trainer, ray_cluster
 from trainer.run_folder import RunFolder, TrainSummary
 from trainer.tracking.external import check_trackers
 
+TrainWorkers = Callable[[TrainConfig, RunFolder, str, int, Progress], None]
+"""Runs all workers to the end, from the run's folder, the hash of its view and its steps."""
 
-def run_train_job(config: TrainConfig, progress: bool = True) -> TrainSummary:
+
+def run_train_job(
+    config: TrainConfig, progress: bool = True, train_workers: TrainWorkers | None = None
+) -> TrainSummary:
     """Trains the student of a configuration, or goes on where an earlier process stopped.
 
     Args:
         config: the run.
         progress: print how far it is to standard error.
+        train_workers: starts ``train_worker`` on every rank and waits; with Ray Train where None.
 
     Returns:
         What the run came to; at once where it was finished before.
@@ -57,8 +64,7 @@ def run_train_job(config: TrainConfig, progress: bool = True) -> TrainSummary:
         + (f"; {rows.num_dropped:,} longer rows are left out" if rows.num_dropped else ""),
     )
     folder.start(config, view.view_hash, label_sets)
-    with ray_cluster(config.ray, shown.say):
-        _train(config, folder, view.view_hash, num_steps, shown)
+    (train_workers or train_on_ray)(config, folder, view.view_hash, num_steps, shown)
     summary = folder.summary()
     if summary is None:
         raise StudentError(f"the run in {config.run} ended without a summary; run it again")
@@ -114,10 +120,10 @@ def _vocab_size(student: StudentConfig, tokenizer: Any) -> int:
     return int(config.get_text_config().vocab_size)
 
 
-def _train(
+def train_on_ray(
     config: TrainConfig, folder: RunFolder, view_hash: str, num_steps: int, progress: Progress
 ) -> None:
-    """Runs all workers to the end.
+    """Runs all workers to the end with Ray Train, which starts them again when one is lost.
 
     Raises:
         TutelageError: what a worker met; a StudentError for what nobody foresaw.
@@ -127,16 +133,17 @@ def _train(
     from trainer.run.status import RunStatusActor, StatusDisplay
     from trainer.run.worker import TrainJob, train_worker
 
-    status = RunStatusActor()
-    job = TrainJob(config, os.getcwd(), folder.claim(), view_hash, num_steps, status)
-    try:
-        with StatusDisplay(status.news, progress):
-            failure = _fit(make_trainer(config, train_worker, job, folder.store))
-        known = status.error()
-    except RayError as error:
-        raise StudentError(f"the Ray cluster was lost: {_unforeseen(error, config)}") from error
-    finally:
-        folder.store.delete(RAY_NOTES)
+    with ray_cluster(config.ray, progress.say):
+        status = RunStatusActor()
+        job = TrainJob(config, os.getcwd(), folder.claim(), view_hash, num_steps, status)
+        try:
+            with StatusDisplay(status.news, progress):
+                failure = _fit(make_trainer(config, train_worker, job, folder.store))
+            known = status.error()
+        except RayError as error:
+            raise StudentError(f"the Ray cluster was lost: {_unforeseen(error, config)}") from error
+        finally:
+            folder.store.delete(RAY_NOTES)
     if known is not None:
         raise known from failure
     if failure is not None:
