@@ -22,7 +22,8 @@ from schemas.storage.store import Store
 from tests.support import ROOT
 from tests.support.s3_server import S3Server
 from tests.support.training_runs import make_config, make_world
-from trainer.checkpoints.store import TrainProgress, find_checkpoint
+from trainer.checkpoints.store import find_checkpoint
+from trainer.checkpoints.train_progress import TrainProgress
 from trainer.checkpoints.writer import CheckpointWriter
 from trainer.data.row_order import LoaderState
 from trainer.engine.export import upload
@@ -119,14 +120,14 @@ def test_checkpoints(server: S3Server, tmp_path: Path) -> None:
         writer.wait()
         rel = "checkpoints/step_9-aa/weights.pt"
         store.write_bytes(rel, store.read_bytes(rel)[:-1])
-        folder, manifest, passed_over = find_checkpoint(store, tmp_path / "cache", True)
+        folder, manifest, skipped = find_checkpoint(store, tmp_path / "cache", True)
     finally:
         dist.destroy_process_group()
     assert folder == tmp_path / "cache" / "step_6-aa"
     assert manifest is not None
     assert manifest.progress == progress(6)
     assert torch.equal(torch.load(folder / "weights.pt"), torch.full((1000,), 6.0))
-    assert "weights.pt has" in "".join(passed_over)
+    assert "weights.pt has" in "".join(skipped)
     assert store.folders("checkpoints") == ["checkpoints/step_6-aa", "checkpoints/step_9-aa"]
 
 
@@ -172,7 +173,7 @@ def test_a_run_on_an_object_store(server: S3Server, tmp_path: Path) -> None:
     summary = json.loads(result.stdout.splitlines()[-1])
     assert summary["exported"] == "s3://runs/one/student"
     assert "step_9-" in result.stderr
-    assert "passed over: mp_rank_00_model_states.pt has" in result.stderr
+    assert "skipped: mp_rank_00_model_states.pt has" in result.stderr
     there = fs.find("runs/one")
     assert "runs/one/student/model.safetensors" in there
     assert any(path.startswith("runs/one/tensorboard/") for path in there)

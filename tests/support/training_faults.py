@@ -208,7 +208,7 @@ def _cut_checkpoint(trial: Trial) -> None:
     victim.write_bytes(victim.read_bytes()[:-100])
     trial.note(f"driver and ranks; {victim.name} cut short", on_disk(trial.run))
     trial.start()
-    trial.wait_until(lambda: f"{newest.name} is passed over: {victim.name} has" in trial.said())
+    trial.wait_until(lambda: f"{newest.name} is skipped: {victim.name} has" in trial.said())
 
 
 def _cut_shard(trial: Trial) -> None:

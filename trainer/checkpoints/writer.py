@@ -1,11 +1,12 @@
-"""Saves checkpoints while the training goes on.
+"""Saves checkpoints in the background of the training.
 
-The training waits only while its state is copied to memory of the host. A thread then writes each
-file, hashes it on the way, and, when the threads of all ranks are done, rank 0 writes the manifest.
-The threads speak to each other over a process group of their own, since the training uses its own
-at the same time. One checkpoint is written at a time: the next save waits for the last. What fails
-in the thread is raised in the training, at its next step: what the store has against the files, as
-an error for a person; that another rank was lost, as it is, so that the workers start again.
+Training waits only while its state is copied to host memory. A thread of each rank then writes its
+files and hashes them on the way; when the threads of all ranks are done, rank 0 writes the
+manifest. The threads use a process group of their own, since the training communicates at the same
+time. One checkpoint is written at a time: a save waits for the one before it.
+
+An error in the thread is raised in the training at its next step: a failure of the store as a
+StudentError for the user; the loss of another rank unchanged, so that the workers are restarted.
 """
 
 import contextlib
@@ -29,21 +30,21 @@ from trainer.checkpoints.store import (
     MANIFEST,
     CheckpointFile,
     CheckpointManifest,
-    TrainProgress,
     checkpoint_name,
-    keep_only,
+    delete_old_checkpoints,
 )
+from trainer.checkpoints.train_progress import TrainProgress
 from trainer.config.train import TrainConfig
 from trainer.engine.collectives import gathered
 
 
 class CheckpointWriter:
-    """One rank's part in every checkpoint of an attempt.
+    """Saves this rank's part of the checkpoints of an attempt.
 
     Attributes:
         blocked_s: seconds that the training waited for checkpoints so far.
-        copied_s: seconds that copying took, which is always waited for.
-        busy_s: seconds that writing took, waited for or not.
+        copied_s: seconds of copying to host memory, for which the training always waits.
+        busy_s: seconds of writing, whether the training waited or not.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class CheckpointWriter:
         Args:
             store: the run's folder.
             attempt: name of this start of the workers, the same on all ranks.
-            check_owner: raises where another process has taken the run over.
+            check_owner: raises if another process has taken over the run.
         """
         self.blocked_s = self.copied_s = self.busy_s = 0.0
         self._store, self._attempt, self._config = store, attempt, config.checkpoint
@@ -68,20 +69,20 @@ class CheckpointWriter:
 
     @property
     def hidden_share(self) -> float:
-        """Chunk of the time that checkpoints took which the training did not wait."""
-        whole = self.copied_s + self.busy_s
-        return max(0.0, 1.0 - self.blocked_s / whole) if whole else 0.0
+        """Share of the time spent on checkpoints during which the training continued."""
+        total = self.copied_s + self.busy_s
+        return max(0.0, 1.0 - self.blocked_s / total) if total else 0.0
 
     def save(self, engine: Any, progress: TrainProgress, label_sets: list[str]) -> None:
-        """Saves the run as it is now. Collective.
+        """Saves the current state. Collective.
 
         Args:
             engine: the DeepSpeed engine.
             label_sets: fingerprints of the label sets that are trained on.
 
         Raises:
-            TutelageError: the checkpoint before could not be written. Where another rank was lost
-                meanwhile, what torch raises.
+            TutelageError: the previous checkpoint could not be written. If another rank was lost
+                meanwhile, torch's own error.
         """
         before = time.perf_counter()
         self._join()
@@ -101,12 +102,12 @@ class CheckpointWriter:
         self.blocked_s += time.perf_counter() - before
 
     def check(self) -> None:
-        """Raises what went wrong in the thread, if it has ended so."""
+        """Raises the error of a thread that has failed; does not wait."""
         if self._thread is not None and not self._thread.is_alive():
             self._join()
 
     def wait(self) -> None:
-        """Waits until what was saved is finished, or raises why it could not be."""
+        """Waits until the last save is finished; raises its error."""
         before = time.perf_counter()
         self._join()
         self.blocked_s += time.perf_counter() - before
@@ -130,29 +131,27 @@ class CheckpointWriter:
         step = manifest.progress.step
         name = checkpoint_name(step, self._attempt)
         folder = f"{FOLDER}/{name}"
-        with self._blaming_the_store(step):
+        with self._store_failures(step):
             self._check_owner()
-            # Each state is let go once it is written.
+            # pop: the memory of each state is freed once it is written.
             files = [write_state(self._store, folder, p, states.pop(p)) for p in sorted(states)]
-        everyone = gathered(files, self._group)
+        files = sorted(gathered(files, self._group), key=lambda file: file.path)
         if self._rank == 0:
-            whole = manifest.model_copy(
-                update={"files": sorted(everyone, key=lambda file: file.path)}
-            )
-            with self._blaming_the_store(step):
+            manifest = manifest.model_copy(update={"files": files})
+            with self._store_failures(step):
                 self._check_owner()
-                data = whole.model_dump_json(indent=2).encode()
+                data = manifest.model_dump_json(indent=2).encode()
                 self._store.write_bytes(f"{folder}/{MANIFEST}", data)
-                keep_only(self._store, name, whole, self._config)
-        # So that no rank goes on to the next checkpoint, or ends, before this one is finished.
+                delete_old_checkpoints(self._store, name, manifest, self._config)
+        # No rank may begin the next checkpoint, or exit, before this one is finished.
         dist.barrier(self._group)
 
     @contextlib.contextmanager
-    def _blaming_the_store(self, step: int) -> Iterator[None]:
-        """Says what to do about what fails here.
+    def _store_failures(self, step: int) -> Iterator[None]:
+        """Turns failures of the store into a StudentError that says what to do.
 
-        Not for what ranks say to each other: that fails where one of them was lost, for which the
-        workers start again, while a StudentError would end the run.
+        Communication between ranks must stay outside: it fails if a rank is lost, after which the
+        workers are restarted, while a StudentError would end the run.
         """
         try:
             yield
@@ -162,14 +161,14 @@ class CheckpointWriter:
             reason = " ".join(str(error).split())[:300]
             raise StudentError(
                 f"the checkpoint of step {step} could not be written to "
-                f"{self._store.path(FOLDER)} ({type(error).__name__}: {reason}); look whether "
-                "there is room and the store can be reached, then start the run again: it goes on "
-                "from the checkpoint before"
+                f"{self._store.path(FOLDER)} ({type(error).__name__}: {reason}); check that "
+                "the store is reachable and has free space, then start the run again: it resumes "
+                "from the previous checkpoint"
             ) from error
 
 
 def write_state(store: Store, folder: str, path: str, state: Any) -> CheckpointFile:
-    """Writes one file durably and returns what is in it, by the bytes that were written."""
+    """Writes one file durably. Returns its size and SHA-256, of the bytes as written."""
     rel = f"{folder}/{path}"
     with store.open(rel, "wb") as file:
         hashing = HashingWriter(file)
@@ -179,21 +178,21 @@ def write_state(store: Store, folder: str, path: str, state: Any) -> CheckpointF
 
 
 def snapshot(engine: Any) -> dict[str, Any]:
-    """This rank's part of what ``engine.save_checkpoint`` would write, copied to host memory.
+    """Copies to host memory what ``engine.save_checkpoint`` would write on this rank. Collective.
 
     Returns:
-        By file name, what the file holds. Collective.
+        Content by file name.
     """
-    taken = _Snapshots()
-    writes = engine.checkpoint_engine
-    engine.checkpoint_engine = taken
+    snapshots = _Snapshots()
+    original = engine.checkpoint_engine
+    engine.checkpoint_engine = snapshots
     try:
-        # DeepSpeed also copies scripts of its own beside a checkpoint; they are not kept.
-        with tempfile.TemporaryDirectory() as nowhere:
-            engine.save_checkpoint(nowhere, tag="step", save_latest=False)
+        # The folder only receives scripts that DeepSpeed copies beside a checkpoint.
+        with tempfile.TemporaryDirectory() as scratch:
+            engine.save_checkpoint(scratch, tag="step", save_latest=False)
     finally:
-        engine.checkpoint_engine = writes
-    return taken.states
+        engine.checkpoint_engine = original
+    return snapshots.states
 
 
 def random_state() -> dict[str, torch.Tensor]:
@@ -205,7 +204,7 @@ def random_state() -> dict[str, torch.Tensor]:
 
 
 class _Snapshots:
-    """Stands in for DeepSpeed's checkpoint engine: keeps copies instead of writing files."""
+    """A checkpoint engine for DeepSpeed that keeps copies instead of writing files."""
 
     def __init__(self) -> None:
         self.states: dict[str, Any] = {}
@@ -227,9 +226,9 @@ class _Snapshots:
 
 
 def _host_copy(item: Any, copies: dict[Any, torch.Tensor]) -> Any:
-    """A copy with all its tensors in host memory; a tensor that occurs twice is copied once.
+    """Copies all tensors of an item to host memory; one that occurs twice is copied once.
 
-    Tensors are copied without what else is in their storage, which is often a flat buffer of many.
+    Only the tensor is copied, not the rest of its storage, often a flat buffer of many tensors.
     """
     if isinstance(item, torch.Tensor):
         key = (item.data_ptr(), item.shape, item.stride(), item.dtype, item.device)

@@ -1,4 +1,4 @@
-"""Evaluation on held-out rows while a student trains."""
+"""Measures the student on held-out rows during training."""
 
 import time
 from dataclasses import replace
@@ -18,7 +18,7 @@ from trainer.tracking.learning_curve import EvalPoint
 
 
 class HeldOut:
-    """The held-out rows, and this rank's part in measuring on them. Collective."""
+    """Evaluation of the student on the held-out rows. Collective."""
 
     def __init__(self, config: TrainConfig, step: TrainStep, vocab_size: int) -> None:
         """
@@ -28,14 +28,14 @@ class HeldOut:
             vocab_size: rows of its output head.
 
         Raises:
-            ConfigError: the metric needs a teacher, and the labels have none; or no row fits.
+            ConfigError: the metric needs a teacher's labels and the view has none, or no row fits.
         """
         assert config.eval is not None
         self._step, self._vocab_size = step, vocab_size
         self._view = View.open(config.eval.view)
         loss = eval_loss(self._view, config)
         self._has_teacher = loss.kind != "hard"
-        # The same lanes as in training, so that the sums do not depend on the number of workers.
+        # Packed into the same lanes as in training: sums do not depend on the number of workers.
         data = config.data.model_copy(
             update={"epochs": 1, "steps": None, "long_rows": "drop", "seed": 0}
         )
@@ -44,7 +44,7 @@ class HeldOut:
         self._num_batches = count_steps(self._rows, data)
 
     def measure(self, step: int) -> EvalPoint:
-        """Measures the student as it is after ``step`` steps. It is left as it was."""
+        """Measures the student after ``step`` steps, without changing it."""
         before = time.perf_counter()
         start = LoaderState(view_hash=self._view.view_hash, seed=0, epoch=0, step=0)
         loader = Loader(
@@ -81,22 +81,22 @@ class HeldOut:
 
 
 def eval_loss(view: View, config: TrainConfig) -> LossConfig:
-    """What to measure: the ghost target is a lower bound of the KL for every kind of label.
+    """The loss to evaluate: the ghost target bounds the KL from below for every kind of label.
 
     Raises:
-        ConfigError: the KL to the teacher is asked for, and the labels are tokens alone.
+        ConfigError: the KL to the teacher is requested, and the labels are tokens only.
     """
     assert config.eval is not None
     has_teacher = common_record(view).kind != "tokens"
-    askers = {
+    need_kl = {
         "eval.metric": config.eval.metric == "kl",
         "checkpoint.best_metric": config.checkpoint.best_metric == "eval_kl",
     }
-    asking = [key for key, asks in askers.items() if asks]
-    if asking and not has_teacher:
+    if not has_teacher and any(need_kl.values()):
+        keys = " and ".join(key for key, needed in need_kl.items() if needed)
         raise ConfigError(
-            f"{' and '.join(asking)} ask for the KL to a teacher, but the labels of {view.url} are "
-            "tokens alone; ask for the cross-entropy, or evaluate on a view with a teacher's labels"
+            f"the KL to a teacher is requested by {keys}, but the labels of {view.url} are tokens "
+            "only; choose the cross-entropy, or evaluate on a view with a teacher's labels"
         )
     sizes: dict[str, Any] = {
         name: getattr(config.loss, name) for name in ("chunk_tokens", "head_memory_bytes")

@@ -1,7 +1,7 @@
-"""How good a student is, position by position, from the logits of whole vocabularies.
+"""Metrics of a model over labelled positions, from full-vocabulary logits at temperature 1.
 
-All of it at temperature 1 and over labelled positions only, each counted once. The distance from
-the teacher is the KL of full distributions: from cached entries it would only be a lower bound.
+The divergence from the teacher is the KL of full distributions; cached entries would only give a
+lower bound.
 
 Shapes: T positions, V vocabulary.
 """
@@ -19,11 +19,11 @@ NUM_BINS = 15
 class Calibration:
     """Expected calibration error of the most probable token (Guo et al., arXiv 1706.04599).
 
-    Confidences fall into 15 bins of equal width over (0, 1]; the error is the gap between mean
-    confidence and accuracy of each bin, weighted by how many positions are in it.
+    Confidences fall into 15 bins of equal width over (0, 1]. The error is the gap between mean
+    confidence and accuracy of a bin, averaged over the bins by their number of positions.
 
     Attributes:
-        counts, confidences, hits: [15] float64, sums of each bin.
+        counts, confidences, hits: [15] float64, sums per bin.
     """
 
     counts: Tensor = field(default_factory=lambda: torch.zeros(NUM_BINS, dtype=torch.float64))
@@ -35,7 +35,7 @@ class Calibration:
 
         Args:
             confidence: [T], probability of the most probable token.
-            hit: [T] bool, whether it is the token that stands in the text.
+            hit: [T] bool, whether it is the token of the text.
         """
         confidence = confidence.double().cpu()
         bins = (confidence * NUM_BINS).ceil().long().clamp_(1, NUM_BINS) - 1
@@ -59,8 +59,8 @@ class Tally:
         num_labels: positions.
         ce: cross-entropy with the text, nats.
         kl: KL(teacher || model), nats, over the ids that both have.
-        agreements: positions where model and teacher find the same token most probable.
-        hits: positions where that token stands in the text.
+        agreements: positions where model and teacher have the same most probable token.
+        hits: positions where the model's most probable token is that of the text.
         calibration: of the model's most probable token.
     """
 
@@ -75,9 +75,9 @@ class Tally:
         """Adds positions.
 
         Args:
-            logits: [T, V] float32, of the model. Row t describes the token in `token_ids`.
-            teacher: [T, V'] float32, of the teacher. Where one model has more rows (padding ids),
-                both are compared over the ids that they share.
+            logits: [T, V] float32, of the model; entry t predicts ``token_ids[t]``.
+            teacher: [T, V'] float32. Where V differs from V' (padding ids), the KL is over the
+                shared ids.
             token_ids: [T] int64, the text.
         """
         log_q = torch.log_softmax(logits, 1)
@@ -99,7 +99,7 @@ def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
         student: [T, V] logits.
 
     Returns:
-        [T], over the first min(V, V') ids, both distributions normalised there.
+        [T], over the first min(V, V') ids, to which both distributions are normalised.
     """
     shared = min(teacher.shape[1], student.shape[1])
     log_p = torch.log_softmax(teacher[:, :shared], 1)

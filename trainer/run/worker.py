@@ -16,10 +16,10 @@ from trainer.checkpoints.restore import load_checkpoint
 from trainer.checkpoints.store import (
     FOLDER,
     CheckpointManifest,
-    TrainProgress,
-    checkpoint_at_hand,
     checkpoint_name,
+    local_checkpoint,
 )
+from trainer.checkpoints.train_progress import TrainProgress
 from trainer.checkpoints.writer import CheckpointWriter
 from trainer.config.train import TrainConfig
 from trainer.data.loader import Loader, common_record
@@ -250,8 +250,8 @@ class Worker:
         store = self._folder.store
         is_node_leader = os.environ.get("LOCAL_RANK", "0") == "0"  # set by Ray Train
         cache = Path(tempfile.gettempdir(), f"tutelage-{self._attempt}")
-        with checkpoint_at_hand(store, cache, is_node_leader) as (folder, manifest, passed_over):
-            for line in passed_over:
+        with local_checkpoint(store, cache, is_node_leader) as (folder, manifest, skipped):
+            for line in skipped:
                 self._note(line)
             if folder is None or manifest is None:
                 return self._beginning()

@@ -7,7 +7,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from trainer.checkpoints.store import TrainProgress
+from trainer.checkpoints.train_progress import TrainProgress
 from trainer.config.train import EvalConfig
 from trainer.data.loader import StepBatch
 from trainer.engine.train_step import StepResult

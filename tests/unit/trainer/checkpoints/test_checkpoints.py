@@ -18,12 +18,12 @@ from trainer.checkpoints import writer as checkpoint_writer
 from trainer.checkpoints.restore import load_checkpoint
 from trainer.checkpoints.store import (
     CheckpointManifest,
-    TrainProgress,
-    checkpoint_at_hand,
     find_checkpoint,
     list_checkpoints,
+    local_checkpoint,
     read_manifest,
 )
+from trainer.checkpoints.train_progress import TrainProgress
 from trainer.checkpoints.writer import CheckpointWriter
 from trainer.data.row_order import LoaderState
 
@@ -109,11 +109,11 @@ def test_the_newest_is_found_and_brought_back_exactly(store: Store, tmp_path: Pa
     torch.manual_seed(7)
     save(store, 15)
     expected = torch.rand(3)
-    folder, manifest, passed_over = find(store, tmp_path)
+    folder, manifest, skipped = find(store, tmp_path)
     assert folder is not None
     assert manifest is not None
     assert folder.name == "step_15-aa"
-    assert not passed_over
+    assert not skipped
     assert manifest.progress == progress(15)
     engine = Engine()
     load_checkpoint(engine, folder, manifest, is_leader=True)
@@ -224,7 +224,7 @@ def test_the_best_are_kept_besides(tmp_path: Path, best_is: str, kept: int) -> N
     assert names(store) == ["step_25-aa", f"step_{kept}-aa"]
 
 
-def test_what_was_passed_over_goes_away_when_it_is_made_again(tmp_path: Path) -> None:
+def test_what_was_skipped_goes_away_when_it_is_made_again(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     save(store, 5, 10)
     rewrite(store, "checkpoints/step_10-aa/weights.pt", b"")
@@ -247,50 +247,48 @@ def test_nothing_there(store: Store, tmp_path: Path) -> None:
         (lambda content: content[:-1] + b"!", "damaged"),
     ],
 )
-def test_damage_is_passed_over_and_said(
-    store: Store, tmp_path: Path, damage: Any, reason: str
-) -> None:
+def test_damage_is_skipped_and_said(store: Store, tmp_path: Path, damage: Any, reason: str) -> None:
     save(store, 5, 10)
     rel = "checkpoints/step_10-aa/weights.pt"
     rewrite(store, rel, damage(store.read_bytes(rel)))
-    folder, _, passed_over = find(store, tmp_path)
+    folder, _, skipped = find(store, tmp_path)
     assert folder is not None
     assert folder.name == "step_5-aa"
-    assert len(passed_over) == 1
-    assert reason in passed_over[0]
+    assert len(skipped) == 1
+    assert reason in skipped[0]
 
 
 def test_what_was_downloaded_goes_away(tmp_path: Path) -> None:
-    """Copies that are passed over at once, the one that is loaded after that, also if it fails."""
+    """Copies that are skipped at once, the one that is loaded after that, also if it fails."""
     store, cache = Store(f"memory://run-{tmp_path.name}"), tmp_path / "cache"
     save(store, 5, 10)
     rewrite(store, "checkpoints/step_10-aa/weights.pt", b"")
-    with checkpoint_at_hand(store, cache, is_node_leader=True) as (folder, _, passed_over):
+    with local_checkpoint(store, cache, is_node_leader=True) as (folder, _, skipped):
         assert folder == cache / "step_5-aa"
-        assert len(passed_over) == 1
+        assert len(skipped) == 1
         assert [path.name for path in cache.iterdir()] == ["step_5-aa"]
     assert not cache.exists()
     with (
         pytest.raises(RuntimeError, match="does not load"),
-        checkpoint_at_hand(store, cache, is_node_leader=True),
+        local_checkpoint(store, cache, is_node_leader=True),
     ):
         raise RuntimeError("does not load")
     assert not cache.exists()
     rewrite(store, "checkpoints/step_5-aa/weights.pt", b"")
-    with checkpoint_at_hand(store, cache, is_node_leader=True) as (folder, _, _):
+    with local_checkpoint(store, cache, is_node_leader=True) as (folder, _, _):
         assert folder is None
     assert not cache.exists()
     store.delete("checkpoints")
 
 
-def test_a_torn_manifest_is_passed_over(store: Store, tmp_path: Path) -> None:
+def test_a_torn_manifest_is_skipped(store: Store, tmp_path: Path) -> None:
     save(store, 5, 10)
     rel = "checkpoints/step_10-aa/manifest.json"
     rewrite(store, rel, store.read_bytes(rel)[:50])
-    folder, _, passed_over = find(store, tmp_path)
+    folder, _, skipped = find(store, tmp_path)
     assert folder is not None
     assert folder.name == "step_5-aa"
-    assert "not readable" in passed_over[0]
+    assert "unreadable" in skipped[0]
 
 
 @pytest.mark.parametrize("dies_in", ["write_state", "gathered"])
@@ -299,15 +297,15 @@ def test_a_save_that_dies_is_not_trusted(
 ) -> None:
     save(store, 5)
     die_after(store, monkeypatch, dies_in)
-    folder, _, passed_over = find(store, tmp_path)
+    folder, _, skipped = find(store, tmp_path)
     assert folder is not None
     assert folder.name == "step_5-aa"
-    assert "not finished" in "".join(passed_over) or store.fs.protocol == "memory"
+    assert "unfinished" in "".join(skipped) or store.fs.protocol == "memory"
     save(store, 10, attempt="bb")  # what was left does not stand in the way
-    folder, _, passed_over = find(store, tmp_path)
+    folder, _, skipped = find(store, tmp_path)
     assert folder is not None
     assert folder.name == "step_10-bb"
-    assert not passed_over
+    assert not skipped
 
 
 def die_after(store: Store, monkeypatch: pytest.MonkeyPatch, dies_in: str) -> None:

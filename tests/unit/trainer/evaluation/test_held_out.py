@@ -1,4 +1,4 @@
-"""When a run ends because the held-out rows get no better, and which rows those are."""
+"""Early stopping on held-out rows, and the choice of those rows."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ import pytest
 from schemas.errors import ConfigError
 from schemas.spec import RecordSpec
 from tests.support.training_runs import make_config, make_view
+from trainer.checkpoints.train_progress import EarlyStopping
 from trainer.config.train import EvalConfig
 from trainer.data.row_order import epoch_steps, read_row_table
 from trainer.evaluation.held_out import eval_loss, spread_rows
-from trainer.progress import EvalState
 
 VOCABULARY = {f"t{i}": i for i in range(40)}
 
@@ -19,11 +19,11 @@ VOCABULARY = {f"t{i}": i for i in range(40)}
 def stopped_at(values: list[float], **fields: object) -> int | None:
     """Number of the evaluation that ends a run, counted from 1."""
     config = EvalConfig.model_validate({"view": "v", "patience": 2, **fields})
-    state = EvalState()
+    state = EarlyStopping()
     for number, value in enumerate(values, start=1):
         state = state.after(number, value, config)
-        # What a checkpoint holds of it goes on as it was.
-        state = EvalState.model_validate_json(state.model_dump_json())
+        # As a checkpoint stores and restores it.
+        state = EarlyStopping.model_validate_json(state.model_dump_json())
         if state.is_over(config):
             return number
     return None
@@ -37,7 +37,7 @@ def test_patience_counts_from_the_best() -> None:
 
 def test_without_patience_nothing_ends_a_run() -> None:
     assert stopped_at([1.0, 2.0, 3.0, 4.0], patience=0) is None
-    assert not EvalState(without_improvement=9).is_over(None)
+    assert not EarlyStopping(without_improvement=9).is_over(None)
 
 
 def test_rows_are_spread_evenly_and_planned_as_any(tmp_path: Path) -> None:
@@ -61,5 +61,5 @@ def test_labels_without_a_teacher_have_no_kl(tmp_path: Path) -> None:
         "checkpoint.best_metric": {"checkpoint": {"best_metric": "eval_kl"}},
     }.items():
         config = make_config(tmp_path, "v", "t", **{**sections, **changed})
-        with pytest.raises(ConfigError, match=rf"{key} ask for the KL to a teacher"):
+        with pytest.raises(ConfigError, match=rf"KL to a teacher is requested by {key}, but"):
             eval_loss(view, config)
