@@ -1,13 +1,12 @@
-"""The command line: `tutelage COMMAND ...`, and the same as `python -m cluster COMMAND ...`.
+"""The command line: `tutelage COMMAND ...`, or `python -m cluster COMMAND ...`.
 
-Only the standard library is imported before a command is known, so that `--help` is instant.
+Only the standard library is imported until the command is known, so that `--help` is instant.
 """
 
 import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from cluster.labels.arguments import add_actions
 
@@ -19,69 +18,56 @@ EXIT_TERMINATED = 143
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tutelage",
-        description="A teacher labels a corpus once; any number of students learn from the cache.",
+        description="Label a corpus once with a teacher, then train any number of students on the "
+        "stored labels.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, text in (
-        ("label", "label a corpus with a teacher; only what is missing is computed"),
-        ("train", "train a student from a view of labels; continues where it stopped"),
-        ("evaluate", "compare students with their teacher on held-out rows"),
-    ):
-        command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
-        command.add_argument("config", help="a TOML file: a complete run by itself")
-        command.add_argument(
-            "overrides", nargs="*", metavar="key.sub=value", help="values that replace the file's"
-        )
-        if name == "label":
-            _add_plan(command)
-        _add_json(command)
-    text = "look after label sets"
-    labels = commands.add_parser("labels", help=text, description=text.capitalize() + ".")
-    for action in add_actions(labels):
-        _add_json(action)
-    text = "run label, train or evaluate on a Ray cluster"
-    submit = commands.add_parser("submit", help=text, description=text.capitalize() + ".")
-    submit.add_argument("job", choices=("label", "train", "evaluate"))
-    submit.add_argument("config")
-    submit.add_argument("overrides", nargs="*", metavar="key.sub=value")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+
+    label = add("label", "label a corpus with a teacher; only missing labels are computed")
+    train = add("train", "train a student on a view of the labels; resumes where it stopped")
+    evaluate = add("evaluate", "compare students with their teacher on held-out rows")
+    for command in (label, train, evaluate):
+        command.add_argument("config", help="TOML file that describes the run (docs/config.md)")
+        _add_overrides(command)
+    label.add_argument(
+        "--plan", action="store_true", help="only estimate the tokens, bytes and hours it takes"
+    )
+    label.add_argument(
+        "--price-per-hour", type=float, metavar="X", help="with --plan: price of one replica"
+    )
+    labels = add("labels", "inspect, check, filter, export and clean up label sets")
+    demo = add("demo", "run label, train and evaluate on this machine with a small teacher")
+    demo.add_argument("--out", default="runs/demo", help="output folder (default: runs/demo)")
+    for command in (label, train, evaluate, demo, *add_actions(labels)):
+        command.add_argument("--json", metavar="PATH", help="also write the summary to PATH")
+
+    submit = add("submit", "submit label, train or evaluate to a Ray cluster as a job")
+    submit.add_argument("job", choices=("label", "train", "evaluate"), help="command to run")
+    submit.add_argument("config", help="its TOML file, inside the working directory")
+    _add_overrides(submit)
     submit.add_argument(
-        "--address",
-        help="the job server, http://HOST:8265; default: RAY_API_SERVER_ADDRESS",
+        "--address", help="Ray job server, http://HOST:8265 (default: $RAY_API_SERVER_ADDRESS)"
     )
     submit.add_argument(
-        "--working-dir", default=".", help="the folder that travels to the cluster (default: .)"
+        "--working-dir", default=".", help="folder uploaded to the cluster (default: .)"
     )
-    submit.add_argument("--no-wait", action="store_true", help="return once it is submitted")
-    text = "the whole way on this machine: corpus, labels, two students, comparison"
-    demo = commands.add_parser("demo", help=text, description=text.capitalize() + ".")
-    demo.add_argument("--out", default="runs/demo", help="folder for everything it writes")
-    _add_json(demo)
+    submit.add_argument("--no-wait", action="store_true", help="do not follow the job's output")
     return parser
 
 
-def _add_plan(command: argparse.ArgumentParser) -> None:
+def _add_overrides(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--plan", action="store_true", help="only say what it would take: tokens, bytes, hours"
-    )
-    command.add_argument(
-        "--price-per-hour", type=float, metavar="X", help="of one replica, for the plan's cost"
+        "overrides", nargs="*", metavar="key.sub=value", help="values that override the file's"
     )
 
 
-def _add_json(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", metavar="PATH", help="also write the summary there as JSON")
+Result = tuple[str, int]  # the summary as JSON, "" for none, and the exit code
 
 
-def _write_json(path: str | None, text: str) -> None:
-    from schemas.storage.local_files import replace_file
-
-    if path is not None:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(target, f"{text}\n".encode())
-
-
-def _label(args: argparse.Namespace) -> int:
+def _label(args: argparse.Namespace) -> Result:
     from labeler.config import LabelConfig
     from labeler.run.job import run_label_job
     from schemas.config import load_toml
@@ -91,50 +77,40 @@ def _label(args: argparse.Namespace) -> int:
         from labeler.planning.job import plan_label_job
 
         plan = plan_label_job(config, price_per_hour=args.price_per_hour)
-        _write_json(args.json, plan.model_dump_json(indent=2))
-        return 0
-    summary = run_label_job(config)
-    _write_json(args.json, summary.model_dump_json(indent=2))
-    return 0
+        return plan.model_dump_json(indent=2), 0
+    return run_label_job(config).model_dump_json(indent=2), 0
 
 
-def _train(args: argparse.Namespace) -> int:
+def _train(args: argparse.Namespace) -> Result:
     from schemas.config import load_toml
     from trainer.config.train import TrainConfig
     from trainer.run.launch import run_train_job
 
     config = load_toml(args.config, TrainConfig, args.overrides)
-    summary = run_train_job(config)
-    _write_json(args.json, summary.model_dump_json(indent=2))
-    return 0
+    return run_train_job(config).model_dump_json(indent=2), 0
 
 
-def _evaluate(args: argparse.Namespace) -> int:
+def _evaluate(args: argparse.Namespace) -> Result:
     from schemas.config import load_toml
     from trainer.config.evaluate import EvaluateConfig
 
     config = load_toml(args.config, EvaluateConfig, args.overrides)
-    from trainer.evaluation.compare import (
-        run_evaluate,  # imports torch: a wrong config need not wait
-    )
+    # Imports torch, which takes seconds: a wrong configuration is reported before.
+    from trainer.evaluation.compare import run_evaluate
 
-    summary = run_evaluate(config)
-    _write_json(args.json, summary.model_dump_json(indent=2))
-    return 0
+    return run_evaluate(config).model_dump_json(indent=2), 0
 
 
-def _labels(args: argparse.Namespace) -> int:
+def _labels(args: argparse.Namespace) -> Result:
     from cluster.labels.commands import run_action
 
-    outcome = run_action(args)
-    _write_json(args.json, outcome.summary)
-    return outcome.exit_code
+    return run_action(args)
 
 
-def _submit(args: argparse.Namespace) -> int:
+def _submit(args: argparse.Namespace) -> Result:
     from cluster.submit import submit
 
-    return submit(
+    code = submit(
         args.job,
         args.config,
         args.overrides,
@@ -142,17 +118,18 @@ def _submit(args: argparse.Namespace) -> int:
         working_dir=args.working_dir,
         wait=not args.no_wait,
     )
+    return "", code
 
 
-def _demo(args: argparse.Namespace) -> int:
+def _demo(args: argparse.Namespace) -> Result:
+    from pathlib import Path
+
     from cluster.demo.run import run_demo
 
-    summary = run_demo(Path(args.out))
-    _write_json(args.json, summary.model_dump_json(indent=2))
-    return 0
+    return run_demo(Path(args.out)).model_dump_json(indent=2), 0
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+COMMANDS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "label": _label,
     "train": _train,
     "evaluate": _evaluate,
@@ -163,7 +140,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 
 def quiet_libraries() -> None:
-    """What the libraries say of themselves would drown what the user asked for."""
+    """Turns down what the libraries log, which would drown the command's own output."""
     for name, value in (
         ("RAY_USAGE_STATS_ENABLED", "0"),
         ("RAY_BACKEND_LOG_LEVEL", "fatal"),
@@ -182,27 +159,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0 on success, 1 with one line on standard error where the user can mend it, 2 for words that
-        are not a command, 130 when interrupted, 143 when SIGTERM ended a job in order.
+        0 on success; 1 with one line on standard error for an error that the user can fix; 2 for a
+        usage error; 130 if interrupted; 143 if SIGTERM stopped a job cleanly.
     """
     args = _parser().parse_args(argv)
     quiet_libraries()
     from schemas.errors import JobStoppedError, TutelageError, first_line
 
     try:
-        return COMMANDS[args.command](args)
+        summary, exit_code = COMMANDS[args.command](args)
+        if summary and args.json:
+            from cluster.output_file import write_file
+
+            write_file(args.json, f"{summary}\n")
+        return exit_code
     except JobStoppedError as stopped:
         print(stopped, file=sys.stderr)
         return EXIT_TERMINATED
     except TutelageError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR
-    except PermissionError as error:  # of a file that is in no store, such as that of --json
-        print(f"error: {first_line(error)}; see to the permissions", file=sys.stderr)
+    except PermissionError as error:  # of a file outside of any Store, such as a run folder's
+        print(f"error: {first_line(error)}; check the permissions", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt as stopped:
         how = f": {stopped}" if str(stopped) else ""
-        print(f"interrupted{how}; run the same command again to go on from here", file=sys.stderr)
+        print(f"interrupted{how}; run the same command again to resume", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 

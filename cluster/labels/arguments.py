@@ -1,123 +1,130 @@
-"""The words of `tutelage labels ACTION`. Imports the standard library only: help is instant."""
+"""The command line of `tutelage labels`. Imports only the standard library: help is instant."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 OLDER_THAN_HOURS = 48.0
-"""Longer than any unit lives: from its first byte to its manifest it takes minutes."""
+"""Well above the minutes that pass between a unit's first byte and its manifest."""
 
 
 def add_actions(labels: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """Adds every action to the parser of `labels`, and yields each action's own."""
+    """Adds every action to the parser of `labels`, and yields the parser of each."""
     actions = labels.add_subparsers(dest="action", metavar="ACTION", required=True)
-    for add in (_ls, _show, _verify, _view, _export, _report, _drop, _gc):
-        yield add(actions)
+    for name, (text, add_arguments) in _ACTIONS.items():
+        parser = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        add_arguments(parser)
+        yield parser
 
 
-def _action(actions: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:  # type: ignore[type-arg]
-    parser: argparse.ArgumentParser = actions.add_parser(
-        name, help=text, description=text[0].upper() + text[1:] + "."
-    )
-    return parser
+def _ls(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("url", help="local folder or object store URL to search")
 
 
-def _ls(actions: argparse._SubParsersAction) -> argparse.ArgumentParser:  # type: ignore[type-arg]
-    parser = _action(actions, "ls", "list the label sets below a URL")
-    parser.add_argument("url", help="a folder, local or in an object store")
-    return parser
+def _label_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("url", help="URL of the label set")
 
 
-def _show(actions: argparse._SubParsersAction) -> argparse.ArgumentParser:  # type: ignore[type-arg]
-    parser = _action(actions, "show", "spec, accounts, distributions and sample rows")
-    parser.add_argument("url", help="the label set")
-    parser.add_argument("--groups", type=int, default=8, help="row groups to sample (default: 8)")
-    parser.add_argument("--rows", type=int, default=2, help="sample rows to show (default: 2)")
+def _sampled(parser: argparse.ArgumentParser, groups: int) -> None:
+    _label_set(parser)
     parser.add_argument(
-        "--positions", type=int, default=12, help="labelled positions of a row (default: 12)"
+        "--groups", type=int, default=groups, help=f"row groups to sample (default: {groups})"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
-    return parser
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default: 0)")
 
 
-def _verify(actions: argparse._SubParsersAction) -> argparse.ArgumentParser:  # type: ignore[type-arg]
-    parser = _action(actions, "verify", "check every byte and every invariant; 1 if any is wrong")
-    parser.add_argument("url", help="the label set")
-    return parser
+def _show(parser: argparse.ArgumentParser) -> None:
+    _sampled(parser, groups=8)
+    parser.add_argument("--rows", type=int, default=2, help="sample rows to print (default: 2)")
+    parser.add_argument(
+        "--positions", type=int, default=12, help="labels to print per row (default: 12)"
+    )
 
 
-def _view(actions: argparse._SubParsersAction) -> argparse.ArgumentParser:  # type: ignore[type-arg]
-    parser = _action(actions, "view", "make a view: filter, sample, mix, hold out")
-    parser.add_argument("out", help="URL of the view; with --holdout OUT/train and OUT/heldout")
+def _view(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", help="URL of the view; --holdout writes OUT/train and OUT/heldout")
     parser.add_argument(
         "--from",
         dest="sources",
         action="append",
         required=True,
         metavar="URL[:RUN]",
-        help="a label set, and which run of it (default: every row of its runs); repeat to mix",
+        help="label set, optionally only the rows of one run; repeat to combine label sets",
     )
     parser.add_argument(
         "--where",
         metavar="EXPR",
-        help="keep rows for which it holds: \"num_labels >= 64 and source.endswith('.py')\"",
+        help="keep only rows that match, as in \"num_labels >= 64 and source.endswith('.py')\"",
     )
     parser.add_argument(
-        "--sample", metavar="FRACTION|ROWS", help="keep that share (0.1) or number (5000) of rows"
+        "--sample",
+        metavar="FRACTION|ROWS",
+        help="keep this fraction (0.1) or number (5000) of rows",
     )
     parser.add_argument(
         "--weights",
         metavar="W,W,...",
-        help="shares of rows of each --from in the view; rows are left out, never repeated",
+        help="share of each --from in the view's rows; rows are dropped to fit, never repeated",
     )
-    parser.add_argument("--holdout", type=float, metavar="FRACTION", help="of documents")
     parser.add_argument(
-        "--holdout-to", metavar="URL", help="then OUT is the rest, and this the held-out view"
+        "--holdout", type=float, metavar="FRACTION", help="fraction of documents to hold out"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of samples and splits (default: 0)")
-    return parser
+    parser.add_argument(
+        "--holdout-to", metavar="URL", help="write the held-out view here, and the rest to OUT"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of samples and splits (default: 0)"
+    )
 
 
-def _export(actions: argparse._SubParsersAction) -> argparse.ArgumentParser:  # type: ignore[type-arg]
-    parser = _action(actions, "export", "responses or labels in the layouts of other trainers")
-    parser.add_argument("url", help="the label set")
+def _export(parser: argparse.ArgumentParser) -> None:
+    _label_set(parser)
     parser.add_argument("out", help="file (chat-jsonl, chat-parquet) or folder to write")
     parser.add_argument(
         "--format",
         required=True,
         choices=("chat-jsonl", "chat-parquet", "axolotl", "distillkit"),
+        help="chat-*: sampled responses as messages; axolotl, distillkit: top-k labels",
     )
     parser.add_argument(
-        "--tokenizer", help="folder or hub name; chat formats (default: the teacher's, if recorded)"
+        "--tokenizer",
+        help="tokenizer for chat-*, folder or hub name (default: that of the recorded teacher)",
     )
-    return parser
 
 
-def _report(actions: argparse._SubParsersAction) -> argparse.ArgumentParser:  # type: ignore[type-arg]
-    parser = _action(actions, "report", "one HTML file with plots")
-    parser.add_argument("url", help="the label set")
-    parser.add_argument("--out", required=True, help="the file to write")
-    parser.add_argument("--groups", type=int, default=32, help="row groups to sample (default: 32)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
-    return parser
+def _report(parser: argparse.ArgumentParser) -> None:
+    _sampled(parser, groups=32)
+    parser.add_argument("--out", required=True, help="HTML file to write")
 
 
-def _drop(actions: argparse._SubParsersAction) -> argparse.ArgumentParser:  # type: ignore[type-arg]
-    parser = _action(actions, "drop", "take a damaged unit out; label again to mend it")
-    parser.add_argument("url", help="the label set")
-    parser.add_argument("--unit", required=True, metavar="KEY", help="as the error named it")
-    return parser
+def _drop(parser: argparse.ArgumentParser) -> None:
+    _label_set(parser)
+    parser.add_argument(
+        "--unit", required=True, metavar="KEY", help="key of the unit, as printed by verify"
+    )
 
 
-def _gc(actions: argparse._SubParsersAction) -> argparse.ArgumentParser:  # type: ignore[type-arg]
-    parser = _action(actions, "gc", "what no manifest names: list it, or delete it")
-    parser.add_argument("url", help="the label set")
+def _gc(parser: argparse.ArgumentParser) -> None:
+    _label_set(parser)
     parser.add_argument(
         "--older-than",
         type=float,
         default=OLDER_THAN_HOURS,
         metavar="HOURS",
-        help=f"only files not written to for so long (default: {OLDER_THAN_HOURS:g}); it has to "
-        "be longer than any unit lives, or a running job loses its work",
+        help="only files last written at least this long ago; must exceed the time that any "
+        f"running job needs for a unit, or the job loses work (default: {OLDER_THAN_HOURS:g})",
     )
-    parser.add_argument("--delete", action="store_true", help="delete; without it, only list")
-    return parser
+    parser.add_argument(
+        "--delete", action="store_true", help="delete the files instead of listing them"
+    )
+
+
+_ACTIONS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "ls": ("list the label sets below a URL", _ls),
+    "show": ("print a label set's spec, accounts, distributions and sample rows", _show),
+    "verify": ("check every byte and every invariant; exit code 1 if any is wrong", _label_set),
+    "view": ("make a view: filter, sample, mix or hold out rows", _view),
+    "export": ("write responses or labels in the layout of another trainer", _export),
+    "report": ("write an HTML report with plots", _report),
+    "drop": ("remove a damaged unit; the next label job computes it again", _drop),
+    "gc": ("list or delete files that no manifest refers to", _gc),
+}

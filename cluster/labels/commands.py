@@ -1,22 +1,16 @@
-"""From the words of `tutelage labels` to the work, and from its results to lines for people."""
+"""Runs the actions of `tutelage labels` and prints their results."""
 
 import argparse
 import json
-import sys
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Result = tuple[str, int]  # the summary as JSON, and the exit code
 
 
-class Outcome(NamedTuple):
-    """What a command leaves: its summary as JSON, and its exit code."""
-
-    summary: str
-    exit_code: int = 0
-
-
-def run_action(args: argparse.Namespace) -> Outcome:
-    """Runs one action; prints for people.
+def run_action(args: argparse.Namespace) -> Result:
+    """Runs one action and prints its result.
 
     Raises:
         TutelageError: as the action does.
@@ -24,30 +18,8 @@ def run_action(args: argparse.Namespace) -> Outcome:
     return _ACTIONS[args.action](args)
 
 
-def _verify(args: argparse.Namespace) -> Outcome:
-    from schemas.maintenance.verify import verify
-
-    started = time.monotonic()
-    result = verify(args.url, _Progress("verify").show)
-    for problem in result.problems:
-        print(f"{problem.what}: {problem.line()}")
-    repairs = dict.fromkeys(problem.repair for problem in result.problems)
-    for repair in repairs:
-        print(f"to mend: {repair}")
-    wrong = f"{len(result.problems)} problems" if len(result.problems) != 1 else "1 problem"
-    if result.units_to_drop:
-        wrong += f" in {len(result.units_to_drop)} of {result.units} units"
-    garbage = f"; {result.garbage} shards that no manifest names" if result.garbage else ""
-    print(
-        f"{args.url}: {wrong if result.problems else 'whole'}; checked {result.units:,} units, "
-        f"{result.rows:,} rows, {result.labels:,} labels, {result.bytes:,} bytes in "
-        f"{time.monotonic() - started:.1f} s{garbage}"
-    )
-    return Outcome(result.model_dump_json(indent=2), 1 if result.problems else 0)
-
-
-def _ls(args: argparse.Namespace) -> Outcome:
-    from cluster.labels.terminal import size_text, table
+def _ls(args: argparse.Namespace) -> Result:
+    from schemas.console.text import size_text, table
     from schemas.maintenance.listing import list_label_sets
 
     entries = list_label_sets(args.url)
@@ -70,23 +42,49 @@ def _ls(args: argparse.Namespace) -> Outcome:
     for entry in entries:
         if entry.problem:
             print(f"unreadable: {entry.problem}")
-    return Outcome(json.dumps({"label_sets": [entry.model_dump() for entry in entries]}, indent=2))
+    return _json({"label_sets": [entry.model_dump() for entry in entries]})
 
 
-def _show(args: argparse.Namespace) -> Outcome:
+def _show(args: argparse.Namespace) -> Result:
     from cluster.labels.show.show import show
 
     text, facts = show(args.url, args.groups, args.rows, args.positions, args.seed)
     print(text)
-    return Outcome(json.dumps(facts, indent=2))
+    return _json(facts)
 
 
-def _view(args: argparse.Namespace) -> Outcome:
+def _verify(args: argparse.Namespace) -> Result:
+    from schemas.console.text import size_text
+    from schemas.maintenance.verify import verify
+
+    started = time.monotonic()
+    with _progress("verify", "checked {} of {}", size_text) as progress:
+        result = verify(args.url, progress)
+    for problem in result.problems:
+        print(f"{problem.what}: {problem.line()}")
+    for repair in dict.fromkeys(problem.repair for problem in result.problems):
+        print(f"fix: {repair}")
+    verdict = "OK:"
+    if result.problems:
+        verdict = f"{len(result.problems)} problem{'s' if len(result.problems) > 1 else ''}"
+        if result.units_to_drop:
+            verdict += f" in {len(result.units_to_drop)} of {result.units} units"
+        verdict += ";"
+    garbage = f"; {result.garbage} shards not in any manifest" if result.garbage else ""
+    print(
+        f"{args.url}: {verdict} checked {result.units:,} units, {result.rows:,} rows, "
+        f"{result.labels:,} labels, {result.bytes:,} bytes in "
+        f"{time.monotonic() - started:.1f} s{garbage}"
+    )
+    return result.model_dump_json(indent=2), 1 if result.problems else 0
+
+
+def _view(args: argparse.Namespace) -> Result:
     from schemas.errors import ConfigError
     from schemas.views.select import Selection, make_views
 
     if args.holdout_to and not args.holdout:
-        raise ConfigError("--holdout-to says where to, but --holdout does not say how much")
+        raise ConfigError("--holdout-to needs --holdout, the fraction of documents to hold out")
     out = args.out.rstrip("/")
     train, heldout = (
         (out, args.holdout_to) if args.holdout_to else (f"{out}/train", f"{out}/heldout")
@@ -99,7 +97,8 @@ def _view(args: argparse.Namespace) -> Outcome:
         sample=_sample(args.sample),
         seed=args.seed,
     )
-    views = make_views(train if args.holdout else out, heldout, selection)
+    with _progress("view", "read {} of {} units") as progress:
+        views = make_views(train if args.holdout else out, heldout, selection, progress)
     for view in views:
         print(view)
     facts = [
@@ -107,20 +106,24 @@ def _view(args: argparse.Namespace) -> Outcome:
          "tokens": view.num_tokens, "labels": view.num_labels}
         for view in views
     ]  # fmt: skip
-    return Outcome(json.dumps({"views": facts}, indent=2))
+    return _json({"views": facts})
 
 
 def _sample(text: str | None) -> float:
-    """A share, or a number of rows: "1.0" is everything and "1" one row."""
+    """A fraction or a number of rows; 0 for all, as `Selection.sample` has it.
+
+    "1" is one row, but "1.0" is the fraction that keeps every row.
+    """
     if text is None:
         return 0.0
     (value,) = _numbers("--sample", text) or (0.0,)
-    everything = value == 1.0 and not text.strip().isdigit()
     if value <= 0.0:
         from schemas.errors import ConfigError
 
-        raise ConfigError(f"--sample is {text!r}; expected a share such as 0.1 or a number of rows")
-    return 0.0 if everything else value
+        raise ConfigError(
+            f"--sample is {text!r}; expected a fraction such as 0.1 or a number of rows"
+        )
+    return 0.0 if value == 1.0 and not text.strip().isdigit() else value
 
 
 def _numbers(option: str, text: str | None) -> tuple[float, ...]:
@@ -132,27 +135,38 @@ def _numbers(option: str, text: str | None) -> tuple[float, ...]:
         raise ConfigError(f"{option} is {text!r}; expected numbers") from error
 
 
-def _export(args: argparse.Namespace) -> Outcome:
+def _export(args: argparse.Namespace) -> Result:
     from cluster.labels.export.export import export
 
-    done = export(args.url, args.out, args.format, args.tokenizer)
+    with _progress("export", "wrote {} of {} rows") as progress:
+        done = export(args.url, args.out, args.format, args.tokenizer, progress)
     print(f"{done.out}: {done.rows:,} rows as {done.format}, {len(done.files)} files; {done.note}")
-    return Outcome(done.model_dump_json(indent=2))
+    return done.model_dump_json(indent=2), 0
 
 
-def _report(args: argparse.Namespace) -> Outcome:
+def _report(args: argparse.Namespace) -> Result:
     from cluster.labels.report.html import write_report
 
-    facts = write_report(args.url, args.out, args.groups, args.seed)
+    with _progress("report", "read {} of {} row groups") as progress:
+        facts = write_report(args.url, args.out, args.groups, args.seed, progress)
     print(f"report: {args.out}")
-    return Outcome(json.dumps(facts, indent=2))
+    return _json(facts)
 
 
-def _gc(args: argparse.Namespace) -> Outcome:
-    from cluster.labels.terminal import size_text, table
+def _drop(args: argparse.Namespace) -> Result:
+    from schemas.label_set.label_set import LabelSet
+
+    LabelSet.open(args.url).drop_unit(args.unit)
+    print(f"dropped unit {args.unit}; the next label job labels its rows again")
+    return _json({"url": args.url, "dropped": args.unit})
+
+
+def _gc(args: argparse.Namespace) -> Result:
+    from schemas.console.text import size_text, table
     from schemas.maintenance.garbage import collect_garbage
 
-    found = collect_garbage(args.url, args.older_than, args.delete)
+    with _progress("gc", "deleted {} of {} files") as progress:
+        found = collect_garbage(args.url, args.older_than, args.delete, progress=progress)
     lines = [
         (file.file, file.why, size_text(file.size_bytes), f"{file.age_hours:.1f} h")
         for file in found.files
@@ -160,44 +174,33 @@ def _gc(args: argparse.Namespace) -> Outcome:
     if lines:
         print(table(("file", "why", "size", "age"), lines, right=(2, 3)))
     what = f"{len(lines)} files, {size_text(found.size_bytes)}, older than {args.older_than:g} h"
-    young = f"; {found.too_young} younger ones left alone" if found.too_young else ""
+    young = f"; {found.too_young} younger ones kept" if found.too_young else ""
     if found.deleted:
         print(f"{args.url}: deleted {what}{young}")
     else:
-        advice = "; --delete removes them" if lines else ""
-        print(f"{args.url}: {what}, that no manifest names{young}{advice}")
-    return Outcome(found.model_dump_json(indent=2))
+        advice = "; delete them with --delete" if lines else ""
+        print(f"{args.url}: {what}, not in any manifest{young}{advice}")
+    return found.model_dump_json(indent=2), 0
 
 
-def _drop(args: argparse.Namespace) -> Outcome:
-    from schemas.label_set.label_set import LabelSet
+@contextmanager
+def _progress(
+    name: str, what: str, number: Callable[[int], str] = "{:,}".format
+) -> Iterator[Callable[[int, int], None]]:
+    """A callback for the work done and all work, in numbers for the two places in `what`."""
+    from schemas.console.progress import Progress
 
-    LabelSet.open(args.url).drop_unit(args.unit)
-    print(f"dropped unit {args.unit}; its rows are labelled again by the next label job")
-    return Outcome(json.dumps({"url": args.url, "dropped": args.unit}))
-
-
-class _Progress:
-    """A line on the standard error stream, at most once in two seconds, with the time left."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._started = self._shown = time.monotonic()
-
-    def show(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._shown < 2.0 or not 0 < done < total:
-            return
-        self._shown = now
-        left = (now - self._started) * (total - done) / done
-        print(
-            f"{self._name}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {left:.0f} s left",
-            file=sys.stderr,
-            flush=True,
+    with Progress(name, brief=True) as progress:
+        yield lambda done, total: progress.show(
+            done, total, what.format(number(done), number(total))
         )
 
 
-_ACTIONS: dict[str, Callable[[argparse.Namespace], Outcome]] = {
+def _json(facts: dict[str, object]) -> Result:
+    return json.dumps(facts, indent=2), 0
+
+
+_ACTIONS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "ls": _ls,
     "show": _show,
     "verify": _verify,

@@ -26,6 +26,7 @@ class Progress:
         *,
         stream: TextIO | None = None,
         enabled: bool = True,
+        brief: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -33,11 +34,15 @@ class Progress:
             name: the command, in front of every line.
             stream: where to write; standard error by default.
             enabled: False writes nothing at all.
+            brief: for commands that mostly take seconds; leaves no line in a log if the command
+                ends within the first interval, and no bar on the terminal afterwards.
             clock: seconds from any origin.
         """
         self._name, self._clock, self._enabled = name, clock, enabled
         self._stream = stream if stream is not None else sys.stderr
-        self._bar = _bar(name, self._stream) if enabled and self._stream.isatty() else None
+        on_terminal = enabled and self._stream.isatty()
+        self._bar = _bar(name, self._stream, transient=brief) if on_terminal else None
+        self._keeps_last_state = not brief
         self._base: tuple[float, float, int] | None = None  # time, done, tokens
         self._line_at = clock()
         self._unwritten = ""
@@ -55,7 +60,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self._unwritten:
+        elif self._unwritten and self._keeps_last_state:
             self._write(self._unwritten)  # a log ends with the last state
 
     def show(
@@ -107,14 +112,17 @@ class Progress:
         if elapsed <= 0 or gained <= 0:
             return []
         speed = [] if tokens is None else [f"{(tokens - self._base[2]) / elapsed:,.0f} tokens/s"]
-        return [*speed, f"{duration_text(elapsed * max(total - done, 0) / gained)} left"]
+        if done >= total:
+            return speed
+        return [*speed, f"{duration_text(elapsed * (total - done) / gained)} left"]
 
     def _write(self, line: str) -> None:
         self._unwritten = ""
+        self._keeps_last_state = True
         print(line, file=self._stream, flush=True)
 
 
-def _bar(name: str, stream: TextIO) -> Any:
+def _bar(name: str, stream: TextIO, transient: bool) -> Any:
     from rich import progress
     from rich.console import Console
 
@@ -124,6 +132,7 @@ def _bar(name: str, stream: TextIO) -> Any:
         progress.TaskProgressColumn(),
         progress.TextColumn("{task.fields[state]}", markup=False),
         console=Console(file=stream),
+        transient=transient,
     )
     bar.add_task(name, total=1.0, state="")
     return bar

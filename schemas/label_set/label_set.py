@@ -256,8 +256,11 @@ class LabelSet:
         """S16, rising: the keys of all rows in quarantine that have not been labelled since."""
         return keys_to_sorted(key_array(self.quarantine(), "row_key"))
 
-    def index(self) -> pa.Table:
+    def index(self, progress: Callable[[int, int], None] | None = None) -> pa.Table:
         """Where every labelled row is, each row key once: the copy in the smallest unit key.
+
+        Args:
+            progress: called with the units read so far, and all units.
 
         Returns:
             Columns row_key, unit_key, shard, row_group, row (in its row group), num_tokens,
@@ -267,7 +270,7 @@ class LabelSet:
             DamagedError: the keys of a unit are not what its manifest says.
         """
         units = [manifest for manifest in self.manifests() if manifest.keys]
-        tables = _each(self._index_of, units)
+        tables = _each(self._index_of, units, progress)
         table = pa.concat_tables([INDEX.empty_table(), *tables]).unify_dictionaries()
         return first_of_each_key(table)
 
@@ -355,12 +358,19 @@ class LabelSet:
         return LabelRows.concat(parts).take(back)
 
 
-def _each(read: Callable[[S], T], items: Sequence[S]) -> list[T]:
-    """Reads many small files at once, in order."""
-    if len(items) < 2:
-        return [read(item) for item in items]
+def _each(
+    read: Callable[[S], T],
+    items: Sequence[S],
+    progress: Callable[[int, int], None] | None = None,
+) -> list[T]:
+    """Reads many small files concurrently; the results are in the order of the items."""
+    found = []
     with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(read, items))
+        for result in map(read, items) if len(items) < 2 else pool.map(read, items):
+            found.append(result)
+            if progress is not None:
+                progress(len(found), len(items))
+    return found
 
 
 def _refuse_twice(

@@ -6,7 +6,7 @@ needs the first part of its roster at its end, so what belongs to runs counts as
 that long nothing was committed to the set at all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 
 from schemas.config import StrictModel
@@ -55,7 +55,11 @@ class Garbage(StrictModel):
 
 
 def collect_garbage(
-    url: str, older_than_hours: float, delete: bool = False, now: datetime | None = None
+    url: str,
+    older_than_hours: float,
+    delete: bool = False,
+    now: datetime | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Garbage:
     """Finds, and on request deletes, the files that no manifest names.
 
@@ -64,6 +68,7 @@ def collect_garbage(
         older_than_hours: files written to since are left alone; longer than any unit lives.
         delete: without it, nothing is touched.
         now: for tests.
+        progress: called with the files deleted so far, and all to delete.
 
     Raises:
         ConfigError: a negative age.
@@ -87,8 +92,10 @@ def collect_garbage(
         if now - max(file.modified, last_sign if why == _OF_A_RUN else file.modified) >= least
     ]
     if delete:
-        for file, _ in old:
+        for number, (file, _) in enumerate(old, start=1):
             label_set.store.delete(file.rel)
+            if progress is not None:
+                progress(number, len(old))
     return Garbage(
         url=url,
         older_than_hours=older_than_hours,

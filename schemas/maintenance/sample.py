@@ -1,5 +1,6 @@
 """A seeded sample of row groups of a label set, and what the labels in it are like."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,8 +22,19 @@ class SampledGroup:
     rows: LabelRows
 
 
-def sample_groups(label_set: LabelSet, count: int, seed: int) -> list[SampledGroup]:
-    """At most `count` row groups, drawn without repetition; the same for the same set and seed.
+def sample_groups(
+    label_set: LabelSet,
+    count: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[SampledGroup]:
+    """Draws at most `count` row groups without replacement; a function of the set and the seed.
+
+    Args:
+        label_set: the set to draw from.
+        count: how many row groups, if the set has as many.
+        seed: of the draw.
+        progress: called with the row groups read so far, and all of the sample.
 
     Raises:
         DamagedError: a manifest or a shard is not what was written.
@@ -32,12 +44,14 @@ def sample_groups(label_set: LabelSet, count: int, seed: int) -> list[SampledGro
         for manifest in label_set.manifests()  # by unit key, so the order is always the same
         for index in range(len(manifest.row_groups))
     ]
-    order = np.random.default_rng(seed).permutation(len(places))[:count]
-    record = label_set.spec.record
-    return [
-        SampledGroup(shard, index, read_row_group(label_set.store, shard, index, record))
-        for shard, index in (places[i] for i in sorted(order))
-    ]
+    order = sorted(np.random.default_rng(seed).permutation(len(places))[:count])
+    groups = []
+    for shard, index in (places[i] for i in order):
+        rows = read_row_group(label_set.store, shard, index, label_set.spec.record)
+        groups.append(SampledGroup(shard, index, rows))
+        if progress is not None:
+            progress(len(groups), len(order))
+    return groups
 
 
 def distributions(groups: list[SampledGroup]) -> dict[str, Floats]:

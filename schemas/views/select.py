@@ -4,7 +4,7 @@ Whether a row is chosen depends on its own key (for splits: on its document's), 
 order or the number of the other rows, except where a number of rows or a mixture is asked for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,8 +57,19 @@ class Selection(StrictModel):
             raise ConfigError(f"--sample is {self.sample}; expected a share or a number of rows")
 
 
-def make_views(out: str, heldout: str, selection: Selection) -> list[View]:
+def make_views(
+    out: str,
+    heldout: str,
+    selection: Selection,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[View]:
     """Makes the view at `out` and, where something is held out, the one at `heldout`.
+
+    Args:
+        out: URL of the view.
+        heldout: URL of the held-out view.
+        selection: which rows.
+        progress: called with the units read so far of one label set, and all units of it.
 
     Raises:
         ConfigError: the selection makes no sense, or leaves no row.
@@ -69,7 +80,7 @@ def make_views(out: str, heldout: str, selection: Selection) -> list[View]:
     indices: dict[str, pa.Table] = {}
     for source in sources:
         if source.label_set.url not in indices:
-            indices[source.label_set.url] = source.label_set.index()
+            indices[source.label_set.url] = source.label_set.index(progress)
     parts = [rows_of(n, s, indices[s.label_set.url]) for n, s in enumerate(sources)]
     rows = first_of_each_key(
         pa.concat_tables([ROWS.empty_table(), *parts]).unify_dictionaries().combine_chunks()

@@ -4,50 +4,49 @@ import json
 import os
 from typing import Any
 
-from schemas.errors import ConfigError, DamagedError, MissingError
+from schemas.errors import ConfigError, DamagedError, MissingError, first_line
 from schemas.label_set.label_set import LabelSet
 from schemas.label_set.roster import LABELLED, REUSED, read_roster
 from schemas.record.rows import LabelRows
 
 
 class Chats:
-    """Turns rows into messages."""
+    """Turns rows into chat messages."""
 
     def __init__(self, label_set: LabelSet, tokenizer: str | None) -> None:
-        """Finds the tokenizer and reads where rows came from.
+        """Loads the tokenizer, and the origin of every row from the rosters.
 
         Raises:
-            ConfigError: the set holds no sampled responses, or its tokenizer cannot be found.
+            ConfigError: the set holds no sampled responses, or its tokenizer cannot be loaded.
         """
         if label_set.spec.generation is None:
             raise ConfigError(
                 f"{label_set.url}: holds no sampled responses (it was made without [generate]); "
-                "chats can be exported of a set that was"
+                "export chats from a label set made with it"
             )
         self._url = label_set.url
         self._tokenizer = _load(label_set, tokenizer)
         self._special = set(self._tokenizer.all_special_ids) - {self._tokenizer.bos_token_id}
-        self._places = _places(label_set)
+        self._origins = _read_origins(label_set)
 
     def rows(self, rows: LabelRows) -> list[dict[str, Any]]:
-        """One object for each row: messages, row_key, source, place, sample.
+        """One object per row: messages, row_key, source, place, sample.
 
         Raises:
-            ConfigError: prompts are rendered chats, and their messages were not kept.
+            ConfigError: prompts are rendered chats whose messages were not kept.
         """
         return [self._row(rows, number) for number in range(len(rows))]
 
     def _row(self, rows: LabelRows, number: int) -> dict[str, Any]:
         ids = rows.token_ids[rows.token_offsets[number] : rows.token_offsets[number + 1]]
         spans = rows.label_spans[rows.span_offsets[number] : rows.span_offsets[number + 1]]
-        start = int(spans[0])  # a generated row has one span: the response, to its end
+        start = int(spans[0])  # generated rows have one span: the response, up to its end
         key = rows.row_key[number].tobytes()
-        source, place, sample, columns = self._places.get(key, ("", -1, -1, {}))
+        source, place, sample, columns = self._origins.get(key, ("", -1, -1, {}))
         response = self._tokenizer.decode(ids[start:].tolist(), skip_special_tokens=True)
-        messages = [*self._prompt(ids[:start].tolist(), columns)]
-        messages.append({"role": "assistant", "content": response})
+        prompt = self._prompt(ids[:start].tolist(), columns)
         return {
-            "messages": messages,
+            "messages": [*prompt, {"role": "assistant", "content": response}],
             "row_key": key.hex(),
             "source": source,
             "place": place,
@@ -55,7 +54,7 @@ class Chats:
         }
 
     def _prompt(self, ids: list[int], columns: dict[str, Any]) -> list[dict[str, str]]:
-        """The kept messages of the source, else the prompt's text as what a user says."""
+        """The source's messages if they were kept, else the prompt's text as a user message."""
         kept = columns.get("messages")
         if isinstance(kept, str):
             kept = json.loads(kept)
@@ -63,48 +62,41 @@ class Chats:
             return [{"role": str(m["role"]), "content": str(m["content"])} for m in kept]
         if self._special.intersection(ids):
             raise ConfigError(
-                f"{self._url}: prompts are chats in the teacher's template, which cannot be taken "
-                'apart again; label with corpus.keep_columns = ["messages"], so that the roster '
-                "has them"
+                f"{self._url}: prompts are chats rendered with the teacher's template, which "
+                'cannot be parsed back; label with corpus.keep_columns = ["messages"] to keep them'
             )
         return [{"role": "user", "content": self._tokenizer.decode(ids, skip_special_tokens=True)}]
 
 
 def _load(label_set: LabelSet, tokenizer: str | None) -> Any:
-    names = [tokenizer] if tokenizer else _recorded(label_set)
-    if not names:
+    recorded = sorted({str(m.provenance.get("model", "")) for m in label_set.manifests()} - {""})
+    name = tokenizer or (recorded[0] if recorded else "")
+    if not name:
         raise ConfigError(
-            f"{label_set.url}: no manifest says where the teacher was; name its tokenizer with "
+            f"{label_set.url}: no manifest records the teacher's model; name its tokenizer with "
             "--tokenizer"
         )
     from transformers import AutoTokenizer
 
-    name = names[0]
     try:
         found = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # tokenizers raises plain Exception on a bad file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"no tokenizer can be loaded from {name} (seen from {os.getcwd()}): {reason}; name "
-            "the teacher's with --tokenizer"
+            f"no tokenizer can be loaded from {name} (working directory {os.getcwd()}): "
+            f"{first_line(error)}; name the teacher's with --tokenizer"
         ) from error
-    _check_same(label_set, found, str(name))
+    _check_same(label_set, found, name)
     return found
 
 
-def _recorded(label_set: LabelSet) -> list[str]:
-    models = {str(m.provenance.get("model", "")) for m in label_set.manifests()}
-    return sorted(models - {""})
-
-
 def _check_same(label_set: LabelSet, tokenizer: Any, name: str) -> None:
-    """Ids mean what they meant: the vocabulary is the one that the set keeps."""
+    """Refuses a tokenizer with another vocabulary, which would decode the ids to other text."""
     if not label_set.vocabulary_file:
         return
     try:
         kept = label_set.vocabulary()
     except (MissingError, DamagedError):
-        return
+        return  # `verify` reports it; the tokenizer may well be the right one
     found = tokenizer.get_vocab()
     differ = sorted(token for token, id_ in kept.items() if found.get(token) != id_)
     if differ:
@@ -114,14 +106,14 @@ def _check_same(label_set: LabelSet, tokenizer: Any, name: str) -> None:
         )
 
 
-def _places(label_set: LabelSet) -> dict[bytes, tuple[str, int, int, dict[str, Any]]]:
-    """Source, place, sample and kept columns of each row that a run took, by row key."""
+def _read_origins(label_set: LabelSet) -> dict[bytes, tuple[str, int, int, dict[str, Any]]]:
+    """Source, place, sample and kept columns of each row that some run used, by row key."""
     found: dict[bytes, tuple[str, int, int, dict[str, Any]]] = {}
     for rel in label_set.store.list("rosters", ".parquet"):
         run = rel.rsplit("/", 1)[-1].removesuffix(".parquet")
         for row in read_roster(label_set, run).to_pylist():
             if row["disposition"] in (LABELLED, REUSED):
                 columns = json.loads(row["columns"]) if row["columns"] else {}
-                place = (row["source"], row["place"], row["sample"], columns)
-                found.setdefault(row["row_key"], place)
+                origin = (row["source"], row["place"], row["sample"], columns)
+                found.setdefault(row["row_key"], origin)
     return found

@@ -1,10 +1,10 @@
 """Labels in the column layouts that two other trainers read from Parquet.
 
-Both layouts hold one teacher distribution for each input token, aligned with the student's output
-there: **row j is over token j + 1**. Ours is by target index t, so label t goes to row t - 1.
+Both layouts hold one teacher distribution per input token, aligned with the student's output:
+**row j is the distribution over token j + 1**. Label sets go by the index t of the target token, so
+label t becomes row t - 1.
 
-axolotl (KD plugin, already tokenised data; one target row for each token, so the last one is
-padding)::
+axolotl (KD plugin, tokenised data; one row per token, of which the last is padding)::
 
     input_ids         list<int32> [L]
     attention_mask    list<int8> [L]          all 1
@@ -13,16 +13,16 @@ padding)::
     target_logprobs   list<list<float32>> [L, K]   nats, temperature 1, not renormalised
     target_mask       list<list<int8>> [L, K] 0 in rows and slots without a teacher
 
-DistillKit (offline teacher, ``logprob_compressor`` with every value exact; as many rows as tokens,
-so the sequence goes without its last token, whose distribution is still there)::
+DistillKit (offline teacher, ``logprob_compressor`` with every value exact; one row per token, so
+the sequence loses its last token, which the last row is the distribution over)::
 
     input_ids            list<uint64> [L - 1]
     compressed_logprobs  list<list<uint8>> [L - 1, 2 K]    little-endian float16
     bytepacked_indices   list<list<uint8>> [L - 1, ceil(K b / 8)]   b = ceil(log2 V), high bit first
     labels               list<int64> [L - 1]  the token where row j has a teacher, else -100; only
-                         where some row is labelled in part
+                         if some row is partly labelled
 
-Neither layout has a place for draws and their weights, nor for the mass of the tail.
+Neither layout can hold tail draws with their weights, or the mass of the tail.
 """
 
 from typing import Any
@@ -36,7 +36,7 @@ from schemas.record.rows import LabelRows, offsets_of, target_positions
 from schemas.spec import LabelSetSpec
 
 PADDING_LOGPROB = -1e9
-IGNORED = -100
+IGNORED = -100  # the index that torch's cross-entropy skips
 
 AXOLOTL = pa.schema(
     [
@@ -60,45 +60,48 @@ DISTILLKIT = pa.schema(
 
 
 def check_exportable(spec: LabelSetSpec, layout: str) -> None:
-    """Shows that a label set can be said exactly in a layout.
+    """Checks that a layout represents the labels of a set exactly.
 
     Raises:
-        RecordError: it cannot; says why, and which label sets can.
+        RecordError: it does not; says why, and which label sets it can hold.
     """
     record = spec.record
     kinds = {"axolotl": ("topk", "topp"), "distillkit": ("topk",)}[layout]
     if record.kind not in kinds:
         why = {
-            "tokens": "it has no teacher's labels",
-            "topp": "its heads differ in length, and the layout has one K for all; padding them "
+            "tokens": "it has no teacher labels",
+            "topp": "its heads differ in length, but the layout has a single K; padding them "
             "would change the student's share of missing mass",
-        }.get(record.kind, "its draws carry weights, which a top-k layout has no place for")
+        }.get(record.kind, "its draws carry weights, which a top-k layout cannot hold")
         raise RecordError(
             f'a label set of kind "{record.kind}" cannot be written as {layout}: {why}; expected '
             f"kind {' or '.join(kinds)}"
         )
     if record.teacher_context:
         raise RecordError(
-            f"this label set has tokens that only the teacher saw, which {layout} has no place for"
+            f"this label set has tokens that only the teacher saw, which {layout} cannot hold"
         )
 
 
 def axolotl_table(rows: LabelRows) -> pa.Table:
     """Rows in the layout AXOLOTL."""
-    row, target = _places(rows)
+    assert rows.entry_offsets is not None
+    assert rows.entry_logprobs is not None
+    row, target = _targets(rows)
     teacher_row = rows.token_offsets[row] + target - 1  # in all tokens of the batch
     num_tokens = rows.num_tokens
-    entries = np.diff(_have(rows.entry_offsets))
+    entries = np.diff(rows.entry_offsets)
+    # Padding rows are as wide as the narrowest label, so that topk has a single K throughout.
     width = np.full(num_tokens, entries.min() if len(entries) else 1, np.int64)
     width[teacher_row] = entries
     slots = offsets_of(width)
     ids = np.zeros(slots[-1], np.int32)
     logprobs = np.full(slots[-1], PADDING_LOGPROB, np.float32)
     mask = np.zeros(slots[-1], np.int8)
-    into = np.repeat(slots[teacher_row] - _have(rows.entry_offsets)[:-1], entries)
+    into = np.repeat(slots[teacher_row] - rows.entry_offsets[:-1], entries)
     into += np.arange(len(into))
     ids[into] = rows.entry_ids
-    logprobs[into] = _have(rows.entry_logprobs)
+    logprobs[into] = rows.entry_logprobs
     mask[into] = 1
     labels = np.full(num_tokens, IGNORED, np.int32)
     labels[teacher_row + 1] = rows.token_ids[teacher_row + 1]
@@ -114,21 +117,25 @@ def axolotl_table(rows: LabelRows) -> pa.Table:
 
 
 def distillkit_table(rows: LabelRows, vocab_size: int) -> pa.Table:
-    """Rows in the layout DISTILLKIT; those of a single token have nothing to say and are left out.
+    """Rows in the layout DISTILLKIT, without those of a single token, which predict nothing.
 
     Args:
         rows: of kind ``topk``.
-        vocab_size: V, which the width of packed ids follows from.
+        vocab_size: V, which determines the width of packed ids.
     """
-    row, target = _places(rows)
+    assert rows.head_len is not None
+    assert rows.entry_ids is not None
+    assert rows.entry_logprobs is not None
+    row, target = _targets(rows)
     kept = np.diff(rows.token_offsets) - 1
     outer = offsets_of(kept)
     teacher_row = outer[row] + target - 1
-    k = int(_have(rows.head_len).max(initial=1))
+    k = int(rows.head_len.max(initial=1))
+    # Rows without a teacher, which `labels` masks, get a valid uniform distribution.
     ids = np.tile(np.arange(k, dtype=np.int64), (int(outer[-1]), 1))
     logprobs = np.full((int(outer[-1]), k), np.log(1.0 / k), np.float16)
-    ids[teacher_row] = _have(rows.entry_ids).reshape(-1, k)
-    logprobs[teacher_row] = _have(rows.entry_logprobs).reshape(-1, k)
+    ids[teacher_row] = rows.entry_ids.reshape(-1, k)
+    logprobs[teacher_row] = rows.entry_logprobs.reshape(-1, k)
     last = np.zeros(rows.num_tokens, bool)
     last[rows.token_offsets[1:] - 1] = True
     tokens = rows.token_ids[~last]
@@ -145,19 +152,19 @@ def distillkit_table(rows: LabelRows, vocab_size: int) -> pa.Table:
 
 
 def index_bits(vocab_size: int) -> int:
-    """Bits of a packed id: the smallest b with 2^b >= V, at least 1."""
+    """Width of a packed id in bits: the smallest b >= 1 with 2^b >= V."""
     return max(1, int(vocab_size - 1).bit_length())
 
 
 def pack_ids(ids: npt.NDArray[np.int64], bits: int) -> npt.NDArray[np.uint8]:
-    """[N, K] ids to [N, ceil(K * bits / 8)] bytes, high bit first, zeros at the end of each row."""
+    """Packs ids [N, K] into bytes [N, ceil(K * bits / 8)], high bit first, each row zero-padded."""
     spread = (ids[:, :, None] >> np.arange(bits - 1, -1, -1)) & 1
     flat = spread.astype(np.uint8).reshape(len(ids), ids.shape[1] * bits)
     return np.packbits(flat, axis=1)
 
 
 def compression_config(k: int, vocab_size: int) -> dict[str, Any]:
-    """DistillKit's ``teacher.logprob_compressor`` for these files: K values, each exact."""
+    """DistillKit's ``teacher.logprob_compressor`` for these files: K exact values."""
     return {
         "d": vocab_size,
         "k": k,
@@ -172,13 +179,13 @@ def compression_config(k: int, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def is_wholly_labelled(rows: LabelRows) -> bool:
-    """Whether every token but each row's first is a target."""
+def is_fully_labelled(rows: LabelRows) -> bool:
+    """Whether every token except the first of each row is a target."""
     return bool((np.diff(rows.label_offsets) == np.diff(rows.token_offsets) - 1).all())
 
 
-def _places(rows: LabelRows) -> tuple[Any, Any]:
-    """Row, and target index in it, of each label: int64 [sum N]."""
+def _targets(rows: LabelRows) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Row of each label, and the index of its target token in that row: int64 [labels]."""
     targets, offsets = target_positions(rows.label_spans, rows.span_offsets)
     row = np.repeat(np.arange(len(rows)), np.diff(offsets))
     return row, targets
@@ -191,8 +198,3 @@ def _lists(offsets: npt.NDArray[np.int64], values: pa.Array) -> pa.ListArray:
 def _byte_lists(values: npt.NDArray[np.uint8]) -> pa.ListArray:
     offsets = np.arange(len(values) + 1) * values.shape[1]
     return _lists(offsets, pa.array(np.ascontiguousarray(values).reshape(-1)))
-
-
-def _have(values: Any) -> Any:
-    assert values is not None
-    return values

@@ -1,7 +1,7 @@
-"""Rows of a label set in the order of its index, each row key once, row group by row group."""
+"""The rows of a label set, each row key once, one row group at a time."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -11,10 +11,17 @@ from schemas.label_set.shards import read_row_group
 from schemas.record.rows import LabelRows
 
 
-def rows_once(label_set: LabelSet) -> Iterator[LabelRows]:
-    """Yields the rows of each row group that has any; copies in later units are left out.
+def unique_rows(
+    label_set: LabelSet, progress: Callable[[int, int], None] | None = None
+) -> Iterator[LabelRows]:
+    """Yields the rows of each row group in index order, without copies in later units.
+
+    Args:
+        label_set: the set to read.
+        progress: called with the rows whose processing is done, and all rows of the set.
 
     Raises:
+        RecordError: the set holds no labelled row.
         DamagedError: a manifest, key file or shard is not what was written.
     """
     index = label_set.index()
@@ -31,3 +38,5 @@ def rows_once(label_set: LabelSet) -> Iterator[LabelRows]:
             label_set.store, shards[start], int(groups[start]), label_set.spec.record
         )
         yield found.take(rows[start:stop])
+        if progress is not None:
+            progress(stop, len(index))

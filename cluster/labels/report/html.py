@@ -1,27 +1,19 @@
-"""`tutelage labels report`: one HTML file with everything in it, to look at and to send on."""
+"""`tutelage labels report`: a self-contained HTML file, which can be opened and sent anywhere."""
 
-import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from cluster.labels.report import measures, plots
-from cluster.labels.show.show import RUN_COLUMNS, run_accounts, run_lines, summary
-from cluster.labels.terminal import size_text
-from schemas.label_set.label_set import LabelSet
-from schemas.label_set.manifest import Manifest
-from schemas.maintenance.listing import record_text, teacher_text
-from schemas.maintenance.sample import SampledGroup, distributions, sample_groups
-from schemas.storage.store import Store
+import numpy as np
+import numpy.typing as npt
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-_STYLE = """
-body { font: 14px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; color: #222; }
-table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; }
-td, th { padding: 0.15rem 0.7rem; border-bottom: 1px solid #ddd; text-align: right; }
-td:first-child, th:first-child { text-align: left; }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(24rem, 1fr)); gap: 1rem; }
-svg { width: 100%; height: auto; }
-code { font-size: 12px; }
-"""
+from cluster.labels.facts import RUN_COLUMNS, label_set_facts, run_accounts, run_lines, summary
+from cluster.labels.report import measures, plots
+from cluster.output_file import write_file
+from schemas.label_set.label_set import LabelSet
+from schemas.maintenance.sample import distributions, sample_groups
+
 _UNITS = {
     "tokens a row": "tokens",
     "labels a row": "labels",
@@ -35,115 +27,82 @@ _UNITS = {
 }
 
 
-def write_report(url: str, out: str, num_groups: int, seed: int) -> dict[str, Any]:
-    """Writes the report of a label set; returns its numbers.
+def write_report(
+    url: str,
+    out: str,
+    num_groups: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Writes the report of a label set and returns its numbers.
+
+    Args:
+        url: the label set.
+        out: HTML file to write; any fsspec URL.
+        num_groups: row groups to sample.
+        seed: seed of the sample.
+        progress: called with the row groups read so far, and all of the sample.
 
     Raises:
-        StoreError: there is no label set, it is damaged, or the file cannot be written.
+        StoreError: the label set does not exist or is damaged, or the file cannot be written.
     """
     label_set = LabelSet.open(url)
-    manifests = label_set.manifests()
-    groups = sample_groups(label_set, num_groups, seed)
+    groups = sample_groups(label_set, num_groups, seed, progress)
     values = distributions(groups)
-    columns, footers = measures.bytes_by_column(label_set, seed)
-    found = measures.calibration(groups)
-    sections = [
-        f"<h1>{html.escape(label_set.url)}</h1>",
-        _facts(label_set, manifests),
-        _runs(label_set),
-        f"<h2>Labels</h2><p>{_sample_line(groups, seed)}</p>",
-        _quantiles({name: summary(part) for name, part in values.items()}),
-        '<div class="plots">',
-        *(
-            plots.histogram(part, name, _UNITS[name], log_x=name == "target rank")
-            for name, part in values.items()
-        ),
-        plots.calibration(found) if found else "",
-        "</div><h2>Storage and time</h2>",
-        f"<p>Compressed bytes from the footers of {footers} shards.</p>",
-        '<div class="plots">',
-        *_storage_and_time(label_set, manifests, columns),
-        "</div>",
-    ]
-    _write(out, label_set, sections)
+    summaries = {name: summary(part) for name, part in values.items()}
+    columns, num_footers = measures.bytes_by_column(label_set, seed)
+    calibration = measures.calibration(groups)
+    # Escapes every value: a URL or a teacher's name may hold anything.
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    page = environment.get_template("report.html.jinja").render(
+        url=label_set.url,
+        facts=label_set_facts(label_set),
+        run_columns=RUN_COLUMNS,
+        runs=run_lines(run_accounts(label_set)),
+        seed=seed,
+        num_groups=len(groups),
+        num_rows=sum(len(group.rows) for group in groups),
+        num_labels=sum(group.rows.num_labels for group in groups),
+        quantile_columns=("", *next(iter(summaries.values()), {})),
+        quantiles=[
+            (name, *(f"{number:,.6g}" for number in numbers.values()))
+            for name, numbers in summaries.items()
+        ],
+        label_plots=_label_plots(values, calibration),
+        num_footers=num_footers,
+        storage_plots=_storage_plots(label_set, columns),
+    )
+    write_file(out, page)
     return {
         "url": url,
         "out": out,
-        "ece": found.ece if found else None,
+        "ece": calibration.ece if calibration else None,
         "bytes_per_label_by_column": columns,
-        "distributions": {name: summary(part) for name, part in values.items()},
+        "distributions": summaries,
     }
 
 
-def _storage_and_time(
-    label_set: LabelSet, manifests: list[Manifest], columns: dict[str, float]
-) -> Iterator[str]:
-    if columns:
-        total = sum(columns.values())
-        title = f"bytes a label by column, {total:.1f} in all"
-        yield plots.bars(columns, title, "bytes a label, compressed")
-    units = measures.units_over_time(label_set, manifests)
-    if units:
-        yield plots.throughput(units)
-        yield plots.progress(units)
-
-
-def _sample_line(groups: list[SampledGroup], seed: int) -> str:
-    labels = sum(group.rows.num_labels for group in groups)
-    rows = sum(len(group.rows) for group in groups)
-    return (
-        f"{len(groups)} row groups drawn with seed {seed}: {rows:,} rows, {labels:,} labels. "
-        "Dashed lines are medians."
-    )
-
-
-def _facts(label_set: LabelSet, manifests: list[Manifest]) -> str:
-    labels = sum(manifest.num_labels for manifest in manifests)
-    size = sum(manifest.size_bytes for manifest in manifests)
-    teacher = label_set.spec.teacher
-    lines = [
-        ("fingerprint", label_set.fingerprint),
-        ("record", record_text(label_set.spec.record)),
-        ("teacher", teacher_text(label_set, manifests)),
-        ("weights digest", teacher.weights_digest or "none"),
-        ("numerics", f"{teacher.dtype}, head {teacher.head_dtype}"),
-        ("vocabulary", f"{teacher.vocab_size:,} ids"),
-        ("units", f"{len(manifests):,}"),
-        ("rows", f"{sum(m.num_rows for m in manifests):,}"),
-        ("tokens", f"{sum(m.num_tokens for m in manifests):,}"),
-        ("labels", f"{labels:,}"),
-        ("quarantined", f"{len(label_set.quarantine()):,}"),
-        ("size", f"{size_text(size)}, {size / labels if labels else 0:.1f} bytes a label"),
+def _label_plots(
+    values: Mapping[str, npt.NDArray[np.float64]], calibration: measures.Calibration | None
+) -> list[str]:
+    drawn = [
+        plots.histogram(part, name, _UNITS[name], log_x=name == "target rank")
+        for name, part in values.items()
     ]
-    return _table((), lines)
+    return [*drawn, plots.calibration(calibration)] if calibration else drawn
 
 
-def _runs(label_set: LabelSet) -> str:
-    lines = run_lines(run_accounts(label_set))
-    table = _table(RUN_COLUMNS, lines) if lines else "<p>No finished run.</p>"
-    return f"<h2>Runs</h2>{table}"
-
-
-def _quantiles(found: dict[str, dict[str, float]]) -> str:
-    if not found:
-        return ""
-    names = list(next(iter(found.values())))
-    lines = [(name, *(f"{numbers[one]:,.6g}" for one in names)) for name, numbers in found.items()]
-    return _table(("", *names), lines)
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>"] if head else []
-    for line in lines:
-        rows.append(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>")
-    return f"<table>{''.join(rows)}</table>"
-
-
-def _write(out: str, label_set: LabelSet, sections: Sequence[str]) -> None:
-    title = html.escape(f"labels {label_set.url}")
-    page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
-    )
-    folder, slash, name = out.rpartition("/")
-    Store(folder if slash else ".").write_bytes(name, page.encode())
+def _storage_plots(label_set: LabelSet, columns: Mapping[str, float]) -> list[str]:
+    drawn = []
+    if columns:
+        title = f"bytes a label by column, {sum(columns.values()):.1f} in all"
+        drawn.append(plots.bars(columns, title, "bytes a label, compressed"))
+    units = measures.units_over_time(label_set)
+    if units:
+        drawn += [plots.throughput(units), plots.progress(units)]
+    return drawn

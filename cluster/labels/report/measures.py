@@ -1,4 +1,4 @@
-"""What a report shows beside the distributions: calibration, bytes by column, units over time."""
+"""Measurements of a report: the teacher's calibration, bytes by column, units over time."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -8,25 +8,26 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from schemas.label_set.label_set import LabelSet
-from schemas.label_set.manifest import MANIFESTS, Manifest
+from schemas.label_set.manifest import MANIFESTS
 from schemas.maintenance.sample import SampledGroup
 from schemas.record.rows import LabelRows, target_positions
 
 BINS = 15
 MAX_FOOTERS = 64
-"""Shards whose footers are read for bytes by column."""
+"""Most shards to read the footer of: more would barely change the mean bytes by column."""
 
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The teacher's most probable token against the token that stands there.
+    """How often the teacher's most probable token is the real one, by its probability.
 
     Attributes:
         edges: float64 [BINS + 1], equal widths over confidence 0 to 1.
         counts: int64 [BINS], labels in each bin.
-        confidence, accuracy: float64 [BINS], means of each bin; NaN where it is empty.
+        confidence: float64 [BINS], mean probability of the top token; NaN in empty bins.
+        accuracy: float64 [BINS], share of labels whose top token is the real one; likewise.
         ece: expected calibration error, bins weighted by counts (Guo et al. 2017).
     """
 
@@ -38,7 +39,7 @@ class Calibration:
 
 
 def calibration(groups: list[SampledGroup]) -> Calibration | None:
-    """From the first entry of each head, which every kind but ``sampled`` and ``tokens`` has."""
+    """Calibration from the first entry of each head; None for kinds without one."""
     parts = [found for group in groups if (found := _first_entries(group.rows)) is not None]
     if not parts:
         return None
@@ -58,7 +59,7 @@ def calibration(groups: list[SampledGroup]) -> Calibration | None:
 
 
 def _first_entries(rows: LabelRows) -> tuple[Floats, npt.NDArray[np.bool_]] | None:
-    """Probability of the most probable id of each label, and whether it stands in the row."""
+    """Probability of each label's top token, and whether it is the real token of the row."""
     if rows.head_len is None or rows.entry_offsets is None:
         return None
     assert rows.entry_ids is not None
@@ -72,7 +73,7 @@ def _first_entries(rows: LabelRows) -> tuple[Floats, npt.NDArray[np.bool_]] | No
 
 
 def bytes_by_column(label_set: LabelSet, seed: int) -> tuple[dict[str, float], int]:
-    """Compressed bytes a label of each column, the largest first, and how many shards were read."""
+    """Compressed bytes a label of each column, largest first, and the number of shards read."""
     shards = [manifest for manifest in label_set.manifests() if manifest.shard]
     order = np.random.default_rng(seed).permutation(len(shards))[:MAX_FOOTERS]
     sizes: dict[str, int] = {}
@@ -92,15 +93,15 @@ def bytes_by_column(label_set: LabelSet, seed: int) -> tuple[dict[str, float], i
 
 @dataclass(frozen=True)
 class UnitOverTime:
-    """One committed unit: when its manifest was written, and how fast it was labelled."""
+    """One committed unit: when its manifest was written, and how long its teacher took."""
 
     committed: datetime
     num_tokens: int
     seconds: float
 
 
-def units_over_time(label_set: LabelSet, manifests: list[Manifest]) -> list[UnitOverTime]:
-    """The units whose provenance says how long they took, in the order of their commits."""
+def units_over_time(label_set: LabelSet) -> list[UnitOverTime]:
+    """The units whose provenance records their duration, in the order of their commits."""
     written = {file.rel: file.modified for file in label_set.store.walk(MANIFESTS)}
     found = [
         UnitOverTime(
@@ -108,7 +109,7 @@ def units_over_time(label_set: LabelSet, manifests: list[Manifest]) -> list[Unit
             manifest.num_tokens,
             float(manifest.provenance["seconds"]),
         )
-        for manifest in manifests
+        for manifest in label_set.manifests()
         if manifest.num_tokens and manifest.provenance.get("seconds")
     ]
     return sorted(found, key=lambda unit: unit.committed)

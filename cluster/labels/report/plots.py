@@ -1,4 +1,4 @@
-"""The plots of a report, each as SVG text."""
+"""The plots of a report, each as an SVG element for an HTML page."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ Values = npt.NDArray[np.float64]
 
 
 def histogram(values: Values, title: str, unit: str, log_x: bool = False) -> str:
-    """How often each value is there; over equal steps, or equal ratios with `log_x`."""
+    """Share of the values in each of 50 bins, of equal width or, with `log_x`, of equal ratio."""
 
     def draw(axes: Any) -> None:
         bins: Any = 50
@@ -32,21 +32,21 @@ def histogram(values: Values, title: str, unit: str, log_x: bool = False) -> str
 
 
 def calibration(found: Calibration) -> str:
-    """Accuracy against confidence; the area of a dot is the share of the labels in its bin."""
+    """Accuracy against confidence; the area of each dot is its bin's share of the labels."""
 
     def draw(axes: Any) -> None:
         share = found.counts / found.counts.sum()
         axes.plot([0, 1], [0, 1], color=_GREY, linestyle="--", linewidth=1)
         axes.plot(found.confidence, found.accuracy, color=_BLUE, linewidth=1)
         axes.scatter(found.confidence, found.accuracy, s=10 + 400 * share, color=_BLUE, alpha=0.6)
-        axes.set_xlabel("the teacher's probability of its first choice")
-        axes.set_ylabel("how often it stands there")
+        axes.set_xlabel("confidence: probability of the teacher's top token")
+        axes.set_ylabel("accuracy: how often it is the real token")
 
     return _svg(f"calibration of the teacher, ECE {100 * found.ece:.1f}%", draw)
 
 
 def bars(values: Mapping[str, float], title: str, unit: str) -> str:
-    """One bar each, the first on top."""
+    """One horizontal bar per value, the first on top."""
 
     def draw(axes: Any) -> None:
         names = list(values)[::-1]
@@ -60,7 +60,7 @@ def bars(values: Mapping[str, float], title: str, unit: str) -> str:
 
 
 def throughput(units: Sequence[UnitOverTime]) -> str:
-    """Tokens a second of each unit by the time of its commit."""
+    """Tokens a second of each unit against the time of its commit."""
 
     def draw(axes: Any) -> None:
         first = units[0].committed
@@ -68,13 +68,13 @@ def throughput(units: Sequence[UnitOverTime]) -> str:
         axes.plot(minutes, [u.num_tokens / u.seconds for u in units], ".", color=_BLUE)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("minutes since the first commit")
-        axes.set_ylabel("tokens a second, in its teacher")
+        axes.set_ylabel("tokens a second of its teacher")
 
     return _svg("units over time", draw)
 
 
 def progress(units: Sequence[UnitOverTime]) -> str:
-    """Tokens committed so far."""
+    """Committed tokens against time."""
 
     def draw(axes: Any) -> None:
         first = units[0].committed
@@ -88,7 +88,7 @@ def progress(units: Sequence[UnitOverTime]) -> str:
 
 
 def _svg(title: str, draw: Callable[[Any], None]) -> str:
-    """One pair of axes; text stays text, and the same values give the same bytes."""
+    """One pair of axes as SVG: text stays text, and equal values give equal bytes."""
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -63,12 +63,11 @@ def test_submit_refuses_a_config_that_would_not_travel(
     assert "--working-dir" in capsys.readouterr().err
 
 
-def test_json_is_written_whole(tmp_path: Path) -> None:
-    from cluster.__main__ import _write_json
-
+def test_json_is_written_atomically(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "out.json"
-    _write_json(str(target), '{"a": 1}')
-    assert json.loads(target.read_text()) == {"a": 1}
+    (tmp_path / "empty").mkdir()
+    assert main(["labels", "ls", str(tmp_path / "empty"), "--json", str(target)]) == 0
+    assert json.loads(target.read_text()) == {"label_sets": []}
     assert [path.name for path in target.parent.iterdir()] == ["out.json"]
 
 
@@ -101,4 +100,6 @@ def test_a_summary_that_cannot_be_written_is_one_line(
     assert "/out.json: cannot be written (Permission denied)" in capsys.readouterr().err
     monkeypatch.setattr(Path, "mkdir", fail)
     assert main(words) == 1
-    assert "Permission denied: 'out.json'; see to the permissions" in capsys.readouterr().err
+    assert f"{tmp_path}: cannot be created (Permission denied)" in capsys.readouterr().err
+    assert main(["demo", "--out", str(tmp_path / "demo")]) == 1
+    assert "Permission denied: 'out.json'; check the permissions" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Progress: lines in a log, a bar on a terminal, speed and time left counted from real work."""
 
+import contextlib
 import io
 import os
 import pty
@@ -41,6 +42,21 @@ def test_work_of_an_earlier_run_does_not_count_into_the_speed() -> None:
     assert stream.getvalue() == "train: step 910/1000 | 3m00s left\n"
 
 
+def test_brief_command_leaves_no_line_unless_it_takes_long() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with Progress("verify", stream=stream, clock=clock, brief=True) as progress:
+        progress.show(1, 2, "unit 1 of 2")
+    assert stream.getvalue() == ""
+    with Progress("verify", stream=stream, clock=clock, brief=True) as progress:
+        for done in (1, 2, 3):
+            clock.now += LINE_INTERVAL_S * 0.7
+            progress.show(done, 3, f"unit {done} of 3")
+    assert stream.getvalue().splitlines() == [
+        "verify: unit 2 of 3 | 7s left",
+        "verify: unit 3 of 3",
+    ]
+
+
 def test_no_total_shows_no_time_left_and_disabled_shows_nothing() -> None:
     stream, clock = io.StringIO(), Clock()
     for enabled in (True, False):
@@ -55,8 +71,12 @@ def test_terminal_gets_a_bar_and_notes_above_it() -> None:
     with os.fdopen(follower, "w") as stream, Progress("evaluate", stream=stream) as progress:
         progress.show(1, 2, "row 1 of 2 [bold]", tokens=10)
         progress.say("a note with [brackets]")
-    written = os.read(leader, 65536).decode()
+    chunks = []
+    with contextlib.suppress(OSError):  # EIO: the other end is closed and everything was read
+        while chunk := os.read(leader, 65536):
+            chunks.append(chunk)
     os.close(leader)
+    written = b"".join(chunks).decode()
     assert "50%" in written
     assert "row 1 of 2 [bold]" in written
     assert "a note with [brackets]" in written

@@ -80,7 +80,7 @@ def test_a_whole_set_passes(label_set: LabelSet, capsys: pytest.CaptureFixture[s
     assert (result.units, result.rows, result.quarantined) == (2, 40, 2)
     assert result.labels == sum(m.num_labels for m in label_set.manifests())
     assert main(["labels", "verify", label_set.url]) == 0
-    assert "whole; checked 2 units, 40 rows" in capsys.readouterr().out
+    assert "OK: checked 2 units, 40 rows" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("column", LEAVES)

@@ -252,3 +252,12 @@ def test_an_unreadable_local_file_is_one_line(
     monkeypatch.setattr("builtins.open", _failing(PermissionError(13, "Permission denied")))
     with pytest.raises(StoreError, match=rf"^{tmp_path}/x: .*Permission denied.*permissions, then"):
         Store(str(tmp_path)).open("x")
+
+
+def test_a_missing_driver_names_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", refuse)
+    with pytest.raises(StoreError, match=r"pip install 'tutelage\[s3\]'"):
+        Store("s3://bucket/labels")

@@ -136,7 +136,7 @@ def test_what_a_layout_cannot_say_is_refused(layout: str) -> None:
     for record, found in (
         (RecordSpec(kind="threshold"), "draws carry weights"),
         (RecordSpec(kind="sampled"), "draws carry weights"),
-        (RecordSpec(kind="tokens"), "no teacher's labels"),
+        (RecordSpec(kind="tokens"), "no teacher labels"),
         (RecordSpec(kind="topk", teacher_context=True), "only the teacher saw"),
     ):
         with pytest.raises(RecordError, match=found):

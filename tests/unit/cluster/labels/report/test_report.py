@@ -47,6 +47,21 @@ def test_one_file_with_everything(tmp_path: Path, record: RecordSpec) -> None:
     assert out.read_text() == page
 
 
+def test_names_are_escaped(tmp_path: Path) -> None:
+    hostile = """<script>alert('x') & "y" <b>"""
+    label_set = LabelSet.create_or_open(str(tmp_path / hostile), SPEC)
+    rows = make_rows(5, SPEC.record, VOCAB)
+    label_set.commit_unit(rows, [], {"model": f"model {hostile}"}, unit_key(rows.row_key))
+    out = tmp_path / "report.html"
+    assert main(["labels", "report", label_set.url, "--out", str(out)]) == 0
+    page = out.read_text()
+    assert "<script" not in page
+    assert "<b>" not in page
+    escaped = "&lt;script&gt;alert(&#39;x&#39;) &amp; &#34;y&#34; &lt;b&gt;"
+    assert f"<title>labels {tmp_path}/{escaped}</title>" in page
+    assert f"<td>model {escaped}</td>" in page
+
+
 def test_calibration_against_a_loop(tmp_path: Path) -> None:
     label_set = make_set(tmp_path / "labels", SPEC.record)
     groups = sample_groups(label_set, 10, 0)
@@ -83,6 +98,6 @@ def test_bytes_and_units(tmp_path: Path) -> None:
     size = sum(manifest.size_bytes for manifest in manifests)
     assert 0.3 * size / labels < sum(columns.values()) < size / labels
     assert list(columns.values()) == sorted(columns.values(), reverse=True)
-    units = units_over_time(label_set, manifests)
+    units = units_over_time(label_set)
     assert [unit.seconds for unit in units] == [2.0, 2.0]
     assert sum(unit.num_tokens for unit in units) == sum(m.num_tokens for m in manifests)
