@@ -33,8 +33,8 @@ from trainer.losses.compatibility import approximation
 from trainer.run_folder import RunFolder, TrainSummary
 from trainer.tracking.learning_curve import Curve
 from trainer.tracking.reporter import Reporter, no_sums, ratio
-from trainer.tracking.row_log import RowLog
 from trainer.tracking.run_status import StatusReceiver
+from trainer.tracking.step_lines import RowLog
 
 
 @dataclass(frozen=True)
@@ -158,11 +158,13 @@ class Worker:
             raise self._bad_batch.write(store, bad, batch, checkpoint) from None
         seconds = time.perf_counter() - before
         self._progress = self._reporter.add(self._progress, batch, result, seconds, loader.wait_s)
-        self._reporter.post(self._progress)
+        self._reporter.send_status(self._progress)
         self._evaluate()
         if step % self._config.log.every_steps == 0 or self._is_over:
             self._folder.check_owner(self._job.owner)
-            self._progress = self._reporter.point(self._progress, self._lr(step), result.grad_norm)
+            self._progress = self._reporter.add_point(
+                self._progress, self._lr(step), result.grad_norm
+            )
 
     @property
     def _is_over(self) -> bool:
@@ -179,7 +181,7 @@ class Worker:
             return
         point = self._held_out.measure(step)
         self._folder.check_owner(self._job.owner)
-        self._progress = self._reporter.evaluated(self._progress, point, config)
+        self._progress = self._reporter.add_evaluation(self._progress, point, config)
         if self._is_over and step < self._job.num_steps:
             best = self._progress.evaluation
             self._note(

@@ -1,4 +1,4 @@
-"""Trackers of experiments beside metrics.jsonl: Weights & Biases and MLflow, where installed."""
+"""Experiment trackers beside metrics.jsonl: Weights & Biases and MLflow, where installed."""
 
 import contextlib
 import hashlib
@@ -12,96 +12,96 @@ from typing import Any, Protocol
 from schemas.errors import ConfigError
 from trainer.config.train import LogConfig, TrainConfig
 
-_WANTED_BY = {"wandb": "log.wandb_project", "mlflow": "log.mlflow_uri"}
+_CONFIG_KEYS = {"wandb": "log.wandb_project", "mlflow": "log.mlflow_uri"}
 _INSTALL = {"wandb": "pip install wandb", "mlflow": "pip install mlflow-skinny"}
 
 
 class Tracker(Protocol):
-    """Somewhere else that points of the learning curve go to."""
+    """An external service that receives the points of the learning curve."""
 
     NAME: str
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Adds the values of a step; those of a step that comes again replace or follow the old."""
+        """Adds the values of a step; a resumed run may log a step again."""
 
     def close(self) -> None:
-        """Ends the run there."""
+        """Ends the tracker's run."""
 
 
 def check_trackers(config: LogConfig) -> None:
-    """Looks whether the packages that are asked for are there; imports none of them.
+    """Checks, without importing them, that the packages of the configured trackers exist.
 
     Raises:
-        ConfigError: one is not; says how to install it.
+        ConfigError: a package is not installed; names the command that installs it.
     """
-    for package in _wanted(config):
+    for package in _configured(config):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(
-                f"{_WANTED_BY[package]} is set, but the package {package} is not installed here; "
+                f"{_CONFIG_KEYS[package]} is set, but the package {package} is not installed here; "
                 f"{_INSTALL[package]}, or remove the key"
             )
 
 
 def open_trackers(config: TrainConfig) -> list[Tracker]:
-    """The trackers that the configuration asks for.
+    """The configured trackers.
 
     Raises:
         ConfigError: a package is not installed on this node, or the tracker refuses the run.
     """
     check_trackers(config.log)
     trackers: list[Tracker] = []
-    for package in _wanted(config.log):
+    for package in _configured(config.log):
         try:
             trackers.append(_WandbRun(config) if package == "wandb" else _MlflowRun(config))
-        except Exception as error:  # whatever these packages raise
+        except Exception as error:  # these packages document no base class of their errors
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(
-                f"{_WANTED_BY[package]}: {package} cannot be used: {reason}"
+                f"{_CONFIG_KEYS[package]}: {package} cannot be used: {reason}"
             ) from error
     return trackers
 
 
 class Trackers:
-    """Several trackers. One that fails while training goes on is left, and said to be."""
+    """Several trackers. One that fails during training is dropped with a warning."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = list(trackers)
 
     def log(self, values: dict[str, float], step: int) -> list[str]:
-        """Hands the values of a step on. Returns a line for each tracker that failed."""
+        """Logs the values of a step. Returns a line for each tracker that failed."""
         problems = []
         for tracker in list(self._trackers):
             try:
                 tracker.log(values, step)
-            except Exception as error:  # noqa: BLE001  (a server that is away must not end a run)
+            except Exception as error:  # noqa: BLE001  (an unreachable server must not end a run)
                 self._trackers.remove(tracker)
                 reason = " ".join(str(error).split())[:200]
                 problems.append(
-                    f"{tracker.NAME} gets no more points from step {step} on ({reason}); "
-                    "metrics.jsonl has them all"
+                    f"{tracker.NAME} failed at step {step} and gets no more points ({reason}); "
+                    "metrics.jsonl has all of them"
                 )
         return problems
 
     def close(self) -> None:
-        """Ends the runs there; what fails then loses nothing that metrics.jsonl has not."""
+        """Ends the trackers' runs."""
         for tracker in self._trackers:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # metrics.jsonl has every point
                 tracker.close()
 
 
-def _wanted(config: LogConfig) -> list[str]:
+def _configured(config: LogConfig) -> list[str]:
     values = {"wandb": config.wandb_project, "mlflow": config.mlflow_uri}
     return [package for package, value in values.items() if value]
 
 
 def _run_id(config: TrainConfig) -> str:
-    """The same for a run and its continuation, from wherever that is started."""
+    """An id that a run keeps when it is resumed, from any working directory."""
     run = config.run if "://" in config.run else os.path.abspath(config.run)
     return hashlib.sha256(run.rstrip("/").encode()).hexdigest()[:16]
 
 
 class _WandbRun:
-    """A run of Weights & Biases; WANDB_MODE and the like are honoured."""
+    """A run of Weights & Biases; honours WANDB_MODE and its other variables."""
 
     NAME = "Weights & Biases"
 
@@ -116,7 +116,7 @@ class _WandbRun:
             dir=str(folder) if folder.is_dir() else None,
             config=config.model_dump(mode="json"),
         )
-        # A metric of our own as the x axis: theirs refuses to go back, as a resumed run does.
+        # Our own metric as the x axis: wandb's step cannot decrease, as it does after a resume.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, values: dict[str, float], step: int) -> None:
@@ -127,7 +127,7 @@ class _WandbRun:
 
 
 class _MlflowRun:
-    """A run of MLflow, found again by a tag when training goes on."""
+    """A run of MLflow, found by a tag when training resumes."""
 
     NAME = "MLflow"
     EXPERIMENT = "tutelage"

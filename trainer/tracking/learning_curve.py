@@ -1,4 +1,4 @@
-"""The learning curve: metrics.jsonl, and TensorBoard and trackers of experiments beside it."""
+"""The learning curve of a run: metrics.jsonl, TensorBoard, and external trackers."""
 
 import shutil
 import tempfile
@@ -14,20 +14,20 @@ from trainer.tracking.step_lines import StepLines
 
 
 class Point(StrictModel):
-    """One line of metrics.jsonl: means over the steps since the line before.
+    """One line of metrics.jsonl: means over the steps since the previous line.
 
     Attributes:
         step: global steps done.
         tokens: tokens of the rows trained on so far.
-        loss: per label, the loss that is trained on.
+        loss: the training loss per label.
         ce: cross-entropy of the tokens in the text, nats per label.
         kl: divergence from the teacher as the target defines it, nats per label; 0 for hard labels.
-        lr: learning rate of the last of the steps.
-        grad_norm: global gradient norm of the last of the steps, before clipping.
+        lr: learning rate of the last step.
+        grad_norm: global gradient norm of the last step, before clipping.
         tokens_per_s: of all workers.
-        data_wait_share: share of the time that training waited for data.
-        peak_rss_bytes: most memory that any worker's process ever held.
-        peak_gpu_bytes: most memory that tensors on any worker's GPU ever took; 0 without GPUs.
+        data_wait_share: share of the time spent waiting for data.
+        peak_rss_bytes: peak memory of any worker's process.
+        peak_gpu_bytes: peak memory of the tensors on any worker's GPU; 0 without GPUs.
     """
 
     kind: str = "train"
@@ -52,9 +52,9 @@ class EvalPoint(StrictModel):
         ce: cross-entropy of the tokens in the text, nats per label.
         kl: a lower bound of KL(teacher || student), nats per label: over the cached ids and one
             bucket for all others (the ghost target at temperature 1). None for labels that are
-            tokens alone.
-        labels: labelled positions that were looked at.
-        seconds: that it took.
+            tokens only.
+        labels: labelled positions evaluated.
+        seconds: duration of the evaluation.
     """
 
     kind: str = "eval"
@@ -69,17 +69,16 @@ class Curve:
     """Writes points. Only one process may have it open.
 
     On a local file system every point is durable at once. On an object store, which cannot append,
-    all are when ``flush`` returns; it is called before every checkpoint, so that no point before
-    one is lost.
+    points are durable after ``flush``, which precedes every checkpoint: no point before a
+    checkpoint is lost.
     """
 
     def __init__(self, store: Store, config: TrainConfig, done: int) -> None:
         """
         Args:
             store: the run's folder.
-            config: of the run; ``log`` says who else gets the points.
-            done: steps of the checkpoint that the run goes on from; later points of a process that
-                was killed are removed, since they come again.
+            config: of the run; ``log`` selects TensorBoard and the trackers.
+            done: see `StepLines`.
         """
         self._store = store
         self._lines = StepLines(store, METRICS, done)
@@ -88,17 +87,17 @@ class Curve:
         self._trackers = Trackers(open_trackers(config))
 
     def append(self, point: Point | EvalPoint) -> list[str]:
-        """Adds a point. Returns what went wrong with trackers, a line each; mostly nothing."""
+        """Adds a point. Returns a line for each tracker that failed."""
         self._lines.append(point.model_dump_json())
         if self._store.is_local:
             self._lines.flush()
-        values = point.model_dump(exclude={"kind", "step"}, exclude_none=True)
+        fields = point.model_dump(exclude={"kind", "step"}, exclude_none=True)
+        values = {f"{point.kind}/{name}": value for name, value in fields.items()}
         if self._events is not None:
             for name, value in values.items():
-                self._events.add_scalar(f"{point.kind}/{name}", value, point.step)
+                self._events.add_scalar(name, value, point.step)
             self._events.flush()
-        named = {f"{point.kind}/{name}": value for name, value in values.items()}
-        return self._trackers.log(named, point.step)
+        return self._trackers.log(values, point.step)
 
     def flush(self) -> None:
         """Makes all points durable."""

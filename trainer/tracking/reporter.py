@@ -1,4 +1,4 @@
-"""What a worker says of its steps: the learning curve on disk, and progress for who waits."""
+"""Reports the steps of a rank: the learning curve on disk, and the status that the user sees."""
 
 import resource
 import sys
@@ -12,16 +12,16 @@ from trainer.config.train import EvalConfig
 from trainer.data.loader import StepBatch
 from trainer.engine.train_step import StepResult
 from trainer.tracking.learning_curve import Curve, EvalPoint, Point
-from trainer.tracking.row_log import RowLog
 from trainer.tracking.run_status import StatusReceiver, StepStatus
+from trainer.tracking.step_lines import RowLog
 
 SUMS = ("loss", "ce", "kl", "weight", "tokens", "seconds", "wait_s")
-"""What is added up between two points of the learning curve. Seconds are those of one rank."""
+"""Sums over the steps between two points of the learning curve; seconds are those of one rank."""
 
-POST_EVERY_S = 1.0
+STATUS_INTERVAL_S = 1.0
 
 RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
-"""What getrusage counts in."""
+"""Unit of getrusage's ru_maxrss."""
 
 
 def no_sums() -> dict[str, float]:
@@ -30,41 +30,37 @@ def no_sums() -> dict[str, float]:
 
 
 class Reporter:
-    """Adds up steps. Every rank has one, since checkpoints hold the sums; rank 0's also writes."""
+    """Sums up steps. Every rank has one, since checkpoints hold the sums; only rank 0 writes."""
 
     def __init__(
-        self,
-        status: StatusReceiver,
-        curve: Curve | None,
-        row_log: RowLog | None,
-        num_steps: int,
+        self, status: StatusReceiver, curve: Curve | None, row_log: RowLog | None, num_steps: int
     ) -> None:
         """
         Args:
-            status: where the user's lines and the state of the training go.
-            curve: rank 0's, None on the others.
-            row_log: likewise, where it is asked for.
-            num_steps: of the whole run.
+            status: receives the state of the training and lines for the user.
+            curve: of rank 0; None on the others.
+            row_log: of rank 0 with ``log.rows``, else None.
+            num_steps: of the run.
         """
         self._status, self._curve, self._row_log = status, curve, row_log
         self._num_steps = num_steps
-        self._here = no_sums()  # of this process alone
-        self._posted_at = 0.0
+        self._own = no_sums()  # since this process began
+        self._status_at = 0.0
 
     @property
     def tokens_per_s(self) -> float:
-        """Of all workers, since this process began."""
-        return ratio(self._here["tokens"], self._here["seconds"])
+        """Tokens per second of all workers since this process began."""
+        return ratio(self._own["tokens"], self._own["seconds"])
 
     @property
     def seconds(self) -> float:
-        """That steps took since this process began."""
-        return self._here["seconds"]
+        """Time of the steps since this process began."""
+        return self._own["seconds"]
 
     @property
     def data_wait_share(self) -> float:
-        """Chunk of the time since this process began that it waited for data."""
-        return ratio(self._here["wait_s"], self._here["seconds"])
+        """Share of that time spent waiting for data."""
+        return ratio(self._own["wait_s"], self._own["seconds"])
 
     def add(
         self,
@@ -74,7 +70,7 @@ class Reporter:
         seconds: float,
         wait_s: float,
     ) -> TrainProgress:
-        """The progress after one more step."""
+        """Adds a step. Returns the progress after it."""
         sums = {
             "loss": result.loss,
             "ce": result.ce,
@@ -84,9 +80,9 @@ class Reporter:
             "seconds": seconds,
             "wait_s": wait_s,
         }
-        self._here = {name: self._here[name] + sums[name] for name in SUMS}
+        self._own = {name: self._own[name] + sums[name] for name in SUMS}
         if self._row_log is not None:
-            self._row_log.append(old.step + 1, batch.packs)
+            self._row_log.add(old.step + 1, batch.packs)
         if result.warning:
             self.note(f"warning: {result.warning}")
         return old.model_copy(
@@ -99,16 +95,17 @@ class Reporter:
             }
         )
 
-    def point(self, progress: TrainProgress, lr: float, grad_norm: float) -> TrainProgress:
+    def add_point(self, progress: TrainProgress, lr: float, grad_norm: float) -> TrainProgress:
         """Writes a point of the learning curve. Returns the progress after it. Collective."""
         rss, gpu = peak_memory()
         sums = progress.pending
+        losses = {name: ratio(sums[name], sums["weight"]) for name in ("loss", "ce", "kl")}
         point = Point(
             step=progress.step,
             tokens=progress.tokens,
-            loss=ratio(sums["loss"], sums["weight"]),
-            ce=ratio(sums["ce"], sums["weight"]),
-            kl=ratio(sums["kl"], sums["weight"]),
+            loss=losses["loss"],
+            ce=losses["ce"],
+            kl=losses["kl"],
             lr=lr,
             grad_norm=grad_norm,
             tokens_per_s=ratio(sums["tokens"], sums["seconds"]),
@@ -117,19 +114,18 @@ class Reporter:
             peak_gpu_bytes=gpu,
         )
         self._write(point)
-        measured = {"loss": point.loss, "ce": point.ce, "kl": point.kl}
         return progress.model_copy(
             update={
                 "final_loss": point.loss,
                 "pending": no_sums(),
-                "metrics": progress.metrics | measured,
+                "metrics": progress.metrics | losses,
             }
         )
 
-    def evaluated(
+    def add_evaluation(
         self, progress: TrainProgress, point: EvalPoint, config: EvalConfig
     ) -> TrainProgress:
-        """Writes what an evaluation gave. Returns the progress after it."""
+        """Writes the result of an evaluation. Returns the progress after it."""
         self._write(point)
         measured = {"eval_ce": point.ce}
         text = f"step {point.step}: held-out cross-entropy {point.ce:.4f}"
@@ -145,13 +141,13 @@ class Reporter:
             }
         )
 
-    def post(self, progress: TrainProgress) -> None:
-        """Reports the state of the training to the user; call it before ``point``."""
+    def send_status(self, progress: TrainProgress) -> None:
+        """Sends the state of the training; call it before ``add_point``, which resets the sums."""
         now = time.perf_counter()
         is_last = progress.step == self._num_steps
-        if self._curve is None or (now - self._posted_at < POST_EVERY_S and not is_last):
+        if self._curve is None or (now - self._status_at < STATUS_INTERVAL_S and not is_last):
             return
-        self._posted_at = now
+        self._status_at = now
         sums = progress.pending
         self._status.update(
             StepStatus(
@@ -168,13 +164,8 @@ class Reporter:
         if self._curve is not None:
             self._status.note(text)
 
-    def _write(self, point: Point | EvalPoint) -> None:
-        if self._curve is not None:
-            for line in self._curve.append(point):
-                self.note(f"warning: {line}")
-
     def flush(self) -> None:
-        """Makes all that was written durable."""
+        """Makes everything written so far durable."""
         for file in (self._curve, self._row_log):
             if file is not None:
                 file.flush()
@@ -185,9 +176,14 @@ class Reporter:
             if file is not None:
                 file.close()
 
+    def _write(self, point: Point | EvalPoint) -> None:
+        if self._curve is not None:
+            for line in self._curve.append(point):
+                self.note(f"warning: {line}")
+
 
 def peak_memory() -> tuple[int, int]:
-    """Most bytes that any rank's process and any rank's GPU tensors ever took. Collective."""
+    """Peak bytes of any rank's process and of any rank's GPU tensors. Collective."""
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT_BYTES
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -197,6 +193,6 @@ def peak_memory() -> tuple[int, int]:
     return rss, gpu
 
 
-def ratio(part: float, whole: float) -> float:
-    """part / whole, 0 of nothing."""
-    return part / whole if whole else 0.0
+def ratio(part: float, total: float) -> float:
+    """part / total; 0 if total is 0."""
+    return part / total if total else 0.0

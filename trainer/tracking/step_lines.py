@@ -1,16 +1,26 @@
-"""A file of JSON lines, one for a step, that a continued run goes on with."""
+"""Files of JSON lines, one per step, that a resumed run continues: the base of both logs of a run.
+
+`StepLines` is metrics.jsonl's file; `RowLog` writes rows.jsonl.
+"""
 
 import json
 import os
 
+import numpy as np
+
+from schemas.label_set.tables import key_array
 from schemas.storage.store import Store
+from schemas.views.view import View
+from trainer.config.train import DataConfig
+from trainer.data.row_order import Int64s, view_rows
+from trainer.run_folder import ROWS
 
 
 class StepLines:
     """Appends lines. Only one process may have a file open.
 
-    On a local file system a line is written at once. An object store cannot append: there all lines
-    are written anew by ``flush``.
+    On a local file system each line is written at once. An object store cannot append: there
+    ``flush`` writes all lines.
     """
 
     def __init__(self, store: Store, name: str, done: int) -> None:
@@ -18,41 +28,67 @@ class StepLines:
         Args:
             store: the run's folder.
             name: of the file in it.
-            done: steps of the checkpoint that the run goes on from; later lines of a process that
-                was killed are removed, since they come again.
+            done: steps of the checkpoint that the run resumes from; later lines, of a process that
+                was killed, are removed, since those steps run again.
         """
         self._store, self._name = store, name
         text = store.read_bytes(name).decode() if store.exists(name) else ""
         self._lines = [line for line in text.splitlines() if _step(line) <= done]
-        self._write()
-        if store.is_local:
-            self._file = open(store.path(name), "a")  # noqa: SIM115  (closed by close)
-            self._lines.clear()
+        self._write_all()
+        # Local files are appended to; the lines are kept only where they must be written again.
+        self._file = open(store.path(name), "a") if store.is_local else None  # noqa: SIM115
 
     def append(self, line: str) -> None:
         """Adds a line, which must have a key ``step``."""
-        if self._store.is_local:
+        if self._file is None:
+            self._lines.append(line)
+        else:
             self._file.write(f"{line}\n")
             self._file.flush()
-        else:
-            self._lines.append(line)
 
     def flush(self) -> None:
         """Makes all lines durable."""
-        if self._store.is_local:
-            os.fsync(self._file.fileno())
+        if self._file is None:
+            self._write_all()
         else:
-            self._write()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Makes all lines durable and closes the file."""
         self.flush()
-        if self._store.is_local:
+        if self._file is not None:
             self._file.close()
 
-    def _write(self) -> None:
-        data = "".join(f"{line}\n" for line in self._lines).encode()
-        self._store.write_bytes(self._name, data)
+    def _write_all(self) -> None:
+        self._store.write_bytes(self._name, "".join(f"{line}\n" for line in self._lines).encode())
+
+
+class RowLog(StepLines):
+    """rows.jsonl: the rows of every step, to compare two runs sample by sample.
+
+    A line is ``{"step": 1, "rows": ["<row key in hex>", ...]}``: lane by lane, each in the order of
+    its pack, for any number of workers.
+    """
+
+    def __init__(self, store: Store, view: View, data: DataConfig, done: int) -> None:
+        """
+        Args:
+            store: the run's folder.
+            view: the rows that are trained on.
+            done: see `StepLines`.
+        """
+        super().__init__(store, ROWS, done)
+        self._view, self._data = view, data
+
+    def add(self, step: int, packs: list[Int64s]) -> None:
+        """Adds a step.
+
+        Args:
+            packs: for every lane the ids of its rows.
+        """
+        numbers = view_rows(self._view, self._data, np.concatenate(packs))
+        keys = [bytes(key).hex() for key in key_array(self._view.table.take(numbers), "row_key")]
+        self.append(json.dumps({"step": step, "rows": keys}))
 
 
 def _step(line: str) -> float:

@@ -1,4 +1,4 @@
-"""Trackers that are asked for have to be there before anything starts."""
+"""Configured trackers must be installed before anything starts."""
 
 import importlib.util
 from pathlib import Path
@@ -69,6 +69,6 @@ def test_a_tracker_that_fails_is_left_and_said_to_be() -> None:
     trackers = Trackers([away])
     said = [trackers.log({"train/loss": 1.0}, step) for step in (1, 2, 3)]
     assert said[0] == said[2] == []
-    assert "Away gets no more points from step 2 on (no route)" in said[1][0]
+    assert "Away failed at step 2 and gets no more points (no route)" in said[1][0]
     assert away.steps == [1]
     Trackers([away]).close()
