@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 PYTORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-fast fault check format install clean
+.PHONY: demo test test-fast fault check config-docs format install clean
 
 demo: $(INSTALLED)  ## the whole way on this machine: corpus, labels, two students, comparison
 	$(BIN)/tutelage demo
@@ -21,11 +21,15 @@ test-fast: $(INSTALLED)  ## no engine, no cluster
 fault: $(INSTALLED)  ## kills and damage, at seeded moments
 	$(BIN)/python -m pytest -s tests/fault
 
-check: $(INSTALLED)  ## lint, format, types, import contracts
+check: $(INSTALLED)  ## lint, format, types, import contracts, generated documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m cluster.config_docs --check
+
+config-docs: $(INSTALLED)  ## docs/config.md and docs/schemas, from the field descriptions
+	$(BIN)/python -m cluster.config_docs
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -16,9 +16,16 @@ class CorpusConfig(StrictModel):
     """Where the corpus is and what a row of it holds."""
 
     path: str = Field(description="file, folder or glob pattern; any fsspec URL")
-    format: Literal["parquet", "jsonl", "text", "hf"] = "parquet"
+    format: Literal["parquet", "jsonl", "text", "hf"] = Field(
+        default="parquet",
+        description="file format; text: one document per file, hf: a saved Hugging Face dataset",
+    )
     glob: str = Field(default="", description="which files of a folder; empty: by the format")
-    kind: Literal["text", "chat", "pair", "ids"] = "text"
+    kind: Literal["text", "chat", "pair", "ids"] = Field(
+        default="text",
+        description="contents of a row: plain text, chat messages, a prompt with its response, or "
+        "token ids",
+    )
     column: str = Field(
         default="",
         description="the column to read; empty: text (text), messages (chat), token_ids (ids)",

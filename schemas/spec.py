@@ -226,9 +226,11 @@ class GenerationSpec(StrictModel):
 
     n: int = Field(default=1, ge=1, description="responses per prompt")
     temperature: float = Field(default=1.0, ge=0.0, description="generation temperature; 0: greedy")
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_p: float = Field(
+        default=1.0, gt=0.0, le=1.0, description="nucleus sampling; 1: from all tokens"
+    )
     max_tokens: int = Field(default=256, ge=1, description="maximum length of a response")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="seed of the sampling")
 
 
 class LabelSetSpec(StrictModel):

@@ -28,7 +28,9 @@ class EvaluateConfig(StrictModel):
     chunk_tokens: int = Field(
         512, ge=1, description="positions whose logits are held at once, for every model"
     )
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="type of the weights of every model, the teacher included"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: the GPU if there is one"
     )

@@ -40,7 +40,9 @@ class StudentConfig(StrictModel):
         description="type of the weights as built, in which those that adapters leave frozen stay; "
         "deepspeed.precision sets that of the training",
     )
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = Field(
+        "sdpa", description="attention kernels of transformers"
+    )
     lora: LoraConfig | None = Field(
         None, description="train adapters alone; the exported student has them merged"
     )

@@ -168,18 +168,24 @@ class OptimizerConfig(StrictModel):
     """AdamW. Weight decay is applied to matrices only, not to norms and biases."""
 
     lr: float = Field(1e-4, gt=0.0, description="peak learning rate")
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0.0)
-    weight_decay: float = Field(0.1, ge=0.0)
+    betas: tuple[float, float] = Field(
+        (0.9, 0.95), description="decay rates of the averages of the gradient and of its square"
+    )
+    eps: float = Field(1e-8, gt=0.0, description="added to the denominator of the update")
+    weight_decay: float = Field(0.1, ge=0.0, description="decoupled weight decay")
 
 
 class ScheduleConfig(StrictModel):
     """Learning rate by step: a linear warm-up, then the named decay to min_lr_ratio of the peak."""
 
-    kind: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
+    kind: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="shape of the decay after the warm-up"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps of the warm-up; or warmup_ratio")
     warmup_ratio: float = Field(0.0, ge=0.0, lt=1.0, description="of all steps; or warmup_steps")
-    min_lr_ratio: float = Field(0.1, ge=0.0, le=1.0)
+    min_lr_ratio: float = Field(
+        0.1, ge=0.0, le=1.0, description="final learning rate as a share of the peak"
+    )
 
     @model_validator(mode="after")
     def _one_warmup(self) -> Self:
@@ -194,12 +200,20 @@ class ScheduleConfig(StrictModel):
 class DeepSpeedConfig(StrictModel):
     """What the DeepSpeed engine does."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        0,
+        description="what the ranks shard: 0: nothing; 1: optimizer state; 2: gradients too; "
+        "3: weights too",
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="arithmetic of the training; bf16 keeps float32 master weights"
+    )
     gradient_clipping: float = Field(
         1.0, ge=0.0, description="global gradient norm; 0: no clipping"
     )
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass, to save memory"
+    )
     timeout_s: int = Field(1800, ge=1, description="a collective that takes longer is an error")
     native: dict[str, Any] = Field(
         default_factory=dict,
@@ -253,7 +267,7 @@ class RayConfig(StrictModel):
 class CheckpointConfig(StrictModel):
     """What is kept so that a killed run goes on where it was."""
 
-    every_steps: int = Field(200, ge=1)
+    every_steps: int = Field(200, ge=1, description="steps from one checkpoint to the next")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
     keep_best: int = Field(
         0, ge=0, description="checkpoints kept besides for the best values of best_metric"

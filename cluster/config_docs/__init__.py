@@ -1,0 +1,1 @@
+"""The configuration reference and the editors' JSON Schemas, generated from the models' fields."""
