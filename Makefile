@@ -27,6 +27,7 @@ check: $(INSTALLED)  ## lint, format, types, import contracts, generated documen
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m cluster.config_docs --check
+	$(BIN)/python -m benchmarks.render --check
 
 config-docs: $(INSTALLED)  ## docs/config.md and docs/schemas, from the field descriptions
 	$(BIN)/python -m cluster.config_docs

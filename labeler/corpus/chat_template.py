@@ -16,15 +16,17 @@ import jinja2
 import numpy as np
 
 from labeler.corpus.windows import Int32Array
-from schemas.errors import ConfigError, RowFailure
+from schemas.errors import ConfigError
 
 # A template may fail on the content of a message in any of these ways.
 _TEMPLATE_ERRORS = (
     jinja2.TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError,
 )  # fmt: skip
+_NONE = np.empty(0, np.int32)
 
-Chat = tuple[Int32Array, Int32Array] | RowFailure
-"""Token ids int32 [L] and flat spans, or why the conversation cannot be used."""
+Problem = tuple[str, str]
+Chat = tuple[Int32Array, Int32Array, Problem | None]
+"""Token ids int32 [L], flat spans, and (reason, detail) if the conversation cannot be used."""
 
 
 class ChatTokenizer:
@@ -52,28 +54,27 @@ class ChatTokenizer:
         """Token ids of a whole conversation, and the spans of what the assistant said in it."""
         problem = _shape_problem(messages)
         if problem is not None:
-            return problem
+            return _NONE, _NONE, problem
         messages = _without_nulls(messages)
         try:
             if self._marked:
                 return self._by_mask(messages)
             return self._by_prefixes(messages)
         except _TEMPLATE_ERRORS as error:
-            return RowFailure("chat_template", f"{type(error).__name__}: {error}")
+            return _NONE, _NONE, ("chat_template", f"{type(error).__name__}: {error}")
 
     def prompt(self, messages: Any) -> Chat:
         """Token ids of a conversation that the assistant is to continue."""
         problem = _shape_problem(messages)
         if problem is None and messages[-1]["role"] == "assistant":
-            detail = "there is no turn to generate after the assistant's"
-            problem = RowFailure("ends_with_assistant", detail)
+            problem = ("ends_with_assistant", "there is no turn to generate after the assistant's")
         if problem is not None:
-            return problem
+            return _NONE, _NONE, problem
         try:
             ids = self._render(_without_nulls(messages), open_turn=True)
         except _TEMPLATE_ERRORS as error:
-            return RowFailure("chat_template", f"{type(error).__name__}: {error}")
-        return np.array(ids, np.int32), np.empty(0, np.int32)
+            return _NONE, _NONE, ("chat_template", f"{type(error).__name__}: {error}")
+        return np.array(ids, np.int32), _NONE, None
 
     def _by_mask(self, messages: list[dict[str, Any]]) -> Chat:
         rendered = self._tokenizer.apply_chat_template(
@@ -83,7 +84,7 @@ class ChatTokenizer:
         mask = np.array(rendered["assistant_masks"], np.int8)
         mask[:1] = 0  # nothing stands before the first token
         edges = np.flatnonzero(np.diff(mask, prepend=0, append=0))
-        return ids, edges.astype(np.int32)
+        return ids, edges.astype(np.int32), None
 
     def _by_prefixes(self, messages: list[dict[str, Any]]) -> Chat:
         whole = self._render(messages)
@@ -95,13 +96,13 @@ class ChatTokenizer:
             after = self._render(messages[: turn + 1])
             if not _is_prefix(before, after) or not _is_prefix(after, whole):
                 detail = f"turn {turn} is rendered differently once the conversation goes on"
-                return RowFailure("chat_prefix", detail)
+                return _NONE, _NONE, ("chat_prefix", detail)
             start, end = max(len(before), 1), self._turn_end(whole, len(before), len(after))
             if spans and spans[-1] == start:
                 spans[-1] = end
             elif start < end:
                 spans += [start, end]
-        return np.array(whole, np.int32), np.array(spans, np.int32)
+        return np.array(whole, np.int32), np.array(spans, np.int32), None
 
     def _turn_end(self, ids: list[int], start: int, end: int) -> int:
         """The end of a turn without the white space that follows its last special token."""
@@ -119,15 +120,14 @@ class ChatTokenizer:
         return ids
 
 
-def _shape_problem(messages: Any) -> RowFailure | None:
+def _shape_problem(messages: Any) -> Problem | None:
     if not isinstance(messages, list):
-        found = type(messages).__name__
-        return RowFailure("wrong_type", f"expected a list of messages, found {found}")
+        return "wrong_type", f"expected a list of messages, found {type(messages).__name__}"
     if not messages:
-        return RowFailure("empty", "there are no messages")
+        return "empty", "there are no messages"
     for turn, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return RowFailure("wrong_type", f"message {turn} is no object with a role")
+            return "wrong_type", f"message {turn} is no object with a role"
     return None
 
 

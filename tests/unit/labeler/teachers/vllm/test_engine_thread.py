@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import pytest
 
+from labeler.teachers.protocol import RowFailure
 from labeler.teachers.vllm.engine_thread import EngineRequest, EngineThread
-from schemas.errors import RowFailure, TeacherError
+from schemas.errors import TeacherError
 
 REFUSED, DEADLY = "refused", "deadly"
 
