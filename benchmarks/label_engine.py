@@ -22,8 +22,9 @@ from benchmarks.label_figures import Generated, engine_figures, generation_figur
 from benchmarks.label_floor import floor_seconds
 from benchmarks.label_profile import profile_us
 from benchmarks.label_units import label_units, make_requests, prompt_requests
-from labeler.teachers.protocol import RowFailure, RowLabels
+from labeler.teachers.protocol import RowLabels
 from labeler.teachers.vllm.teacher import VllmTeacher, engine_request
+from schemas.errors import RowFailure
 from schemas.spec import GenerationSpec, RecordSpec
 
 _CALLS = 3

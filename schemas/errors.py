@@ -5,6 +5,8 @@ standard-library base, so that code outside this project can catch it by kind, a
 string, so that it survives pickling between processes.
 """
 
+from dataclasses import dataclass
+
 
 class TutelageError(Exception):
     """Base class. Any other exception that escapes is a bug in this project."""
@@ -56,6 +58,19 @@ class JobStoppedError(TutelageError, RuntimeError):
 
 class AccountsError(TutelageError, RuntimeError):
     """A run cannot account for every row that it read."""
+
+
+@dataclass(frozen=True)
+class RowFailure:
+    """Why one row cannot be labelled; a value for its quarantine, not an exception.
+
+    Attributes:
+        reason: one word to count by.
+        detail: a line for people.
+    """
+
+    reason: str
+    detail: str
 
 
 def first_line(error: BaseException) -> str:

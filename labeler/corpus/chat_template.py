@@ -16,17 +16,15 @@ import jinja2
 import numpy as np
 
 from labeler.corpus.windows import Int32Array
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, RowFailure
 
 # A template may fail on the content of a message in any of these ways.
 _TEMPLATE_ERRORS = (
     jinja2.TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError,
 )  # fmt: skip
-_NONE = np.empty(0, np.int32)
 
-Problem = tuple[str, str]
-Chat = tuple[Int32Array, Int32Array, Problem | None]
-"""Token ids int32 [L], flat spans, and (reason, detail) if the conversation cannot be used."""
+Chat = tuple[Int32Array, Int32Array] | RowFailure
+"""Token ids int32 [L] and flat spans, or why the conversation cannot be used."""
 
 
 class ChatTokenizer:
@@ -54,27 +52,28 @@ class ChatTokenizer:
         """Token ids of a whole conversation, and the spans of what the assistant said in it."""
         problem = _shape_problem(messages)
         if problem is not None:
-            return _NONE, _NONE, problem
+            return problem
         messages = _without_nulls(messages)
         try:
             if self._marked:
                 return self._by_mask(messages)
             return self._by_prefixes(messages)
         except _TEMPLATE_ERRORS as error:
-            return _NONE, _NONE, ("chat_template", f"{type(error).__name__}: {error}")
+            return RowFailure("chat_template", f"{type(error).__name__}: {error}")
 
     def prompt(self, messages: Any) -> Chat:
         """Token ids of a conversation that the assistant is to continue."""
         problem = _shape_problem(messages)
         if problem is None and messages[-1]["role"] == "assistant":
-            problem = ("ends_with_assistant", "there is no turn to generate after the assistant's")
+            detail = "there is no turn to generate after the assistant's"
+            problem = RowFailure("ends_with_assistant", detail)
         if problem is not None:
-            return _NONE, _NONE, problem
+            return problem
         try:
             ids = self._render(_without_nulls(messages), open_turn=True)
         except _TEMPLATE_ERRORS as error:
-            return _NONE, _NONE, ("chat_template", f"{type(error).__name__}: {error}")
-        return np.array(ids, np.int32), _NONE, None
+            return RowFailure("chat_template", f"{type(error).__name__}: {error}")
+        return np.array(ids, np.int32), np.empty(0, np.int32)
 
     def _by_mask(self, messages: list[dict[str, Any]]) -> Chat:
         rendered = self._tokenizer.apply_chat_template(
@@ -84,7 +83,7 @@ class ChatTokenizer:
         mask = np.array(rendered["assistant_masks"], np.int8)
         mask[:1] = 0  # nothing stands before the first token
         edges = np.flatnonzero(np.diff(mask, prepend=0, append=0))
-        return ids, edges.astype(np.int32), None
+        return ids, edges.astype(np.int32)
 
     def _by_prefixes(self, messages: list[dict[str, Any]]) -> Chat:
         whole = self._render(messages)
@@ -96,13 +95,13 @@ class ChatTokenizer:
             after = self._render(messages[: turn + 1])
             if not _is_prefix(before, after) or not _is_prefix(after, whole):
                 detail = f"turn {turn} is rendered differently once the conversation goes on"
-                return _NONE, _NONE, ("chat_prefix", detail)
+                return RowFailure("chat_prefix", detail)
             start, end = max(len(before), 1), self._turn_end(whole, len(before), len(after))
             if spans and spans[-1] == start:
                 spans[-1] = end
             elif start < end:
                 spans += [start, end]
-        return np.array(whole, np.int32), np.array(spans, np.int32), None
+        return np.array(whole, np.int32), np.array(spans, np.int32)
 
     def _turn_end(self, ids: list[int], start: int, end: int) -> int:
         """The end of a turn without the white space that follows its last special token."""
@@ -120,14 +119,15 @@ class ChatTokenizer:
         return ids
 
 
-def _shape_problem(messages: Any) -> Problem | None:
+def _shape_problem(messages: Any) -> RowFailure | None:
     if not isinstance(messages, list):
-        return "wrong_type", f"expected a list of messages, found {type(messages).__name__}"
+        found = type(messages).__name__
+        return RowFailure("wrong_type", f"expected a list of messages, found {found}")
     if not messages:
-        return "empty", "there are no messages"
+        return RowFailure("empty", "there are no messages")
     for turn, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return "wrong_type", f"message {turn} is no object with a role"
+            return RowFailure("wrong_type", f"message {turn} is no object with a role")
     return None
 
 

@@ -12,7 +12,7 @@ ids    ready token ids, optionally with spans   the spans, else every token but 
 Where responses are to be generated, a row is a prompt and has no spans yet: the text without EOS,
 the messages with the template's opening of an assistant turn, or the ready ids.
 
-A row that is no document becomes a ``Rejection`` and does not disturb the others.
+A row that is no document becomes a ``RowFailure`` and does not disturb the others.
 """
 
 import json
@@ -26,7 +26,8 @@ from labeler.config import CorpusConfig, TextConfig
 from labeler.corpus.chat_template import ChatTokenizer
 from labeler.corpus.readers import SourceRow
 from labeler.corpus.windows import Int32Array, all_but_first
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, RowFailure
+from schemas.record.spans import span_problem, unknown_token_problem
 from schemas.spec import TextSpec
 
 
@@ -42,14 +43,6 @@ class Document:
 
     token_ids: Int32Array
     spans: Int32Array
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """Why a row is no document: a short fixed reason, and the facts."""
-
-    reason: str
-    detail: str
 
 
 def text_spec(text: TextConfig, tokenizer: Any, kind: str) -> TextSpec:
@@ -111,43 +104,36 @@ class RowTokenizer:
         self._eos = [tokenizer.eos_token_id] if text.add_eos and not prompts else []
         self._chat = ChatTokenizer(tokenizer) if corpus.kind == "chat" else None
 
-    def documents(self, rows: Sequence[SourceRow]) -> list[Document | Rejection]:
+    def documents(self, rows: Sequence[SourceRow]) -> list[Document | RowFailure]:
         """One document, or the reason why not, for each row."""
-        make: dict[str, Callable[[list[SourceRow]], list[Document | Rejection]]] = {
+        make: dict[str, Callable[[list[SourceRow]], list[Document | RowFailure]]] = {
             "text": self._texts,
             "pair": self._pairs,
             "chat": self._chats,
             "ids": self._ids,
         }
-        good = [row for row in rows if not row.reason]
+        good = [row for row in rows if row.failure is None]
         made = iter(make[self._corpus.kind](good))
-        return [
-            Rejection(row.reason, row.detail) if row.reason else self._checked(next(made))
-            for row in rows
-        ]
+        return [row.failure or self._checked(next(made)) for row in rows]
 
-    def _checked(self, document: Document | Rejection) -> Document | Rejection:
+    def _checked(self, document: Document | RowFailure) -> Document | RowFailure:
         """The document, or why the teacher cannot be asked about it."""
-        if isinstance(document, Rejection):
+        if isinstance(document, RowFailure):
             return document
         ids = document.token_ids
-        outside = np.flatnonzero((ids < 0) | (ids >= self._vocab_size))
-        if outside.size:
-            place = int(outside[0])
-            return Rejection(
-                "unknown_token",
-                f"token {int(ids[place])} at index {place}; ids are 0 to {self._vocab_size - 1}",
-            )
+        problem = unknown_token_problem(ids, self._vocab_size)
+        if problem:
+            return RowFailure("unknown_token", problem)
         if ids.size == 0 or (document.spans.size == 0 and not self._prompts):
-            return Rejection(
+            return RowFailure(
                 "nothing_to_label", f"{ids.size} tokens, none of which is to be labelled"
             )
         return document
 
-    def _texts(self, rows: list[SourceRow]) -> list[Document | Rejection]:
+    def _texts(self, rows: list[SourceRow]) -> list[Document | RowFailure]:
         encoded = self._encode([row.values[self._corpus.text_column()] for row in rows])
         return [
-            ids if isinstance(ids, Rejection) else self._document([*self._bos, *ids, *self._eos])
+            ids if isinstance(ids, RowFailure) else self._document([*self._bos, *ids, *self._eos])
             for ids in encoded
         ]
 
@@ -155,16 +141,16 @@ class RowTokenizer:
         spans = np.empty(0, np.int32) if self._prompts else all_but_first(len(ids))
         return Document(np.array(ids, np.int32), spans)
 
-    def _pairs(self, rows: list[SourceRow]) -> list[Document | Rejection]:
+    def _pairs(self, rows: list[SourceRow]) -> list[Document | RowFailure]:
         corpus = self._corpus
         prompts = self._encode([row.values[corpus.prompt_column] for row in rows], empty=True)
         responses = self._encode([row.values[corpus.response_column] for row in rows])
-        documents: list[Document | Rejection] = []
+        documents: list[Document | RowFailure] = []
         for prompt, response in zip(prompts, responses, strict=True):
-            if isinstance(prompt, Rejection):
-                documents.append(Rejection(prompt.reason, f"prompt: {prompt.detail}"))
-            elif isinstance(response, Rejection):
-                documents.append(Rejection(response.reason, f"response: {response.detail}"))
+            if isinstance(prompt, RowFailure):
+                documents.append(RowFailure(prompt.reason, f"prompt: {prompt.detail}"))
+            elif isinstance(response, RowFailure):
+                documents.append(RowFailure(response.reason, f"response: {response.detail}"))
             else:
                 before = [*self._bos, *prompt]
                 ids = np.array([*before, *response, *self._eos], np.int32)
@@ -172,7 +158,7 @@ class RowTokenizer:
                 documents.append(Document(ids, np.array(spans if len(ids) > 1 else [], np.int32)))
         return documents
 
-    def _encode(self, texts: list[Any], empty: bool = False) -> list[list[int] | Rejection]:
+    def _encode(self, texts: list[Any], empty: bool = False) -> list[list[int] | RowFailure]:
         """Token ids of each text, nothing added around them."""
         problems = [_text_problem(text, empty) for text in texts]
         good = [text for text, problem in zip(texts, problems, strict=True) if problem is None]
@@ -184,64 +170,60 @@ class RowTokenizer:
             )
         return [next(encoded) if problem is None else problem for problem in problems]
 
-    def _chats(self, rows: list[SourceRow]) -> list[Document | Rejection]:
+    def _chats(self, rows: list[SourceRow]) -> list[Document | RowFailure]:
         assert self._chat is not None
-        documents: list[Document | Rejection] = []
+        documents: list[Document | RowFailure] = []
         for row in rows:
             messages = row.values[self._corpus.text_column()]
             if isinstance(messages, str):
                 try:
                     messages = json.loads(messages)
                 except (ValueError, RecursionError) as error:
-                    documents.append(Rejection("bad_json", str(error)))
+                    documents.append(RowFailure("bad_json", str(error)))
                     continue
             if self._prompts:
-                ids, spans, problem = self._chat.prompt(messages)
+                chat = self._chat.prompt(messages)
             else:
-                ids, spans, problem = self._chat.conversation(messages)
-            documents.append(Rejection(*problem) if problem else Document(ids, spans))
+                chat = self._chat.conversation(messages)
+            documents.append(chat if isinstance(chat, RowFailure) else Document(*chat))
         return documents
 
-    def _ids(self, rows: list[SourceRow]) -> list[Document | Rejection]:
+    def _ids(self, rows: list[SourceRow]) -> list[Document | RowFailure]:
         return [self._ready(row) for row in rows]
 
-    def _ready(self, row: SourceRow) -> Document | Rejection:
+    def _ready(self, row: SourceRow) -> Document | RowFailure:
         ids = _integers(row.values[self._corpus.text_column()])
         if ids is None:
-            return Rejection("wrong_type", "token ids are no list of integers")
+            return RowFailure("wrong_type", "token ids are no list of integers")
         if ids.size == 0:
-            return Rejection("empty", "no token ids")
-        wide = (ids < 0) | (ids >= self._vocab_size)
-        if wide.any():  # before they are cut to 32 bits
-            place = int(np.flatnonzero(wide)[0])
-            return Rejection(
-                "unknown_token",
-                f"token {int(ids[place])} at index {place}; ids are 0 to {self._vocab_size - 1}",
-            )
+            return RowFailure("empty", "no token ids")
+        problem = unknown_token_problem(ids, self._vocab_size)  # before narrowing to 32 bits
+        if problem:
+            return RowFailure("unknown_token", problem)
         token_ids = ids.astype(np.int32)
         if self._prompts:
             return Document(token_ids, np.empty(0, np.int32))
         if not self._corpus.spans_column:
             return Document(token_ids, all_but_first(len(token_ids)))
         spans = _integers(row.values[self._corpus.spans_column])
-        if spans is None or not _spans_fit(spans, len(token_ids)):
-            return Rejection(
-                "bad_spans",
-                f"spans are {row.values[self._corpus.spans_column]}; expected rising, disjoint "
-                f"[start, end) pairs within [1, {len(token_ids)})",
-            )
+        if spans is None:
+            found = row.values[self._corpus.spans_column]
+            return RowFailure("bad_spans", f"spans are {found}; expected a list of integers")
+        problem = span_problem(spans, len(token_ids))
+        if problem:
+            return RowFailure("bad_spans", problem)
         return Document(token_ids, spans.astype(np.int32))
 
 
-def _text_problem(text: Any, empty: bool) -> Rejection | None:
+def _text_problem(text: Any, empty: bool) -> RowFailure | None:
     if not isinstance(text, str):
-        return Rejection("wrong_type", f"expected a string, found {type(text).__name__}")
+        return RowFailure("wrong_type", f"expected a string, found {type(text).__name__}")
     if not text and not empty:
-        return Rejection("empty", "the text is empty")
+        return RowFailure("empty", "the text is empty")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, from a JSON escape
-        return Rejection("invalid_utf8", f"character {error.start}: {error.reason}")
+        return RowFailure("invalid_utf8", f"character {error.start}: {error.reason}")
     return None
 
 
@@ -255,14 +237,3 @@ def _integers(values: Any) -> np.ndarray | None:
         return np.array(values, np.int64)
     except OverflowError:
         return None
-
-
-def _spans_fit(spans: np.ndarray, num_tokens: int) -> bool:
-    """Whether flat pairs are sorted, disjoint, not empty and within [1, num_tokens)."""
-    if spans.size % 2:
-        return False
-    if spans.size == 0:
-        return True
-    starts, ends = spans[::2], spans[1::2]
-    inside = starts[0] >= 1 and ends[-1] <= num_tokens
-    return bool(inside and (starts < ends).all() and (ends[:-1] <= starts[1:]).all())

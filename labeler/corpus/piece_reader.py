@@ -16,11 +16,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from labeler.config import CorpusConfig
-from labeler.corpus.documents import Document, Rejection, RowTokenizer
+from labeler.corpus.documents import Document, RowTokenizer
 from labeler.corpus.listing import Piece
 from labeler.corpus.readers import SourceRow, read_piece
 from labeler.corpus.requests import NOT_GENERATED, Request, label_request, sample_requests
 from labeler.corpus.windows import cut_windows
+from schemas.errors import RowFailure
 from schemas.keys import Keys, SortedKeys, contains, place_key, stack_keys
 from schemas.label_set.label_set import QuarantineRow
 from schemas.label_set.tables import first_occurrences
@@ -131,8 +132,8 @@ class PieceReader:
         requests = []
         for row, document in zip(chunk, self._rows.documents(chunk), strict=True):
             columns = self._kept(row)
-            made = document if isinstance(document, Rejection) else self._cut(document, row)
-            if isinstance(made, Rejection):
+            made = document if isinstance(document, RowFailure) else self._cut(document, row)
+            if isinstance(made, RowFailure):
                 key = place_key(row.source, row.place, 0)
                 detail = _printable(made.detail)
                 result.quarantined.append(
@@ -148,13 +149,13 @@ class PieceReader:
             result.roster += roster
         return requests
 
-    def _cut(self, document: Document, row: SourceRow) -> list[Request] | Rejection:
+    def _cut(self, document: Document, row: SourceRow) -> list[Request] | RowFailure:
         ids, spans = document.token_ids, document.spans
         longest = self._text.max_tokens
         if self._generation is not None:
             longest -= self._generation.max_tokens
         if len(ids) > longest and (self._generation is not None or not self._text.split_long):
-            return Rejection("too_long", f"{len(ids)} tokens; at most {longest} fit")
+            return RowFailure("too_long", f"{len(ids)} tokens; at most {longest} fit")
         if self._generation is not None:
             return sample_requests(ids, self._generation, row.source, row.place)
         return [

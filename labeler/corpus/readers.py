@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from labeler.config import CorpusConfig
 from labeler.corpus.jsonl_lines import iter_lines
 from labeler.corpus.listing import CorpusFile, Piece, wanted_columns
-from schemas.errors import CorpusError
+from schemas.errors import CorpusError, RowFailure
 
 BATCH_ROWS = 256
 
@@ -34,22 +34,13 @@ class SourceRow:
         source, place: Where it stands; see ``sources``.
         values: By column name, the wanted and the kept columns. Lists of integers come as integer
             arrays.
-        reason, detail: Not empty where the row cannot be used.
+        failure: Why the row cannot be used; None if it can.
     """
 
     source: str
     place: int
     values: dict[str, Any]
-    reason: str = ""
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class _Bad:
-    """Stands for a value that cannot be read."""
-
-    reason: str
-    detail: str
+    failure: RowFailure | None = None
 
 
 def read_piece(piece: Piece, corpus: CorpusConfig) -> Iterator[SourceRow]:
@@ -73,7 +64,7 @@ def _read_text(piece: Piece, corpus: CorpusConfig) -> Iterator[SourceRow]:
         try:
             data = _read_all(file)
         except (FileNotFoundError, PermissionError) as error:
-            yield SourceRow(file.source, 0, {}, "unreadable_file", str(error))
+            yield _failed(file.source, 0, "unreadable_file", str(error))
             continue
         yield _row(file.source, 0, {corpus.text_column(): _decode(data, first=True)})
 
@@ -84,20 +75,23 @@ def _read_all(file: CorpusFile) -> bytes:
     return data
 
 
-def _decode(data: bytes, first: bool = False) -> str | _Bad:
+def _decode(data: bytes, first: bool = False) -> str | RowFailure:
     """Text of bytes; at the start of a file a byte order mark is dropped."""
     try:
         return data.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
-        return _Bad("invalid_utf8", f"byte {error.start}: {error.reason}")
+        return RowFailure("invalid_utf8", f"byte {error.start}: {error.reason}")
 
 
 def _row(source: str, place: int, values: dict[str, Any]) -> SourceRow:
     for name, value in values.items():
-        if isinstance(value, _Bad):
-            detail = f'column "{name}": {value.detail}'
-            return SourceRow(source, place, {}, value.reason, detail)
+        if isinstance(value, RowFailure):
+            return _failed(source, place, value.reason, f'column "{name}": {value.detail}')
     return SourceRow(source, place, values)
+
+
+def _failed(source: str, place: int, reason: str, detail: str) -> SourceRow:
+    return SourceRow(source, place, {}, RowFailure(reason, detail))
 
 
 def _read_jsonl(piece: Piece, corpus: CorpusConfig) -> Iterator[SourceRow]:
@@ -109,20 +103,20 @@ def _read_jsonl(piece: Piece, corpus: CorpusConfig) -> Iterator[SourceRow]:
 
 def _parse_line(source: str, place: int, line: bytes, corpus: CorpusConfig) -> SourceRow:
     text = _decode(line, first=place == 0)
-    if isinstance(text, _Bad):
-        return SourceRow(source, place, {}, text.reason, text.detail)
+    if isinstance(text, RowFailure):
+        return SourceRow(source, place, {}, text)
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return SourceRow(source, place, {}, "bad_json", str(error))
+        return _failed(source, place, "bad_json", str(error))
     if not isinstance(found, dict):
         detail = f"expected an object, found {type(found).__name__}"
-        return SourceRow(source, place, {}, "wrong_type", detail)
+        return _failed(source, place, "wrong_type", detail)
     wanted = wanted_columns(corpus)
     missing = [name for name in wanted if name not in found]
     if missing:
         detail = f'no "{missing[0]}"; found {", ".join(map(str, found)) or "nothing"}'
-        return SourceRow(source, place, {}, "missing_column", detail)
+        return _failed(source, place, "missing_column", detail)
     names = (*wanted, *corpus.keep_columns)
     return SourceRow(source, place, {name: found.get(name) for name in names})
 
@@ -167,7 +161,7 @@ def _table_rows(
 
 
 def _values(column: pa.Array) -> Sequence[Any]:
-    """The values of a column as Python objects, ``_Bad`` where one is not valid."""
+    """The values of a column as Python objects, ``RowFailure`` where one is not valid."""
     kind = column.type
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if lists and pa.types.is_integer(kind.value_type):
@@ -200,7 +194,7 @@ def _value(scalar: pa.Scalar) -> Any:
     try:
         return scalar.as_py()
     except UnicodeDecodeError as error:
-        return _Bad("invalid_utf8", f"byte {error.start}: {error.reason}")
+        return RowFailure("invalid_utf8", f"byte {error.start}: {error.reason}")
 
 
 _READ = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet, "hf": _read_hf}

@@ -16,9 +16,9 @@ from labeler.corpus.requests import Request
 from labeler.corpus.windows import clip_spans
 from labeler.quality.fidelity import kl_of_partition
 from labeler.teachers.protocol import RowLabels
-from labeler.teachers.request_checks import span_targets
 from schemas.errors import TeacherError
 from schemas.label_set.parity_result import PARITY_FILE, Parity
+from schemas.record.spans import span_targets
 from schemas.spec import LabelSetSpec
 from schemas.storage.store import Store
 

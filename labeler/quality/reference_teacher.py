@@ -10,8 +10,8 @@ from labeler.config import TeacherConfig
 from labeler.quality.parity import Reference
 from labeler.teacher_model.identity import model_folder
 from labeler.teacher_model.weights_digest import weight_files
-from labeler.teachers.protocol import RowFailure, Teacher
-from schemas.errors import TeacherError
+from labeler.teachers.protocol import Teacher
+from schemas.errors import RowFailure, TeacherError
 from schemas.spec import RecordSpec
 
 Scores = list[np.ndarray | RowFailure]

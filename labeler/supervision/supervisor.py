@@ -22,9 +22,9 @@ from labeler.corpus.requests import Request, requests_unit_key
 from labeler.supervision.attempts import Attempts, Deaths
 from labeler.supervision.shared_lock import EngineUsers
 from labeler.supervision.watchdog import EngineWatch
-from labeler.teachers.protocol import RowFailure, Teacher
+from labeler.teachers.protocol import Teacher
 from labeler.units.unit_labels import UnitLabels, label_requests
-from schemas.errors import TeacherError, TeacherGoneError, first_line
+from schemas.errors import RowFailure, TeacherError, TeacherGoneError, first_line
 from schemas.keys import row_key, stack_keys
 from schemas.spec import GenerationSpec
 

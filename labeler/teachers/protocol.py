@@ -7,6 +7,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from labeler.teachers.audits import Audit
+from schemas.errors import RowFailure
 from schemas.spec import GenerationSpec
 
 OnRow = Callable[[int], None]
@@ -73,14 +74,6 @@ class RowLabels:
         if self.lse is not None:
             usable &= np.isfinite(self.lse).all(axis=1)
         return None if usable.all() else int(np.argmin(usable))
-
-
-@dataclass(frozen=True)
-class RowFailure:
-    """A request that the teacher could not serve: a short fixed reason, and the facts."""
-
-    reason: str
-    detail: str
 
 
 class Teacher(Protocol):

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from labeler.teachers.protocol import RowFailure
+from schemas.errors import RowFailure
+from schemas.record.spans import span_problem, unknown_token_problem
 from schemas.record.uniforms import uniforms
 from schemas.spec import RecordSpec
 
@@ -39,38 +40,16 @@ def _refuse_prompt(token_ids: np.ndarray, vocab_size: int, limit: int) -> RowFai
         return RowFailure(
             "too_long", f"{len(token_ids)} tokens, but the teacher has room for at most {limit}"
         )
-    bad = np.flatnonzero((token_ids < 0) | (token_ids >= vocab_size))
-    if len(bad):
-        place = int(bad[0])
-        return RowFailure(
-            "unknown_token",
-            f"token {int(token_ids[place])} at index {place}, but the teacher has the ids "
-            f"0 to {vocab_size - 1}",
-        )
-    return None
+    problem = unknown_token_problem(token_ids, vocab_size)
+    return RowFailure("unknown_token", problem) if problem else None
 
 
 def refuse_spans(num_tokens: int, spans: np.ndarray) -> RowFailure | None:
     """Why flat [start, end) pairs cannot span labels of ``num_tokens`` tokens; None if they can."""
-    if len(spans) == 0 or len(spans) % 2:
-        return RowFailure("bad_spans", f"{len(spans)} span bounds; expected one or more pairs")
-    bounds = np.asarray(spans, dtype=np.int64)
-    starts, ends = bounds[::2], bounds[1::2]
-    if starts[0] < 1 or ends[-1] > num_tokens:
-        return RowFailure(
-            "bad_spans", f"spans cover [{starts[0]}, {ends[-1]}); expected within [1, {num_tokens})"
-        )
-    if (starts >= ends).any() or (ends[:-1] > starts[1:]).any():
-        return RowFailure("bad_spans", f"spans {bounds.tolist()} are empty, unsorted or overlap")
-    return None
-
-
-def span_targets(spans: np.ndarray) -> np.ndarray:
-    """Target indices, int64 [N], of flat [start, end) pairs."""
-    bounds = np.asarray(spans, dtype=np.int64)
-    return np.concatenate(
-        [np.arange(start, end) for start, end in zip(bounds[::2], bounds[1::2], strict=True)]
-    )
+    if len(spans) == 0:
+        return RowFailure("bad_spans", "no spans; expected one or more")
+    problem = span_problem(spans, num_tokens)
+    return RowFailure("bad_spans", problem) if problem else None
 
 
 def row_uniforms(record: RecordSpec, row_key: bytes, targets: np.ndarray) -> np.ndarray | None:

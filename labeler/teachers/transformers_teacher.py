@@ -25,20 +25,10 @@ from labeler.teacher_model.identity import (
     resolve_head_dtype,
 )
 from labeler.teachers.audits import audit_of, audited_labels
-from labeler.teachers.protocol import (
-    OnRow,
-    RowFailure,
-    RowLabels,
-    ignore_row,
-    usable_or_failure,
-)
-from labeler.teachers.request_checks import (
-    refuse_generation,
-    refuse_request,
-    row_uniforms,
-    span_targets,
-)
-from schemas.errors import TeacherError, first_line
+from labeler.teachers.protocol import OnRow, RowLabels, ignore_row, usable_or_failure
+from labeler.teachers.request_checks import refuse_generation, refuse_request, row_uniforms
+from schemas.errors import RowFailure, TeacherError, first_line
+from schemas.record.spans import span_targets
 from schemas.spec import GenerationSpec, RecordSpec
 
 # Padded tokens of one forward pass, and logits that may exist at once.

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from labeler.corpus.requests import NOT_GENERATED, Request
-from labeler.teachers.protocol import RowFailure, RowLabels, Teacher
+from labeler.teachers.protocol import RowLabels, Teacher
 from labeler.units.assemble import assemble_rows
+from schemas.errors import RowFailure
 from schemas.keys import content_key, stack_keys
 from schemas.label_set.label_set import QuarantineRow
 from schemas.record import LabelRows

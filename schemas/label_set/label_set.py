@@ -56,7 +56,7 @@ from schemas.label_set.tables import (
     unit_keys_table,
 )
 from schemas.record.columns import arrow_schema
-from schemas.record.reduce import cannot_serve
+from schemas.record.reduce import label_set_conflicts
 from schemas.record.rows import LabelRows
 from schemas.spec import LabelSetSpec
 from schemas.storage.retry import retry
@@ -117,11 +117,12 @@ class LabelSet:
             file = LabelSetFile(fingerprint=spec.fingerprint(), spec=spec, vocabulary=name)
             store.create_exclusive(LABEL_SET_FILE, (file.model_dump_json(indent=1)).encode())
         label_set = LabelSet.open(url)
-        reasons = cannot_serve(label_set.spec, spec)
-        if reasons:
-            found = f"holds labels of another spec (there / wanted): {'; '.join(reasons)}"
-            what_to_do = "Use another folder, or the configuration that made this one"
-            raise StoreError(f"{url}: {found}. {what_to_do}")
+        conflicts = label_set_conflicts(label_set.spec, spec)
+        if conflicts:
+            raise StoreError(
+                f"{url}: holds labels of another spec (stored / requested): "
+                f"{'; '.join(conflicts)}. Use another folder, or the configuration that created it"
+            )
         return label_set
 
     @staticmethod

@@ -8,7 +8,8 @@ import numpy.typing as npt
 
 from schemas.label_set.label_set import LabelSet
 from schemas.label_set.shards import read_row_group
-from schemas.record.rows import LabelRows, target_positions
+from schemas.record.rows import LabelRows, present
+from schemas.record.spans import offsets_of, span_targets
 
 Floats = npt.NDArray[np.float64]
 
@@ -68,18 +69,18 @@ def distributions(groups: list[SampledGroup]) -> dict[str, Floats]:
     }
     if rows and rows[0].head_len is not None:
         found |= {
-            "entries a label": [np.diff(_have(r.entry_offsets)) for r in rows],
-            "of the head": [_have(r.head_len) for r in rows],
-            "of draws": [_have(r.tail_len) for r in rows],
+            "entries a label": [np.diff(present(r.entry_offsets)) for r in rows],
+            "of the head": [present(r.head_len) for r in rows],
+            "of draws": [present(r.tail_len) for r in rows],
             "covered mass": [
-                0.0 - np.expm1(_have(r.tail_logmass).astype(np.float64)) for r in rows
+                0.0 - np.expm1(present(r.tail_logmass).astype(np.float64)) for r in rows
             ],
-            "target logprob": [_have(r.target_logprob) for r in rows],
-            "target rank": [_have(r.target_rank) for r in rows],
+            "target logprob": [present(r.target_logprob) for r in rows],
+            "target rank": [present(r.target_rank) for r in rows],
         }
         if rows[0].entropy is not None:
-            found["entropy"] = [_have(r.entropy) for r in rows]
-        if not any(_have(r.tail_len).any() for r in rows):
+            found["entropy"] = [present(r.entropy) for r in rows]
+        if not any(present(r.tail_len).any() for r in rows):
             del found["of the head"], found["of draws"]
     return {
         name: np.concatenate([np.asarray(part, np.float64) for part in parts])
@@ -113,22 +114,22 @@ def labelled_positions(rows: LabelRows, row: int) -> list[LabelledPosition]:
     one = rows.slice(row, row + 1)
     if one.head_len is None:
         return []
-    targets, _ = target_positions(one.label_spans, one.span_offsets)
+    targets = span_targets(one.label_spans)
     offsets, ids, logprobs = (
-        _have(one.entry_offsets), _have(one.entry_ids), _have(one.entry_logprobs),
+        present(one.entry_offsets), present(one.entry_ids), present(one.entry_logprobs),
     )  # fmt: skip
-    tails = np.concatenate([[0], np.cumsum(_have(one.tail_len).astype(np.int64))])
+    tails = offsets_of(present(one.tail_len))
     counts = np.ones(tails[-1], np.uint8) if one.entry_counts is None else one.entry_counts
     found = []
     for j, target in enumerate(targets):
-        middle = int(offsets[j]) + int(_have(one.head_len)[j])
+        middle = int(offsets[j]) + int(present(one.head_len)[j])
         head, tail = slice(offsets[j], middle), slice(middle, offsets[j + 1])
         found.append(
             LabelledPosition(
                 target=int(target),
                 token=int(one.token_ids[target]),
-                logprob=float(_have(one.target_logprob)[j]),
-                rank=int(_have(one.target_rank)[j]),
+                logprob=float(present(one.target_logprob)[j]),
+                rank=int(present(one.target_rank)[j]),
                 head=list(zip(ids[head].tolist(), logprobs[head].tolist(), strict=True)),
                 draws=list(
                     zip(
@@ -141,8 +142,3 @@ def labelled_positions(rows: LabelRows, row: int) -> list[LabelledPosition]:
             )
         )
     return found
-
-
-def _have(values: npt.NDArray[np.generic] | None) -> npt.NDArray[np.generic]:
-    assert values is not None
-    return values

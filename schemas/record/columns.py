@@ -1,11 +1,11 @@
-"""The one table of the label record's columns. A column exists only if it is declared here.
+"""The table of the label record's columns. A column exists only if it is declared here.
 
-Alignment, once for all: label j of a row describes the teacher's distribution **over** the token
-at target index ``t_j``, computed from the tokens before ``t_j``. A student's loss for it uses the
-hidden state at ``t_j - 1``.
+Alignment: label j of a row describes the teacher's distribution **over** the token at target index
+``t_j``, computed from the tokens before ``t_j``. A student's loss for it uses the hidden state at
+``t_j - 1``.
 
-Every column and every list element is non-nullable, because that alone halves the cost of writing
-and cuts the cost of reading to a third. What is absent is absent as a whole column.
+No column or list element is nullable, which halves the cost of writing and cuts the cost of
+reading to a third. Optional data is present or absent as an entire column.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from schemas.spec import SCHEMA_VERSION, RecordSpec
 
 
 class Length(Enum):
-    """How many values a row has in a column."""
+    """Number of values that a row has in a column."""
 
     ROW = "one value"
     TOKENS = "L, the number of tokens"
@@ -31,7 +31,7 @@ class Length(Enum):
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its name, the Arrow type of one value, how many a row has, what they mean."""
+    """A column: its name, the Arrow type of a value, the number of values per row, the meaning."""
 
     name: str
     value_type: pa.DataType
@@ -39,7 +39,7 @@ class Column:
     doc: str
 
     def field(self) -> pa.Field:
-        """The Arrow field: the value type itself, or a list of it, with nulls nowhere."""
+        """The Arrow field: the value type or a list of it, without nulls."""
         if self.length is Length.ROW:
             return pa.field(self.name, self.value_type, nullable=False)
         element = pa.field("element", self.value_type, nullable=False)
@@ -52,13 +52,13 @@ _TABLE = (
         "content_key",
         pa.binary(16),
         Length.ROW,
-        "hash of token ids and spans alone, by which sets of different teachers join",
+        "hash of token ids and spans alone, on which sets of different teachers join",
     ),
     Column(
         "token_ids",
         pa.int32(),
         Length.TOKENS,
-        "the sequence as the student will see it, prompt and response",
+        "the sequence as the student sees it, prompt and response",
     ),
     Column(
         "label_spans",
@@ -68,14 +68,14 @@ _TABLE = (
     ),
     Column("num_tokens", pa.int32(), Length.ROW, "L"),
     Column("num_labels", pa.int32(), Length.ROW, "N, the sum of the lengths of the spans"),
-    Column("head_len", pa.uint16(), Length.LABELS, "how many exact entries the position has"),
-    Column("tail_len", pa.uint16(), Length.LABELS, "how many tail draws the position has"),
+    Column("head_len", pa.uint16(), Length.LABELS, "number of exact entries of the position"),
+    Column("tail_len", pa.uint16(), Length.LABELS, "number of tail draws of the position"),
     Column(
         "entry_ids",
         pa.int32(),
         Length.ENTRIES,
-        "by position: head ids by falling teacher probability (ties by id, before rounding), then "
-        "tail draws; each id once",
+        "by position: head ids by decreasing teacher probability (ties by id, before rounding), "
+        "then tail draws; each id once",
     ),
     Column(
         "entry_logprobs",
@@ -83,7 +83,7 @@ _TABLE = (
         Length.ENTRIES,
         "teacher log-probability of each entry, nats, at temperature 1",
     ),
-    Column("entry_counts", pa.uint8(), Length.DRAWS, "how often each tail entry was drawn"),
+    Column("entry_counts", pa.uint8(), Length.DRAWS, "number of times each tail entry was drawn"),
     Column(
         "tail_logmass",
         pa.float16(),
@@ -94,13 +94,13 @@ _TABLE = (
         "target_logprob",
         pa.float16(),
         Length.LABELS,
-        "teacher log-probability of the token that stands in the sequence, nats",
+        "teacher log-probability of the token in the sequence, nats",
     ),
     Column(
         "target_rank",
         pa.int32(),
         Length.LABELS,
-        "1 + number of ids that are strictly more probable than that token",
+        "1 + number of ids strictly more probable than that token",
     ),
     Column(
         "entropy", pa.float16(), Length.LABELS, "of the teacher's full distribution, nats; optional"
@@ -115,7 +115,7 @@ _TABLE = (
         "teacher_context",
         pa.int32(),
         Length.FREE,
-        "tokens that only the teacher saw, before the sequence; optional",
+        "tokens before the sequence that only the teacher saw; optional",
     ),
 )
 
@@ -123,6 +123,6 @@ COLUMNS: dict[str, Column] = {column.name: column for column in _TABLE}
 
 
 def arrow_schema(spec: RecordSpec) -> pa.Schema:
-    """The Arrow schema of a label set of this spec, which is that of each of its shards."""
+    """The Arrow schema of each shard of a label set with this spec."""
     fields = [COLUMNS[name].field() for name in spec.columns]
     return pa.schema(fields, metadata={"tutelage.schema_version": str(SCHEMA_VERSION)})

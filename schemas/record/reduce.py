@@ -1,13 +1,13 @@
-"""Serving less from more: rows of a smaller record, from those of a larger one, without a teacher.
+"""Reduction of stored rows to a smaller record, without the teacher.
 
-Exact heads are cut short. A larger tau thins labels of kind ``threshold``: the entries of the head
-that fall below it, and the draws that are there, are drawn from once more, at equal distances of
-the new tau along their sizes in order of id. A demoted entry has the size p_s, its probability at
-the temperature of draws; a draw has the old tau, which is what it stands for. An entry is kept with
-probability size / tau, and so stands for the new tau if it is: the labels stay unbiased.
+Exact heads are truncated. A larger tau thins labels of kind ``threshold``: head entries below it
+and the stored draws are sampled again, systematically, in steps of the new tau along their sizes in
+order of id. The size of a demoted head entry is p_s, its probability at the temperature of draws;
+that of a draw is the old tau, the probability it represents. An entry is kept with probability
+size / tau and then represents the new tau, so that labels stay unbiased.
 
-Thinning is two draws in a row, so there may be one draw more or less than new draws of the teacher
-would give, and its variance is a little larger.
+Since thinning samples twice, it may give one draw more or less than a teacher would, and its
+variance is slightly larger.
 """
 
 from dataclasses import dataclass
@@ -19,69 +19,66 @@ import numpy.typing as npt
 
 from schemas.errors import RecordError
 from schemas.record.rounding import round_logprobs
-from schemas.record.rows import LabelRows, offsets_of, target_positions
+from schemas.record.rows import LabelRows, present
+from schemas.record.spans import Bools, Int64s, offsets_of, target_positions
 from schemas.record.uniforms import REDUCING, uniforms
 from schemas.spec import LabelSetSpec, RecordSpec
 
 ONE = 2**40
-"""The size 1 in fixed point. Sums run over all positions of a batch, up to eight million."""
+"""The size 1 in fixed point; leaves room for sums over eight million positions of a batch."""
 
-_Bools = npt.NDArray[np.bool_]
-_Int64s = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
 
 
-def cannot_serve(have: LabelSetSpec, want: LabelSetSpec) -> list[str]:
-    """What keeps labels of `want` from being served by a label set of `have`; empty if nothing.
+def label_set_conflicts(stored: LabelSetSpec, requested: LabelSetSpec) -> list[str]:
+    """Reasons why a label set cannot serve requested labels; empty if it can.
 
-    First each difference as ``field: there / wanted``, then, where the record is all of it, why
-    its rows cannot be reduced.
+    First each difference as ``field: stored / requested``; then, if only the records differ, why
+    rows cannot be reduced.
     """
-    if have.fingerprint() == want.fingerprint():
+    if stored.fingerprint() == requested.fingerprint():
         return []
-    differences = have.differences(want)
-    if want.model_copy(update={"record": have.record}).fingerprint() != have.fingerprint():
+    differences = stored.differences(requested)
+    if requested.model_copy(update={"record": stored.record}).fingerprint() != stored.fingerprint():
         return differences
-    reasons = subsumes(have.record, want.record)
-    return differences + reasons if reasons else []
+    conflicts = record_conflicts(stored.record, requested.record)
+    return differences + conflicts if conflicts else []
 
 
-def subsumes(have: RecordSpec, want: RecordSpec) -> list[str]:
-    """Why rows of `want` cannot be made of rows of `have`; empty if they can."""
+def record_conflicts(have: RecordSpec, want: RecordSpec) -> list[str]:
+    """Reasons why stored rows of `have` cannot be reduced to `want`; empty if they can."""
     if have.identity() == want.identity():
         return []
     reasons = []
     if want.teacher_context != have.teacher_context:
-        reasons.append("record.teacher_context differs, so the teacher saw something else")
+        reasons.append("record.teacher_context differs, so the teacher saw different tokens")
     missing = [t for t in want.temperatures if t not in have.temperatures]
     if missing:
         reasons.append(f"record.temperatures: {missing} are not stored")
     if want.entropy and not have.entropy:
         reasons.append("record.entropy is not stored")
     if want.logprob_bits > have.logprob_bits:
-        reasons.append(f"record.logprob_bits: {have.logprob_bits} are stored")
-    return reasons + _entries_lacking(have, want)
+        reasons.append(f"record.logprob_bits: only {have.logprob_bits} stored")
+    return reasons + _entry_conflicts(have, want)
 
 
-def _entries_lacking(have: RecordSpec, want: RecordSpec) -> list[str]:
-    """Why the entries that `want` has do not follow from those of `have`."""
-    kinds = (have.kind, want.kind)
-    if kinds == ("topk", "topk"):
-        return [] if want.k <= have.k else [f"record.k: {have.k} entries are stored"]
-    if kinds == ("topk", "topp"):
-        enough = want.max_head <= have.k
-        return [] if enough else [f"record.max_head: {have.k} entries are stored"]
-    if kinds == ("topp", "topp"):
-        stored = {"top_p": have.top_p, "max_head": have.max_head}
+def _entry_conflicts(have: RecordSpec, want: RecordSpec) -> list[str]:
+    limits: dict[tuple[str, str], dict[str, float]] = {
+        ("topk", "topk"): {"k": have.k},
+        ("topk", "topp"): {"max_head": have.k},
+        ("topp", "topp"): {"top_p": have.top_p, "max_head": have.max_head},
+    }
+    stored_limits = limits.get((have.kind, want.kind))
+    if stored_limits is not None:
         return [
-            f"record.{name}: {value} is stored"
-            for name, value in stored.items()
+            f"record.{name}: only {value} stored"
+            for name, value in stored_limits.items()
             if getattr(want, name) > value
         ]
     if have.kind != want.kind or not have.has_draws:
-        return [f'record.kind: entries of kind "{want.kind}" do not follow from "{have.kind}"']
+        return [f'record.kind: "{have.kind}" cannot be reduced to "{want.kind}"']
     reasons = [
-        f"record.{name}: draws are stored for {stored}, and cannot be made for {wanted}"
+        f"record.{name}: draws are stored for {stored} and cannot be reduced to {wanted}"
         for name, stored, wanted in (
             ("draw_temperature", have.drawn_at, want.drawn_at),
             ("draw_seed", have.draw_seed, want.draw_seed),
@@ -90,31 +87,31 @@ def _entries_lacking(have: RecordSpec, want: RecordSpec) -> list[str]:
         if stored != wanted
     ]
     if want.tau < have.tau:
-        reasons.append(f"record.tau: {have.tau:g} is stored, a smaller one cannot be served")
+        reasons.append(f"record.tau: {have.tau:g} is stored; only a larger one can be served")
     return reasons
 
 
 def reduce_rows(rows: LabelRows, have: RecordSpec, want: RecordSpec) -> LabelRows:
-    """Rows of the record `want`, from rows of `have`; the same ones where the two are the same.
+    """Reduces stored rows to a smaller record; returns them unchanged if the records are equal.
 
-    Columns that were not read stay out. Which draws a thinned position keeps follows from its row
-    key, its place and ``draw_seed`` alone.
+    Columns that were not read stay None. The draws kept at a thinned position depend only on its
+    row key, its target index and ``draw_seed``.
 
     Args:
-        rows: of `have`, as they are stored.
+        rows: as stored.
         have: the record of the label set.
-        want: a record that `have` subsumes.
+        want: a record that `have` can be reduced to.
 
     Raises:
-        RecordError: `have` does not subsume `want`; or lse, which tau is compared with, was not
-            read.
+        RecordError: `have` cannot be reduced to `want`, or column lse, which comparing with tau
+            needs, was not read.
     """
-    reasons = subsumes(have, want)
-    if reasons:
-        raise RecordError("these labels cannot be reduced: " + "; ".join(reasons))
+    conflicts = record_conflicts(have, want)
+    if conflicts:
+        raise RecordError("these labels cannot be reduced: " + "; ".join(conflicts))
     if have.identity() == want.identity():
         return rows
-    changed = _changed_entries(rows, have, want) if rows.entry_ids is not None else {}
+    changed = _reduced_entries(rows, have, want) if rows.entry_ids is not None else {}
     values = {name: getattr(rows, name) for name in rows.__dataclass_fields__} | changed
     if not want.entropy:
         values["entropy"] = None
@@ -133,22 +130,22 @@ class _Entries:
     """Entries of N positions, flat.
 
     Attributes:
-        at: [E], the position of each.
-        place: [E], its place among the entries of the position.
+        at: [E], the position of each entry.
+        place: [E], its index among the entries of the position.
         in_head: [E].
-        probs: [E], at temperature 1, those of a head summing to the head's mass.
+        probs: [E], at temperature 1; those of a head sum to its mass.
         tail: [N], mass outside the head.
     """
 
-    at: _Int64s
-    place: _Int64s
-    in_head: _Bools
+    at: Int64s
+    place: Int64s
+    in_head: Bools
     probs: _Floats
     tail: _Floats
 
 
-def _changed_entries(rows: LabelRows, have: RecordSpec, want: RecordSpec) -> dict[str, Any]:
-    """The columns of entries that are others in `want`."""
+def _reduced_entries(rows: LabelRows, have: RecordSpec, want: RecordSpec) -> dict[str, Any]:
+    """The columns of entries that differ in `want`."""
     shared = {name: getattr(want, name) for name in ("temperatures", "entropy", "logprob_bits")}
     if have.model_copy(update=shared).identity() == want.identity():
         return {}
@@ -158,30 +155,27 @@ def _changed_entries(rows: LabelRows, have: RecordSpec, want: RecordSpec) -> dic
     if want.kind == "topk":
         kept = entries.place < want.k
     else:
-        kept = (_before(entries) < want.top_p) & (entries.place < want.max_head)
+        kept = (_mass_before(entries) < want.top_p) & (entries.place < want.max_head)
         kept |= entries.place == 0
     return _picked(rows, entries, want, kept, np.flatnonzero(kept))
 
 
 def _entries(rows: LabelRows) -> _Entries:
-    assert rows.head_len is not None
-    assert rows.entry_offsets is not None
-    assert rows.entry_logprobs is not None
-    assert rows.tail_logmass is not None
-    lengths = np.diff(rows.entry_offsets)
+    offsets = present(rows.entry_offsets)
+    lengths = np.diff(offsets)
     at = np.repeat(np.arange(len(lengths)), lengths)
-    place = np.arange(len(at)) - rows.entry_offsets[at]
-    in_head = place < rows.head_len.astype(np.int64)[at]
-    probs = np.exp(rows.entry_logprobs.astype(np.float64))
-    tail = np.exp(rows.tail_logmass.astype(np.float64))
-    # Their sum is off by rounding, the mass of the tail is not.
+    place = np.arange(len(at)) - offsets[at]
+    in_head = place < present(rows.head_len).astype(np.int64)[at]
+    probs = np.exp(present(rows.entry_logprobs).astype(np.float64))
+    tail = np.exp(present(rows.tail_logmass).astype(np.float64))
+    # The sum of many rounded probabilities is less precise than the one stored tail mass.
     sums = np.bincount(at, probs * in_head, len(lengths)).astype(np.float64)
     scale = np.divide(1.0 - tail, sums, out=np.ones_like(sums), where=sums > 0)
     return _Entries(at, place, in_head, np.where(in_head, probs * scale[at], probs), tail)
 
 
-def _before(entries: _Entries) -> _Floats:
-    """[E], the mass of the entries in front of each within its position."""
+def _mass_before(entries: _Entries) -> _Floats:
+    """[E], the mass of the preceding entries of the position."""
     before = np.cumsum(entries.probs) - entries.probs
     starts = np.flatnonzero(entries.place == 0)
     return before - before[starts][np.cumsum(entries.place == 0) - 1]
@@ -190,40 +184,38 @@ def _before(entries: _Entries) -> _Floats:
 def _thinned(
     rows: LabelRows, entries: _Entries, have: RecordSpec, want: RecordSpec
 ) -> dict[str, Any]:
-    """Columns of labels of a larger tau; see the text of the module."""
-    assert rows.entry_ids is not None
-    probs = _probs_drawn_from(rows, entries, have)
+    """Columns of labels of a larger tau; see the module's docstring."""
+    probs = _probs_at_draw_temperature(rows, entries, have)
     kept = entries.in_head & ((probs >= want.tau) | (entries.place == 0))
     others = np.flatnonzero(~kept)
-    others = others[np.lexsort((rows.entry_ids[others], entries.at[others]))]
+    others = others[np.lexsort((present(rows.entry_ids)[others], entries.at[others]))]
     sizes = np.where(entries.in_head[others], probs[others], have.tau)
-    drawn = _systematic(sizes, entries.at[others], want.tau, _offsets(rows, want))
+    drawn = _systematic(sizes, entries.at[others], want.tau, _sampling_offsets(rows, want))
     order = np.concatenate([np.flatnonzero(kept), others[drawn]])
-    # Heads come first, each as it was; sorting keeps them and the draws in their own order.
+    # A stable sort puts heads first and keeps the order within heads and within draws.
     order = order[np.argsort(entries.at[order] * 2 + ~kept[order], kind="stable")]
     return _picked(rows, entries, want, kept, order)
 
 
-def _probs_drawn_from(rows: LabelRows, entries: _Entries, have: RecordSpec) -> _Floats:
-    """[E], at the temperature that draws are made at."""
-    assert rows.entry_logprobs is not None
-    logprobs = rows.entry_logprobs.astype(np.float64)
+def _probs_at_draw_temperature(rows: LabelRows, entries: _Entries, have: RecordSpec) -> _Floats:
+    """[E]."""
+    logprobs = present(rows.entry_logprobs).astype(np.float64)
     if have.drawn_at == 1.0:
         return np.exp(logprobs)
     if rows.lse is None:
-        raise RecordError("column lse was not read, which tau at another temperature goes by")
+        raise RecordError("column lse was not read, which comparing with tau needs here")
     lse = rows.lse[:, have.temperatures.index(have.drawn_at)].astype(np.float64)
     return np.asarray(np.exp(logprobs / have.drawn_at - lse[entries.at]))
 
 
-def _systematic(sizes: _Floats, at: _Int64s, step: float, offsets: _Floats) -> _Bools:
-    """Which of the items points at (offset + i) * step fall on, along the sizes of a position.
+def _systematic(sizes: _Floats, at: Int64s, step: float, offsets: _Floats) -> Bools:
+    """Systematic sampling: which items contain a point (offset + i) * step along their sizes.
 
     Args:
         sizes: [E], below `step`, position by position.
-        at: [E], the position of each, rising.
+        at: [E], the position of each item, rising.
         step: distance of the points.
-        offsets: [N], in [0, 1), where the points of each position begin.
+        offsets: [N], in [0, 1), of the first point of each position.
     """
     ends = np.cumsum(np.rint(sizes * ONE).astype(np.int64))
     begins = np.concatenate([np.zeros(min(1, len(ends)), np.int64), ends[:-1]])
@@ -231,14 +223,14 @@ def _systematic(sizes: _Floats, at: _Int64s, step: float, offsets: _Floats) -> _
     start = np.repeat(begins[first], np.diff(first, append=len(at)))
     fixed = round(step * ONE)
     points = np.floor(offsets * fixed).astype(np.int64)[at]
-    # How many points lie in front of a place; never negative, since an offset is below a step.
+    # Number of points before an end; never negative, since an offset is below a step.
     upto_end = (ends - start - points + fixed - 1) // fixed
     upto_begin = (begins - start - points + fixed - 1) // fixed
     return np.asarray(upto_end > upto_begin)
 
 
-def _offsets(rows: LabelRows, want: RecordSpec) -> _Floats:
-    """[N], one random number a position."""
+def _sampling_offsets(rows: LabelRows, want: RecordSpec) -> _Floats:
+    """[N], one random number per position."""
     positions, bounds = target_positions(rows.label_spans, rows.span_offsets)
     parts = [
         uniforms(key.tobytes(), positions[start:stop], 1, want.draw_seed, REDUCING)
@@ -248,11 +240,9 @@ def _offsets(rows: LabelRows, want: RecordSpec) -> _Floats:
 
 
 def _picked(
-    rows: LabelRows, entries: _Entries, want: RecordSpec, kept: _Bools, order: _Int64s
+    rows: LabelRows, entries: _Entries, want: RecordSpec, kept: Bools, order: Int64s
 ) -> dict[str, Any]:
-    """Columns of the entries `order`, of which `kept` [E] are the head; the rest of it is tail."""
-    assert rows.entry_ids is not None
-    assert rows.entry_logprobs is not None
+    """Columns of the entries `order`; those in `kept` [E] are the head, the rest draws."""
     num_labels = len(entries.tail)
     head_len = np.bincount(entries.at[kept], minlength=num_labels)
     lengths = np.bincount(entries.at[order], minlength=num_labels)
@@ -266,8 +256,8 @@ def _picked(
         "head_len": head_len.astype(np.uint16),
         "tail_len": (lengths - head_len).astype(np.uint16),
         "entry_offsets": offsets_of(lengths),
-        "entry_ids": rows.entry_ids[order],
-        "entry_logprobs": rows.entry_logprobs[order],
+        "entry_ids": present(rows.entry_ids)[order],
+        "entry_logprobs": present(rows.entry_logprobs)[order],
         "tail_logmass": tail,
     }
 

@@ -1,6 +1,6 @@
-"""What is stored of a log-probability: a float16 with as many mantissa bits as the spec keeps.
+"""Rounding of log-probabilities to a float16 with the mantissa bits that the spec keeps.
 
-The column stays an ordinary float16; the dropped bits are zeros, which compression removes.
+The column is an ordinary float16; the dropped bits are zeros, which compression removes.
 """
 
 import numpy as np
@@ -9,8 +9,8 @@ import numpy.typing as npt
 FLOAT16_BITS = 10
 LOWEST_LOGPROB = -65504.0
 
-# Of the bits of a float32 without its sign: the least normal float16, how far from it the numbers
-# begin that round to infinity, and what is between the exponents of both types.
+# Bit patterns of a float32 without its sign: the least normal float16; the range from there to the
+# first number that rounds to infinity; and the difference between the exponent biases.
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _SIGN = np.uint32(0x8000)
 _LEAST_NORMAL = np.uint32(0x38800000)
@@ -18,7 +18,7 @@ _NORMALS = np.uint32(0x477FF000 - 0x38800000)
 _EXPONENTS = np.uint32((127 - 15) << FLOAT16_BITS)
 
 CHUNK_VALUES = 1 << 15
-"""Values that are rounded together: few enough that all steps find them in the CPU's cache."""
+"""Values rounded together, few enough to stay in the CPU's cache through all steps."""
 
 
 def round_logprobs(
@@ -26,14 +26,14 @@ def round_logprobs(
 ) -> npt.NDArray[np.float16]:
     """Rounds to the nearest float16 with `bits` mantissa bits, ties to even.
 
-    Below the lowest such number, minus infinity included, comes that number: about -65504, whose
-    exp is zero in every floating-point type, so that a probability of zero stays zero and stored
-    log-probabilities stay finite. NaN stays NaN, for `validate` to find.
+    Values below the lowest such number (about -65504), including minus infinity, become that
+    number. Its exp is zero in every floating-point type, so a probability of zero stays zero while
+    stored log-probabilities stay finite. NaN stays NaN, for `validate` to find.
 
     Args:
         x: float32, any shape, nats.
         bits: mantissa bits to keep, 1 to 10.
-        out: where to, contiguous and of the same shape; None: fresh memory.
+        out: output, contiguous and of the same shape; None: allocated.
 
     Returns:
         float16 of the same shape, within a relative 2 ** -(bits + 1) of `x`.
@@ -41,7 +41,7 @@ def round_logprobs(
     values = np.atleast_1d(np.asarray(x, np.float32))
     rounded = np.empty(values.shape, np.float16) if out is None else out
     lowest = np.float32(_lowest(bits))
-    # Cut along the first axis, so that a matrix with gaps between its rows is read but once.
+    # Cut along the first axis, so that a matrix with strided rows is read only once.
     step = max(1, CHUNK_VALUES * len(values) // max(1, values.size))
     for first in range(0, len(values), step):
         part = slice(first, first + step)
@@ -53,8 +53,8 @@ def round_logprobs(
 def _round(values: npt.NDArray[np.float32], bits: int, out: npt.NDArray[np.float16]) -> None:
     """Rounds values [n], which it overwrites, into `out`.
 
-    In integers: numpy's own cast to float16 takes ten times as long. That is left for values that
-    float16 has no exponent for, which are few.
+    Works on integers, because numpy's cast to float16 takes ten times as long. The cast is used for
+    the few values outside the range of normal float16 numbers.
     """
     raw = values.view(np.uint32)
     magnitude = raw & _MAGNITUDE
@@ -78,7 +78,7 @@ def _cut_mantissas(values: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np
     """Rounds values [n] in place to `bits` mantissa bits, ties to even."""
     if bits >= FLOAT16_BITS:
         return values
-    # The mantissa of a NaN may be emptied below, which would make it an infinity.
+    # Clearing the mantissa of a NaN would turn it into an infinity.
     undefined = np.isnan(values)
     dropped = 23 - bits
     raw = values.view(np.uint32)

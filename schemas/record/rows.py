@@ -1,4 +1,4 @@
-"""`LabelRows`: a batch of rows as flat arrays in CSR style, the form that both stages work on."""
+"""`LabelRows`: a batch of rows as flat arrays in CSR layout, which both stages work on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -10,10 +10,16 @@ import pyarrow as pa
 
 from schemas.errors import RecordError
 from schemas.record.columns import COLUMNS, Length, arrow_schema
+from schemas.record.spans import (
+    Int64s,
+    concatenated_ranges,
+    label_offsets,
+    offsets_of,
+    target_positions,
+)
 from schemas.spec import RecordSpec
 
 Int32s = npt.NDArray[np.int32]
-Int64s = npt.NDArray[np.int64]
 Halves = npt.NDArray[np.float16]
 
 MAX_LIST_VALUES = 2**31 - 1
@@ -21,10 +27,10 @@ MAX_LIST_VALUES = 2**31 - 1
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LabelRows:
-    """R rows. L tokens and N labelled positions differ from row to row; E entries by position.
+    """R rows of L tokens and N labelled positions, which vary by row, and E entries by position.
 
-    The columns of labels are None in sets of kind ``tokens``, and where they were not read. Arrays
-    may be views of a file's buffers: read-only, and kept alive by this object.
+    The columns of labels are None in sets of kind ``tokens`` and if they were not read. Arrays may
+    be read-only views of a file's buffers, which this object keeps alive.
 
     Attributes:
         row_key: uint8 [R, 16].
@@ -33,11 +39,10 @@ class LabelRows:
         token_offsets: int64 [R + 1], into `token_ids`.
         label_spans: int32 [2 * spans], flat half-open [start, end) pairs of target indices.
         span_offsets: int64 [R + 1], into `label_spans`, so always even.
-        label_offsets: int64 [R + 1], into the positions, that is into every [sum N] array. Worked
-            out from the spans where it is not given.
+        label_offsets: int64 [R + 1], into every [sum N] array; derived from the spans by default.
         head_len: uint16 [sum N], exact entries by position.
         tail_len: uint16 [sum N], tail draws by position.
-        entry_offsets: int64 [sum N + 1], into the entries. Worked out from the two above.
+        entry_offsets: int64 [sum N + 1], into the entries; derived from the two above by default.
         entry_ids: int32 [sum E].
         entry_logprobs: float16 [sum E], nats, temperature 1.
         entry_counts: uint8 [sum tail_len], how often each tail entry was drawn.
@@ -73,7 +78,10 @@ class LabelRows:
 
     def __post_init__(self) -> None:
         if self.label_offsets is None:
-            offsets = _label_offsets(self.label_spans, self.span_offsets)
+            if len(self.label_spans) % 2:
+                found = len(self.label_spans)
+                raise RecordError(f"label_spans has {found} values; expected [start, end) pairs")
+            offsets = label_offsets(self.label_spans, self.span_offsets)
             object.__setattr__(self, "label_offsets", offsets)
         if self.entry_offsets is None and self.head_len is not None and self.tail_len is not None:
             offsets = offsets_of(self.head_len.astype(np.int64) + self.tail_len)
@@ -84,39 +92,46 @@ class LabelRows:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all rows."""
+        """Number of tokens in all rows."""
         return int(self.token_offsets[-1])
 
     @property
     def num_labels(self) -> int:
-        """Labelled positions of all rows."""
+        """Number of labelled positions in all rows."""
         return int(self.label_offsets[-1])
 
     @property
     def num_entries(self) -> int:
-        """Exact entries and draws of all positions; 0 where there is no teacher."""
+        """Number of exact entries and draws of all positions; 0 without a teacher."""
         return 0 if self.entry_offsets is None else int(self.entry_offsets[-1])
 
+    def target_ids(self) -> Int32s:
+        """int32 [sum N]: the token at each target index."""
+        indices, offsets = target_positions(self.label_spans, self.span_offsets)
+        return self.token_ids[indices + np.repeat(self.token_offsets[:-1], np.diff(offsets))]
+
     def slice(self, start: int, stop: int) -> "LabelRows":
-        """Rows [start, stop) as views of these arrays."""
+        """Rows [start, stop), as views of these arrays."""
         start, stop, _ = slice(start, stop).indices(len(self))
         stop = max(start, stop)
         return LabelRows(**{field.name: self._cut(field.name, start, stop) for field in _FIELDS})
 
     def take(self, indices: npt.NDArray[np.integer[Any]]) -> "LabelRows":
-        """The rows with the given numbers, in the given order, as a copy."""
+        """The rows with the given indices, in the given order, as a copy."""
         values: dict[str, Any] = {}
         for field in _FIELDS:
-            name, mine = field.name, getattr(self, field.name)
-            # The other two kinds of offsets follow from the columns.
-            if mine is None or name in ("label_offsets", "entry_offsets"):
+            name, column = field.name, getattr(self, field.name)
+            # The constructor derives the other two kinds of offsets.
+            if column is None or name in ("label_offsets", "entry_offsets"):
                 continue
             if name in _OWN_OFFSETS.values():
-                values[name] = offsets_of(np.diff(mine)[indices])
+                values[name] = offsets_of(np.diff(column)[indices])
             elif COLUMNS[name].length is Length.ROW:
-                values[name] = mine[indices]
+                values[name] = column[indices]
             else:
-                values[name] = mine[_ranges(self.row_offsets(name), indices)]
+                offsets = self.row_offsets(name)
+                lengths = np.diff(offsets)[indices]
+                values[name] = column[concatenated_ranges(offsets[indices], lengths)]
         return LabelRows(**values)
 
     @staticmethod
@@ -124,34 +139,34 @@ class LabelRows:
         """All rows of `parts`, in order.
 
         Raises:
-            RecordError: there are no parts, or they do not have the same columns.
+            RecordError: there are no parts, or their columns differ.
         """
         if not parts:
-            raise RecordError("no rows to put together: at least one batch is needed")
-        return LabelRows(**{field.name: _joined(field.name, parts) for field in _FIELDS})
+            raise RecordError("no rows to concatenate; expected at least one batch")
+        return LabelRows(**{field.name: _concatenated(field.name, parts) for field in _FIELDS})
 
     def to_table(self, spec: RecordSpec) -> pa.Table:
-        """These rows in the Arrow schema of `spec`, sharing memory with these arrays.
+        """An Arrow table in the schema of `spec` that shares memory with these arrays.
 
         Raises:
-            RecordError: a column of the spec is missing, or one is too long for an Arrow list.
+            RecordError: a column of the spec is missing, or is too long for an Arrow list.
         """
         arrays = [self._arrow_column(name) for name in spec.columns]
         return pa.Table.from_arrays(arrays, schema=arrow_schema(spec))
 
     @staticmethod
     def from_table(table: pa.Table, spec: RecordSpec) -> "LabelRows":
-        """Rows of an Arrow table, chunked, sliced or neither; no copy where it has one chunk.
+        """Rows of an Arrow table, chunked or sliced; without a copy if it has a single chunk.
 
-        Columns of labels that the table does not have are None; those of TOKEN_COLUMNS have to be
-        there, but for the two counts, which follow from the others.
+        Columns of labels that the table lacks are None. Of TOKEN_COLUMNS only the two counts, which
+        follow from the others, may be missing.
 
         Raises:
-            RecordError: a column of the tokens is missing, or one has another type or nulls.
+            RecordError: a column of the tokens is missing, or a column has a wrong type or nulls.
         """
         known = [name for name in spec.columns if name in table.column_names]
         columns = {name: _one_chunk(table, name) for name in known}
-        missing = [name for name in _NEEDED if name not in columns]
+        missing = [name for name in _REQUIRED if name not in columns]
         if missing:
             raise RecordError(f"the table lacks {', '.join(missing)}; it has {table.column_names}")
         values: dict[str, Any] = {}
@@ -171,7 +186,7 @@ class LabelRows:
         return rows
 
     def _check_lengths(self, found: dict[str, Int64s]) -> None:
-        """Lists that have to be of one length are: otherwise labels would slide along the rows."""
+        """Raises if lists differ in length from the spans, which would shift labels along rows."""
         for name, offsets in found.items():
             if COLUMNS[name].length in (Length.ENTRIES, Length.DRAWS) and self.head_len is None:
                 continue
@@ -180,11 +195,12 @@ class LabelRows:
                 expected = expected * self.lse.shape[1]
             if not np.array_equal(offsets, expected):
                 raise RecordError(
-                    f"the lists of column {name} do not have {COLUMNS[name].length.value}"
+                    f"the lists of column {name} do not have {COLUMNS[name].length.value}, which "
+                    "follows from label_spans, head_len and tail_len"
                 )
 
     def row_offsets(self, name: str) -> Int64s:
-        """int64 [R + 1]: where the values of each row begin and end in a list column."""
+        """int64 [R + 1]: offsets of the rows in a list column."""
         length = COLUMNS[name].length
         if name in _OWN_OFFSETS:
             offsets = getattr(self, _OWN_OFFSETS[name])
@@ -197,7 +213,7 @@ class LabelRows:
         else:
             offsets = None
         if offsets is None:
-            raise RecordError(f"these rows lack the lengths that column {name} goes by")
+            raise RecordError(f"the lengths of the lists of column {name} were not read")
         return offsets
 
     def _cut(self, name: str, start: int, stop: int) -> Any:
@@ -222,7 +238,7 @@ class LabelRows:
             return pa.array(np.diff(self.label_offsets).astype(np.int32))
         values = getattr(self, name)
         if values is None:
-            raise RecordError(f"column {name} is missing, but the record spec has it")
+            raise RecordError(f"column {name} is missing, but the record spec requires it")
         if COLUMNS[name].length is Length.ROW:
             buffer = pa.py_buffer(np.ascontiguousarray(values))
             return pa.FixedSizeBinaryArray.from_buffers(field.type, len(values), [None, buffer])
@@ -236,7 +252,7 @@ class LabelRows:
 
 
 _FIELDS = fields(LabelRows)
-_NEEDED = ("row_key", "content_key", "token_ids", "label_spans")
+_REQUIRED = ("row_key", "content_key", "token_ids", "label_spans")
 _OWN_OFFSETS = {
     "token_ids": "token_offsets",
     "label_spans": "span_offsets",
@@ -244,47 +260,13 @@ _OWN_OFFSETS = {
 }
 
 
-def offsets_of(lengths: npt.NDArray[Any]) -> Int64s:
-    """int64 [n + 1] from n lengths: the running sum, starting at 0."""
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets
+def present(values: Any) -> Any:
+    """Narrows an optional column that is known to be set, for the type checker."""
+    assert values is not None
+    return values
 
 
-def _ranges(offsets: Int64s, indices: npt.NDArray[np.integer[Any]]) -> Int64s:
-    """int64: the values [offsets[i], offsets[i + 1]) of each i of `indices`, one after another."""
-    starts = offsets[indices]
-    lengths = offsets[indices + 1] - starts
-    ends = offsets_of(lengths)
-    return np.arange(ends[-1]) + np.repeat(starts - ends[:-1], lengths)
-
-
-def target_positions(label_spans: Int32s, span_offsets: Int64s) -> tuple[Int64s, Int64s]:
-    """Expands spans to the target indices that they cover.
-
-    Args:
-        label_spans: int32 [2 * spans], flat half-open [start, end) pairs.
-        span_offsets: int64 [R + 1], into `label_spans`.
-
-    Returns:
-        int64 [sum N], target indices within their row, row by row; and int64 [R + 1], the offsets
-        of the rows in it.
-    """
-    starts = label_spans[0::2].astype(np.int64)
-    lengths = label_spans[1::2] - starts
-    begins = offsets_of(lengths)
-    indices = np.arange(begins[-1]) + np.repeat(starts - begins[:-1], lengths)
-    return indices, begins[span_offsets // 2]
-
-
-def _label_offsets(label_spans: Int32s, span_offsets: Int64s) -> Int64s:
-    if len(label_spans) % 2:
-        raise RecordError(f"label_spans has {len(label_spans)} values; expected [start, end) pairs")
-    lengths = label_spans[1::2].astype(np.int64) - label_spans[0::2]
-    return offsets_of(lengths)[span_offsets // 2]
-
-
-def _joined(name: str, parts: Sequence[LabelRows]) -> Any:
+def _concatenated(name: str, parts: Sequence[LabelRows]) -> Any:
     values = [getattr(part, name) for part in parts]
     absent = sum(value is None for value in values)
     if absent == len(values):
@@ -309,7 +291,7 @@ def _one_chunk(table: pa.Table, name: str) -> pa.Array:
 
 
 def _list_values(column: pa.ListArray) -> tuple[npt.NDArray[Any], Int64s]:
-    """Values and offsets of a list array that may be a slice of a longer one."""
+    """Values, and offsets from 0, of a list array that may be a slice of a longer one."""
     if not len(column):
         return column.values.slice(0, 0).to_numpy(), np.zeros(1, np.int64)
     offsets = column.offsets.to_numpy().astype(np.int64)

@@ -1,20 +1,19 @@
-"""The random numbers of draws: a pure function of row, position and seed.
+"""Random numbers for draws, as a pure function of row, position and seed.
 
-They come from a counter-based generator (Philox 4x64, Salmon et al. 2011, as numpy implements it)
-whose key is the row key and whose counter is the position, so they are equal to the bit on every
-run, on every machine, however rows are put into batches and sequences cut into steps.
+They come from a counter-based generator (Philox 4x64, Salmon et al. 2011, as implemented by numpy)
+whose key is the row key and whose counter is the position. They are therefore bit-identical in
+every run and on every machine, however rows are batched and sequences are cut into steps.
 """
 
 import numpy as np
 import numpy.typing as npt
 
 LABELLING = 0
-"""Stream of the draws that are made when a row is labelled."""
+"""Stream of the draws that label a row."""
 REDUCING = 1
-"""Stream of the draws that thin out the stored ones for a larger tau."""
-
+"""Stream of the draws that thin stored ones for a larger tau."""
 AUDITING = 2
-"""Stream that says which labels of a row are audited."""
+"""Stream that selects the labels of a row to audit."""
 
 _WORDS_PER_BLOCK = 4
 _STREAM_SHIFT = 128
@@ -28,17 +27,17 @@ def uniforms(
     seed: int,
     stream: int = LABELLING,
 ) -> npt.NDArray[np.float64]:
-    """Uniform numbers in [0, 1), multiples of 2^-53, of positions of one row.
+    """Uniform numbers in [0, 1), multiples of 2^-53, for positions of one row.
 
     Args:
         row_key: 16 bytes.
         positions: int64 [N], target indices in the row, rising.
-        per_position: How many numbers each position gets.
+        per_position: Numbers per position.
         seed: ``RecordSpec.draw_seed``.
         stream: LABELLING, REDUCING or AUDITING.
 
     Returns:
-        float64 [N, per_position]; those of a position do not depend on which others are asked for.
+        float64 [N, per_position]; those of a position do not depend on the other positions.
     """
     if not len(positions):
         return np.zeros((0, per_position))

@@ -1,7 +1,7 @@
-"""`validate`: what always holds in the label record. Checked on every batch before it is written.
+"""`validate`: the invariants of the label record, checked on every batch before it is written.
 
-Whole arrays at a time. A first pass per rule finds whether it is broken anywhere; only then is the
-place worked out for the message.
+Each rule is a vectorised pass over a batch; the place of a violation is computed only if there is
+one.
 """
 
 from typing import Any
@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from schemas.record.columns import COLUMNS
-from schemas.record.entry_rules import check_entries
-from schemas.record.rows import LabelRows
-from schemas.record.violations import Bools, Rules, brief, have, is_logprob
+from schemas.record.entry_checks import check_entries
+from schemas.record.record_check import RecordCheck, is_valid_logprob, preview
+from schemas.record.rows import LabelRows, present
+from schemas.record.spans import Bools, label_offsets, offsets_of
 from schemas.spec import RecordSpec
 
 _DTYPES = {
@@ -31,47 +32,47 @@ _DTYPES = {
 def validate(rows: LabelRows, spec: RecordSpec, vocab_size: int, where: str = "") -> None:
     """Checks every invariant of the record.
 
-    Token ids and entry ids are ids of the vocabulary; spans are rising, disjoint and inside the
-    row; every array is as long as the others say; heads have the lengths that the spec allows,
-    each id once, by falling log-probability, and hold what the spec says; draws are by rising id,
-    none of them in the head, as many as there can be; log-probabilities are finite and not
-    positive; head and tail mass sum to one within what rounding can do; the target's
-    log-probability and rank agree with its entry, where it has one (labels that are off by one
-    position fail here).
+    Token ids and entry ids are in the vocabulary; spans are rising, disjoint and within the row;
+    array lengths are consistent; heads have lengths that the spec allows, unique ids by decreasing
+    log-probability, and the content that the spec defines; draws have rising ids that are not in
+    the head, in a possible number; log-probabilities are finite and not positive; head and tail
+    mass sum to one within rounding; the target's log-probability and rank agree with its entry, if
+    it has one (labels shifted by one position fail here).
 
     Args:
         rows: the batch.
-        spec: what the rows have to be.
+        spec: of the rows.
         vocab_size: V; ids are in [0, V).
-        where: put in front of the message, for example the name of the shard.
+        where: prefix of the message, for example the name of the shard.
 
     Raises:
         RecordError: naming `where`, the row in the batch, the position in the row, and the column.
     """
-    check = _RowRules(rows, spec, vocab_size, where)
-    check.shapes()
-    check.tokens_and_spans()
+    check = _RowCheck(rows, spec, vocab_size, where)
+    check.columns()
+    check.tokens()
+    check.spans()
     if spec.kind != "tokens":
         check.lengths()
-        check.per_label()
+        check.label_values()
         check_entries(rows, spec, vocab_size, where)
 
 
-class _RowRules(Rules):
-    """What holds of columns, tokens, spans, lengths and single values of labels."""
+class _RowCheck(RecordCheck):
+    """Rules for columns, tokens, spans, lengths and single values of labels."""
 
-    def shapes(self) -> None:
+    def columns(self) -> None:
         rows, spec = self.rows, self.spec
         for name in COLUMNS:
             values = getattr(rows, name, None)
             if name in ("num_tokens", "num_labels"):
                 continue
             if (values is not None) != (name in spec.columns):
-                state = "missing" if values is None else "there"
-                self.fail(f"column {name} is {state}, against the record spec {spec.columns}")
-            if values is not None and values.dtype != _DTYPES.get(name, np.int32):
-                wanted = np.dtype(_DTYPES.get(name, np.int32))
-                self.fail(f"column {name} has dtype {values.dtype}; expected {wanted}")
+                state = "missing" if values is None else "present"
+                self.fail(f"column {name} is {state}; the record spec has {spec.columns}")
+            dtype = np.dtype(_DTYPES.get(name, np.int32))
+            if values is not None and values.dtype != dtype:
+                self.fail(f"column {name} has dtype {values.dtype}; expected {dtype}")
         for name in ("row_key", "content_key"):
             if getattr(rows, name).shape != (len(rows), 16):
                 self.fail(f"column {name} has shape {getattr(rows, name).shape}; expected [R, 16]")
@@ -86,40 +87,36 @@ class _RowRules(Rules):
             found = "none" if values is None else f"{values.dtype} {values.shape}"
             self.fail(f"{name}: found {found}; expected int64 ({count + 1},)")
         if values[0] != 0 or values[-1] != end or (np.diff(values) < 0).any():
-            self.fail(f"{name}: expected to rise from 0 to {end}, found {brief(values)}")
+            self.fail(f"{name}: expected values rising from 0 to {end}, found {preview(values)}")
 
-    def tokens_and_spans(self) -> None:
+    def tokens(self) -> None:
         rows = self.rows
-        self.refuse_values(
-            self.outside(rows.token_ids), "token_ids", f"expected ids in [0, {self.vocab_size})"
-        )
+        self.reject_values(self.outside(rows.token_ids), "token_ids", self.id_range)
         if rows.teacher_context is not None:
             bad = self.outside(rows.teacher_context)
-            self.refuse_values(bad, "teacher_context", f"expected ids in [0, {self.vocab_size})")
+            self.reject_values(bad, "teacher_context", self.id_range)
         if (np.diff(rows.token_offsets) < 1).any():
             row = int(np.argmax(np.diff(rows.token_offsets) < 1))
-            self.fail(f"row {row}, column token_ids: found no token; expected at least one")
-        if (rows.span_offsets % 2).any():
-            row = int(np.argmax(rows.span_offsets % 2)) - 1
-            self.fail(f"row {row}, column label_spans: found an odd count; expected [start, end)")
-        self.spans()
+            self.fail(f"row {row}, column token_ids: found no tokens; expected at least one")
 
     def spans(self) -> None:
         rows = self.rows
+        if (rows.span_offsets % 2).any():
+            row = int(np.argmax(rows.span_offsets % 2)) - 1
+            self.fail(f"row {row}, column label_spans: found an odd count; expected [start, end)")
         spans = rows.label_spans
         rising = np.diff(spans, prepend=np.int32(0))
-        # Inside a span it has to rise; from one span to the next it may stay; a row starts afresh.
+        # Ends are above starts; the next start may equal an end; each row starts over.
         first = rows.span_offsets[:-1][np.diff(rows.span_offsets) > 0]
         rising[first] = spans[first]
         bad: Bools = np.asarray(rising < (np.arange(len(spans)) % 2))
         bad[first] |= spans[first] < 1
-        self.refuse_values(
+        self.reject_values(
             bad, "label_spans", "expected rising, disjoint [start, end) with start >= 1"
         )
         lengths = np.repeat(np.diff(rows.token_offsets), np.diff(rows.span_offsets))
-        self.refuse_values(spans > lengths, "label_spans", "expected ends within the row's tokens")
-        counts = np.concatenate([[0], np.cumsum(spans[1::2].astype(np.int64) - spans[0::2])])
-        if not np.array_equal(rows.label_offsets, counts[rows.span_offsets // 2]):
+        self.reject_values(spans > lengths, "label_spans", "expected ends within the row's tokens")
+        if not np.array_equal(rows.label_offsets, label_offsets(spans, rows.span_offsets)):
             self.fail("label_offsets: expected the number of positions that label_spans cover")
 
     def lengths(self) -> None:
@@ -130,16 +127,17 @@ class _RowRules(Rules):
             self.shape("entropy", (rows.num_labels,))
         if rows.lse is not None:
             self.shape("lse", (rows.num_labels, len(spec.temperatures)))
-        head, tail = have(rows.head_len), have(rows.tail_len)
+        head, tail = present(rows.head_len), present(rows.tail_len)
         most = spec.most_entries(self.vocab_size)
         heads = {"topk": (most, most), "sampled": (0, 0)}.get(spec.kind, (1, most))
         tails = {"sampled": (1, most), "threshold": (0, most)}.get(spec.kind, (0, 0))
         self.within(head, heads, "head_len")
         self.within(tail, tails, "tail_len")
-        bad = head.astype(np.int64) + tail > most
-        self.refuse_labels(bad, "tail_len", f"expected at most {most} with the head")
-        offsets = np.concatenate([[0], np.cumsum(head.astype(np.int64) + tail)])
-        if not np.array_equal(have(rows.entry_offsets), offsets):
+        lengths = head.astype(np.int64) + tail
+        bad = lengths > most
+        self.reject_labels(bad, "tail_len", f"expected at most {most} together with head_len")
+        offsets = offsets_of(lengths)
+        if not np.array_equal(present(rows.entry_offsets), offsets):
             self.fail("entry_offsets: expected the running sum of head_len + tail_len")
         self.shape("entry_ids", (int(offsets[-1]),))
         self.shape("entry_logprobs", (int(offsets[-1]),))
@@ -150,26 +148,26 @@ class _RowRules(Rules):
         least, most = bounds
         expected = str(least) if least == most else f"{least} to {most}"
         bad = (lengths < least) | (lengths > most)
-        self.refuse_labels(bad, name, f'expected {expected} for kind "{self.spec.kind}"')
+        self.reject_labels(bad, name, f'expected {expected} for kind "{self.spec.kind}"')
 
     def shape(self, name: str, expected: tuple[int, ...]) -> None:
         found = getattr(self.rows, name).shape
         if found != expected:
             self.fail(f"column {name} has shape {found}; expected {expected} from spans and heads")
 
-    def per_label(self) -> None:
+    def label_values(self) -> None:
         rows = self.rows
         for name in ("tail_logmass", "target_logprob"):
-            bad = ~is_logprob(getattr(rows, name))
-            self.refuse_labels(bad, name, "expected finite and not positive")
-        rank = have(rows.target_rank)
+            bad = ~is_valid_logprob(getattr(rows, name))
+            self.reject_labels(bad, name, "expected finite and not positive")
+        rank = present(rows.target_rank)
         bad = (rank < 1) | (rank > self.vocab_size)
-        self.refuse_labels(bad, "target_rank", f"expected 1 to {self.vocab_size}")
+        self.reject_labels(bad, "target_rank", f"expected 1 to {self.vocab_size}")
         if rows.entropy is not None:
-            # Above the highest entropy by what rounding may add.
+            # Rounding may exceed the highest possible entropy.
             highest = np.log(self.vocab_size) * (1 + 2.0**-self.spec.logprob_bits) + 0.01
             bad = ~((rows.entropy >= 0) & (rows.entropy <= highest))
-            self.refuse_labels(bad, "entropy", f"expected 0 to log {self.vocab_size}")
+            self.reject_labels(bad, "entropy", f"expected 0 to log {self.vocab_size}")
         if rows.lse is not None:
             bad = ~np.isfinite(rows.lse)
-            self.refuse_labels(bad, "lse", "expected finite")
+            self.reject_labels(bad, "lse", "expected finite")

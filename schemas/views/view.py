@@ -23,7 +23,7 @@ from schemas.label_set.label_set import LabelSet
 from schemas.label_set.manifest import repair
 from schemas.label_set.roster import LABELLED, REUSED, Accounts, read_accounts, read_roster
 from schemas.label_set.tables import NAMES, first_of_each_key, key_array, parse_table, table_bytes
-from schemas.record.reduce import subsumes
+from schemas.record.reduce import record_conflicts
 from schemas.spec import LabelSetSpec, RecordSpec
 from schemas.storage.store import Store
 
@@ -236,11 +236,11 @@ def _promise(label_set: LabelSet, record: RecordSpec | None) -> RecordSpec | Non
     """The record, or None where it is that of the label set."""
     if record is None or record.identity() == label_set.spec.record.identity():
         return None
-    reasons = subsumes(label_set.spec.record, record)
-    if reasons:
+    conflicts = record_conflicts(label_set.spec.record, record)
+    if conflicts:
         raise StoreError(
             f"{label_set.url}: cannot serve the record that the view is to have "
-            f"({'; '.join(reasons)}); ask for less, or label again"
+            f"({'; '.join(conflicts)}); ask for less, or label again"
         )
     return record
 

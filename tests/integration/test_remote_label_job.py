@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from labeler.config import LabelConfig, TeacherConfig
-from labeler.teachers.protocol import RowFailure
 from labeler.teachers.remote.teacher import RemoteTeacher
 from labeler.teachers.transformers_teacher import TransformersTeacher
-from schemas.errors import TeacherError
+from schemas.errors import RowFailure, TeacherError
 from schemas.label_set.label_set import LabelSet
 from schemas.spec import GenerationSpec, RecordSpec
 from tests.support.teacher_requests import config as teacher_config

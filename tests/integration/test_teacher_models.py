@@ -8,8 +8,8 @@ import torch
 
 from labeler.config import TeacherConfig
 from labeler.teachers.factory import make_teacher
-from labeler.teachers.request_checks import span_targets
 from schemas.errors import TeacherError
+from schemas.record.spans import span_targets
 from schemas.spec import GenerationSpec, RecordSpec
 from tests.support.teacher_requests import (
     CONTEXT,

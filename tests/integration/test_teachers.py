@@ -12,16 +12,16 @@ import pytest
 from labeler.label_head.position_labels import label_logits
 from labeler.teachers import transformers_teacher
 from labeler.teachers.factory import make_teacher
-from labeler.teachers.protocol import RowFailure, RowLabels, Teacher
-from labeler.teachers.request_checks import span_targets
+from labeler.teachers.protocol import RowLabels, Teacher
 from labeler.teachers.transformers_teacher import TransformersTeacher
 from labeler.teachers.vllm import label_requests
 from labeler.teachers.vllm.teacher import VllmTeacher, engine_request
 from labeler.teachers.vllm.worker import label_step, runner_v1
 from labeler.units.assemble import assemble_rows
-from schemas.errors import TeacherError
+from schemas.errors import RowFailure, TeacherError
 from schemas.keys import content_key, row_key, stack_keys
 from schemas.record import validate
+from schemas.record.spans import span_targets
 from schemas.record.uniforms import uniforms
 from schemas.spec import GenerationSpec, RecordSpec
 from tests.support.teacher_requests import (

@@ -12,9 +12,9 @@ from labeler.corpus.requests import Request, label_request
 from labeler.corpus.windows import all_but_first
 from labeler.supervision.attempts import Attempts
 from labeler.supervision.supervisor import Survivor
-from labeler.teachers.protocol import RowFailure, RowLabels
+from labeler.teachers.protocol import RowLabels
 from labeler.units.unit_labels import UnitLabels
-from schemas.errors import TeacherError
+from schemas.errors import RowFailure, TeacherError
 from schemas.spec import GenerationSpec
 from schemas.storage.store import Store
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from schemas.keys import content_key, row_key, stack_keys
 from schemas.record import LabelRows, round_logprobs
-from schemas.record.rows import offsets_of, target_positions
+from schemas.record.spans import offsets_of, target_positions
 from schemas.record.uniforms import uniforms
 from schemas.spec import LabelSetSpec, RecordSpec, TeacherIdentity, TextSpec
 from tests.support.label_oracle import Entries, entries_of

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from labeler.config import TeacherConfig
-from labeler.teachers.protocol import RowFailure, RowLabels, Teacher
+from labeler.teachers.protocol import RowLabels, Teacher
 from labeler.teachers.vllm import label_requests
 from labeler.teachers.vllm.teacher import VllmTeacher
+from schemas.errors import RowFailure
 from schemas.keys import row_key, stack_keys
 from schemas.spec import RecordSpec
 

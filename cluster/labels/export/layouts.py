@@ -32,7 +32,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from schemas.errors import RecordError
-from schemas.record.rows import LabelRows, offsets_of, target_positions
+from schemas.record.rows import LabelRows
+from schemas.record.spans import offsets_of, target_positions
 from schemas.spec import LabelSetSpec
 
 PADDING_LOGPROB = -1e9

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 from schemas.label_set.label_set import LabelSet
 from schemas.label_set.manifest import MANIFESTS
 from schemas.maintenance.sample import SampledGroup
-from schemas.record.rows import LabelRows, target_positions
+from schemas.record.rows import LabelRows
+from schemas.record.spans import target_positions
 
 BINS = 15
 MAX_FOOTERS = 64

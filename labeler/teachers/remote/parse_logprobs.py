@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from labeler.teachers.protocol import RowLabels
-from labeler.teachers.request_checks import span_targets
 from labeler.teachers.topk_candidates import labels_from_topk
 from schemas.errors import TeacherError
+from schemas.record.spans import span_targets
 
 
 def row_labels(

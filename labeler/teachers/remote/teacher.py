@@ -25,18 +25,12 @@ from labeler.teacher_model.identity import (
     load_model_config,
     model_vocab_size,
 )
-from labeler.teachers.protocol import (
-    OnRow,
-    RowFailure,
-    RowLabels,
-    ignore_row,
-    usable_or_failure,
-)
+from labeler.teachers.protocol import OnRow, RowLabels, ignore_row, usable_or_failure
 from labeler.teachers.remote.client import MAX_INTERNAL_ERRORS, Refusal, RemoteServer
 from labeler.teachers.remote.parse_logprobs import row_labels
 from labeler.teachers.request_checks import refuse_generation, refuse_request
 from labeler.teachers.topk_candidates import LIMITS, unsupported_by_topk
-from schemas.errors import TeacherError, TeacherGoneError
+from schemas.errors import RowFailure, TeacherError, TeacherGoneError
 from schemas.spec import GenerationSpec, RecordSpec
 
 _Result = TypeVar("_Result")

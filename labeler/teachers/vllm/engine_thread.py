@@ -15,8 +15,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from labeler.teachers.protocol import OnRow, RowFailure, ignore_row
-from schemas.errors import TeacherError
+from labeler.teachers.protocol import OnRow, ignore_row
+from schemas.errors import RowFailure, TeacherError
 
 _Result = TypeVar("_Result")
 

@@ -20,14 +20,8 @@ from labeler.teacher_model.identity import (
     load_model_config,
     model_vocab_size,
 )
-from labeler.teachers.protocol import (
-    OnRow,
-    RowFailure,
-    RowLabels,
-    ignore_row,
-    usable_or_failure,
-)
-from labeler.teachers.request_checks import refuse_generation, refuse_request, span_targets
+from labeler.teachers.protocol import OnRow, RowLabels, ignore_row, usable_or_failure
+from labeler.teachers.request_checks import refuse_generation, refuse_request
 from labeler.teachers.topk_candidates import LIMITS, unsupported_by_topk
 from labeler.teachers.vllm import label_requests
 from labeler.teachers.vllm.engine_options import (
@@ -37,7 +31,8 @@ from labeler.teachers.vllm.engine_options import (
 )
 from labeler.teachers.vllm.engine_thread import EngineRequest, EngineThread
 from labeler.teachers.vllm.stock_logprobs import stock_params, stock_row_labels
-from schemas.errors import TeacherError
+from schemas.errors import RowFailure, TeacherError
+from schemas.record.spans import span_targets
 from schemas.spec import GenerationSpec, RecordSpec
 
 _Result = TypeVar("_Result")

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from labeler.label_head.thread_pool import SlicePool
-from labeler.teachers.request_checks import span_targets
 from labeler.teachers.vllm.label_requests import AUDIT_RATE, ROW_KEY, SPANS
 from labeler.teachers.vllm.worker.label_step import label_step
 from labeler.teachers.vllm.worker.request_state import Chunk, RequestState
 from labeler.teachers.vllm.worker.tensor_parallel import VocabParallelLogits, vocab_parallel_logits
+from schemas.record.spans import span_targets
 from schemas.spec import RecordSpec
 
 _SIGNATURES = {

@@ -8,9 +8,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from labeler.config import CorpusConfig, TextConfig
-from labeler.corpus.documents import Document, Rejection, RowTokenizer, text_spec
+from labeler.corpus.documents import Document, RowTokenizer, text_spec
 from labeler.corpus.readers import SourceRow
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, RowFailure
 from schemas.spec import TextSpec
 
 VOCAB_SIZE = 320
@@ -35,7 +35,7 @@ def tokenizer(tiny_model_dir: Path) -> Any:
 
 def documents(
     tokenizer: Any, values: list[Any], text: TextSpec = TEXT, prompts: bool = False, **corpus: Any
-) -> list[Document | Rejection]:
+) -> list[Document | RowFailure]:
     config = CorpusConfig(path="corpus", format="jsonl", **corpus)
     rows = [
         SourceRow("a", place, value if isinstance(value, dict) else {config.text_column(): value})
@@ -52,7 +52,7 @@ def one(tokenizer: Any, value: Any, **options: Any) -> Document:
 
 def reason(tokenizer: Any, value: Any, **options: Any) -> str:
     (document,) = documents(tokenizer, [value], **options)
-    assert isinstance(document, Rejection), document
+    assert isinstance(document, RowFailure), document
     assert document.detail
     return document.reason
 
@@ -75,12 +75,15 @@ def test_text_has_bos_first_and_every_other_token_labelled(tokenizer: Any) -> No
 def test_a_bad_text_does_not_disturb_its_neighbours(tokenizer: Any) -> None:
     values = ["fine", "", None, 7, "\ud800", "fine"]
     made = documents(tokenizer, values)
-    reasons = [d.reason if isinstance(d, Rejection) else "" for d in made]
+    reasons = [d.reason if isinstance(d, RowFailure) else "" for d in made]
     assert reasons == ["", "empty", "wrong_type", "wrong_type", "invalid_utf8", ""]
-    rows = [SourceRow("a", 0, {}, "bad_json", "detail"), SourceRow("a", 1, {"text": "fine"})]
+    rows = [
+        SourceRow("a", 0, {}, RowFailure("bad_json", "detail")),
+        SourceRow("a", 1, {"text": "fine"}),
+    ]
     corpus = CorpusConfig(path="corpus", format="jsonl")
     first, second = RowTokenizer(tokenizer, corpus, TEXT, VOCAB_SIZE).documents(rows)
-    assert first == Rejection("bad_json", "detail")
+    assert first == RowFailure("bad_json", "detail")
     assert isinstance(second, Document)
 
 

@@ -23,10 +23,10 @@ from labeler.run.ledger import PARITY_CLAIM_S, Ledger
 from labeler.run.unit_labeller import UnitLabeller
 from labeler.supervision.attempts import Attempts
 from labeler.supervision.supervisor import Survivor
-from labeler.teachers.protocol import RowFailure, RowLabels
+from labeler.teachers.protocol import RowLabels
 from labeler.teachers.transformers_teacher import TransformersTeacher
 from labeler.units.unit_labels import UnitLabels
-from schemas.errors import TeacherError
+from schemas.errors import RowFailure, TeacherError
 from schemas.label_set.label_set import LabelSet
 from schemas.label_set.parity_result import PARITY_FILE
 from schemas.spec import LabelSetSpec, RecordSpec, TeacherIdentity, TextSpec

@@ -11,7 +11,8 @@ from labeler.corpus.windows import all_but_first
 from labeler.run.unit_labeller import UnitLabeller
 from labeler.supervision.attempts import Attempts
 from labeler.supervision.supervisor import Survivor
-from labeler.teachers.protocol import RowFailure, RowLabels, Teacher
+from labeler.teachers.protocol import RowLabels, Teacher
+from schemas.errors import RowFailure
 from schemas.label_set.label_set import LabelSet
 from schemas.spec import GenerationSpec, LabelSetSpec, RecordSpec, TeacherIdentity, TextSpec
 

@@ -14,8 +14,8 @@ from labeler.corpus.requests import label_request, requests_unit_key
 from labeler.corpus.windows import all_but_first
 from labeler.supervision.attempts import Attempts, Deaths, remove_attempts
 from labeler.supervision.supervisor import MAX_STARTS, Survivor
-from labeler.teachers.protocol import RowFailure, RowLabels, Teacher
-from schemas.errors import TeacherError, TeacherGoneError
+from labeler.teachers.protocol import RowLabels, Teacher
+from schemas.errors import RowFailure, TeacherError, TeacherGoneError
 from schemas.storage.store import Store
 from tests.support import ROOT
 from tests.support.fragile_teacher import POISON, REFUSED, FragileTeacher, requests, survivor

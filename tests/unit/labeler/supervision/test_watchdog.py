@@ -19,8 +19,8 @@ import labeler.supervision.supervisor
 from labeler.supervision.attempts import Attempts
 from labeler.supervision.supervisor import Survivor
 from labeler.supervision.watchdog import EXIT_STALLED, EngineWatch
-from labeler.teachers.protocol import RowFailure, RowLabels
-from schemas.errors import TeacherError
+from labeler.teachers.protocol import RowLabels
+from schemas.errors import RowFailure, TeacherError
 from schemas.storage.store import Store
 from tests.support.fragile_teacher import FragileTeacher, requests
 

@@ -8,9 +8,9 @@ import torch
 
 from labeler.label_head.position_labels import label_logits
 from labeler.teachers.protocol import RowLabels
-from labeler.teachers.request_checks import span_targets
 from labeler.units.assemble import assemble_rows
 from schemas.record import LOWEST_LOGPROB, LabelRows, validate
+from schemas.record.spans import span_targets
 from schemas.spec import RecordSpec
 
 VOCAB_SIZE = 500

@@ -67,7 +67,7 @@ class TestCreation:
         less = make_spec(RecordSpec(kind="topk", k=4, entropy=False), VOCAB)
         assert LabelSet.create_or_open(label_set.url, less).spec == SPEC
         more = make_spec(RecordSpec(kind="topk", k=9), VOCAB)
-        with pytest.raises(StoreError, match=r"record\.k: 8 / 9.*record\.k: 8 entries are stored"):
+        with pytest.raises(StoreError, match=r"record\.k: 8 / 9.*record\.k: only 8 stored"):
             LabelSet.create_or_open(label_set.url, more)
 
     def test_many_creators_agree(self, tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def too_probable(rows: LabelRows, row: int) -> int:
 
 
 BREAKS = {
-    "a falling order": (unordered, "entry_logprobs"),
+    "a decreasing order": (unordered, "entry_logprobs"),
     "sum to a probability of 1": (too_probable, "entry_logprobs"),
 }
 

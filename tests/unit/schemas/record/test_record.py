@@ -195,20 +195,20 @@ LABEL_RULES: list[tuple[Callable[[LabelRows], LabelRows], str]] = [
     (with_value("entropy", 1, -0.5), r"row 0, position 1, column entropy"),
     (with_value("entropy", 1, 9.0), r"row 0, position 1, column entropy"),
     (with_value("lse", 3, np.inf), r"row 0, position 1, column lse"),
-    (with_value("token_offsets", 1, 10**6), r"token_offsets: expected to rise"),
+    (with_value("token_offsets", 1, 10**6), r"token_offsets: expected values rising"),
     (with_value("label_offsets", 1, 3), r"label_offsets: expected the number of positions"),
     (with_value("entry_offsets", 1, 7), r"entry_offsets: expected the running sum"),
     (shorter("entry_ids"), r"column entry_ids has shape"),
     (shorter("target_rank"), r"column target_rank has shape"),
     (shorter("lse"), r"column lse has shape"),
     (lambda rows: replace(rows, entropy=None), r"column entropy is missing"),
-    (lambda rows: replace(rows, entry_counts=np.zeros(3, np.uint8)), r"entry_counts is there"),
+    (lambda rows: replace(rows, entry_counts=np.zeros(3, np.uint8)), r"entry_counts is present"),
     (lambda rows: replace(rows, row_key=rows.row_key[:, :8]), r"row_key has shape"),
     (
         lambda rows: replace(rows, target_rank=rows.target_rank.astype(np.int64)),
         r"target_rank has dtype int64; expected int32",
     ),
-    (swapped_entries, r"row 0, position 2, column entry_logprobs.*falling"),
+    (swapped_entries, r"row 0, position 2, column entry_logprobs.*decreasing"),
     (shifted_labels, r"row 0, position \d+, column target_logprob"),
 ]
 

@@ -8,8 +8,9 @@ import pytest
 
 from schemas.errors import RecordError
 from schemas.keys import stack_keys
-from schemas.record.reduce import reduce_rows, subsumes
-from schemas.record.rows import LabelRows, offsets_of
+from schemas.record.reduce import record_conflicts, reduce_rows
+from schemas.record.rows import LabelRows
+from schemas.record.spans import offsets_of
 from schemas.record.validate import validate
 from schemas.spec import RecordSpec
 from tests.support.label_rows import add_labels, make_rows
@@ -64,7 +65,7 @@ def thinned(record: RecordSpec, tau: float) -> RecordSpec:
 def test_reduced_rows_are_valid_rows_of_the_smaller_record(have, want):
     rows = make_rows(30, have, VOCAB_SIZE, seed=1)
     validate(rows, have, VOCAB_SIZE)
-    assert subsumes(have, want) == []
+    assert record_conflicts(have, want) == []
     reduced = reduce_rows(rows, have, want)
     validate(reduced, want, VOCAB_SIZE)
     assert LabelRows.from_table(reduced.to_table(want), want).num_labels == rows.num_labels
@@ -148,21 +149,21 @@ def one_position_each(num_rows: int, rng: np.random.Generator) -> LabelRows:
         (
             exact(kind="topk", k=8),
             exact(kind="topk", k=9),
-            "record.k: 8 entries",
+            "record.k: only 8",
         ),
         (
             exact(kind="topk", k=8),
             exact(kind="topp", max_head=9),
-            "record.max_head: 8 entries",
+            "record.max_head: only 8",
         ),
         (
             exact(kind="topp"),
             exact(kind="topk", k=2),
-            'do not follow from "topp"',
+            '"topp" cannot be reduced to "topk"',
         ),
-        (exact(kind="topp"), exact(kind="topp", top_p=0.99), "record.top_p: 0.98"),
+        (exact(kind="topp"), exact(kind="topp", top_p=0.99), "record.top_p: only 0.98"),
         (RecordSpec(entropy=False), RecordSpec(), "record.entropy"),
-        (RecordSpec(logprob_bits=8), RecordSpec(logprob_bits=9), "record.logprob_bits: 8"),
+        (RecordSpec(logprob_bits=8), RecordSpec(logprob_bits=9), "record.logprob_bits: only 8"),
         (RecordSpec(), RecordSpec(temperatures=(2.0,)), r"\[2.0\] are not stored"),
         (THRESHOLD, thinned(THRESHOLD, 0.01), "record.tau: 0.02"),
         (AT_TWO, THRESHOLD, "record.draw_temperature"),
@@ -171,14 +172,14 @@ def one_position_each(num_rows: int, rng: np.random.Generator) -> LabelRows:
         (
             exact(kind="topk", k=64),
             exact(kind="threshold"),
-            'do not follow from "topk"',
+            '"topk" cannot be reduced to "threshold"',
         ),
         (RecordSpec(teacher_context=True), RecordSpec(), "record.teacher_context"),
-        (RecordSpec(kind="tokens"), RecordSpec(), 'do not follow from "tokens"'),
+        (RecordSpec(kind="tokens"), RecordSpec(), '"tokens" cannot be reduced to "threshold"'),
     ],
 )
 def test_what_cannot_be_served_says_why(have, want, reason):
-    assert any(re.search(reason, found) for found in subsumes(have, want))
+    assert any(re.search(reason, found) for found in record_conflicts(have, want))
     with pytest.raises(RecordError, match=reason):
         reduce_rows(make_rows(1, have, VOCAB_SIZE), have, want)
 

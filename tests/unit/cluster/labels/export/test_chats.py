@@ -15,7 +15,7 @@ from schemas.keys import content_key, generated_row_key, stack_keys, unit_key
 from schemas.label_set.label_set import LabelSet
 from schemas.label_set.roster import close_roster, write_part
 from schemas.record import LabelRows
-from schemas.record.rows import offsets_of
+from schemas.record.spans import offsets_of
 from schemas.spec import GenerationSpec, LabelSetSpec, RecordSpec, TeacherIdentity, TextSpec
 from tests.support.tiny_model import CHAT_TEMPLATE, make_tokenizer
 

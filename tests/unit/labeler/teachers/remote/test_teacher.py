@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from labeler.config import TeacherConfig
-from labeler.teachers.protocol import RowFailure, RowLabels
+from labeler.teachers.protocol import RowLabels
 from labeler.teachers.remote.parse_logprobs import row_labels
 from labeler.teachers.remote.teacher import RemoteTeacher
-from schemas.errors import TeacherError, TeacherGoneError
+from schemas.errors import RowFailure, TeacherError, TeacherGoneError
 from schemas.spec import GenerationSpec, RecordSpec
 from tests.support.scripted_server import POISON, server, told
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from labeler.teachers.protocol import RowFailure
 from labeler.teachers.vllm.engine_thread import EngineRequest, EngineThread
-from schemas.errors import TeacherError
+from schemas.errors import RowFailure, TeacherError
 
 REFUSED, DEADLY = "refused", "deadly"
 
