@@ -1,5 +1,6 @@
 """The contract between labelling and training: records, label sets, views, keys and errors.
 
+``vocabulary``    comparison of tokenizers' vocabularies
 ``errors``        the exceptions shown to users
 ``config``        TOML files to validated models, and back
 ``spec``          everything that defines the meaning of a label, and its fingerprint

@@ -1,8 +1,9 @@
-"""Whether a tokenizer and a model mean the same by an id. Sizes may agree where mappings do not."""
+"""Checks that a tokenizer belongs to a model. Sizes may agree where mappings do not."""
 
 from typing import Any
 
 from schemas.errors import VocabularyError
+from schemas.vocabulary import vocabulary_differences
 
 # Embeddings are padded to round sizes: 128 to 465 rows in the models in use. What goes beyond is
 # another vocabulary, not padding.
@@ -48,21 +49,15 @@ def check_same_vocabulary(tokenizer: Any, own: Any, where: str, model: str) -> N
     Raises:
         VocabularyError: it names the first ids that differ.
     """
-    given, expected = _by_id(tokenizer), _by_id(own)
-    differ = sorted(i for i in given.keys() | expected.keys() if given.get(i) != expected.get(i))
-    if differ:
-        shown = "; ".join(
-            f"id {i} is {given.get(i)!r} there and {expected.get(i)!r} in the model"
-            for i in differ[:_SHOWN]
-        )
+    given, expected = vocabulary(tokenizer), vocabulary(own)
+    count, shown = vocabulary_differences(expected, given, "the model", where)
+    if not count:  # tokens that only the given tokenizer has
+        count, shown = vocabulary_differences(given, expected, where, "the model")
+    if count:
         raise VocabularyError(
-            f"the tokenizer of {where} is not that of {model}: {len(differ)} ids differ ({shown}); "
+            f"the tokenizer of {where} is not that of {model}: {count} tokens differ ({shown}); "
             "leave teacher.tokenizer empty to use the model's own"
         )
-
-
-def _by_id(tokenizer: Any) -> dict[int, str]:
-    return {id_: token for token, id_ in vocabulary(tokenizer).items()}
 
 
 def _show(pairs: list[tuple[int, str]]) -> str:

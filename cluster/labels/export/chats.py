@@ -8,6 +8,7 @@ from schemas.errors import ConfigError, DamagedError, MissingError, first_line
 from schemas.label_set.label_set import LabelSet
 from schemas.label_set.roster import LABELLED, REUSED, read_roster
 from schemas.record.rows import LabelRows
+from schemas.vocabulary import vocabulary_differences
 
 
 class Chats:
@@ -97,12 +98,11 @@ def _check_same(label_set: LabelSet, tokenizer: Any, name: str) -> None:
         kept = label_set.vocabulary()
     except (MissingError, DamagedError):
         return  # `verify` reports it; the tokenizer may well be the right one
-    found = tokenizer.get_vocab()
-    differ = sorted(token for token, id_ in kept.items() if found.get(token) != id_)
-    if differ:
+    count, shown = vocabulary_differences(kept, tokenizer.get_vocab(), "the labels", name)
+    if count:
         raise ConfigError(
-            f"the tokenizer {name} is not the one of {label_set.url}: {len(differ)} tokens differ, "
-            f"the first {differ[0]!r}; name the teacher's with --tokenizer"
+            f"the tokenizer {name} is not the one of {label_set.url}: {count} tokens differ "
+            f"({shown}); name the teacher's with --tokenizer"
         )
 
 

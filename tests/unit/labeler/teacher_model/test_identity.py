@@ -168,7 +168,9 @@ def test_a_tokenizer_of_the_same_size_with_another_mapping(
     mapping = content["model"]["vocab"]
     mapping["a"], mapping["b"] = mapping["b"], mapping["a"]
     path.write_text(json.dumps(content))
-    with pytest.raises(VocabularyError, match=r"2 ids differ \(id \d+ is 'b' there and 'a' in"):
+    with pytest.raises(
+        VocabularyError, match=r"2 tokens differ \(id \d+ is 'a' in the model but 'b'"
+    ):
         load_tokenizer(teacher(tiny_model_dir, tokenizer=str(model_copy)))
 
 

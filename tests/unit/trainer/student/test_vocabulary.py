@@ -21,8 +21,8 @@ def test_equal_sizes_with_other_ids_are_refused_and_named():
     student = {**LABELS, "token3": 4, "token4": 3}
     expected = re.escape(
         "the tokenizer of student differs from the labels' in 2 of 10 tokens: "
-        "id 3 is 'token3' in the labels, 'token4' in the student, which has id 4 there; "
-        "id 4 is 'token4' in the labels, 'token3' in the student, which has id 3 there"
+        "id 3 is 'token3' in the labels but 'token4' in the student, where 'token3' has id 4; "
+        "id 4 is 'token4' in the labels but 'token3' in the student, where 'token4' has id 3"
     )
     with pytest.raises(VocabularyError, match=expected):
         compare_vocabularies(student, 10, LABELS, "student")
@@ -31,7 +31,7 @@ def test_equal_sizes_with_other_ids_are_refused_and_named():
 def test_a_missing_token_is_named():
     student = {token: i for token, i in LABELS.items() if i != 7}
     with pytest.raises(
-        VocabularyError, match=r"id 7 is 'token7' .* nothing in the student, which it lacks"
+        VocabularyError, match=r"id 7 is 'token7' .* nothing in the student, without 'token7'"
     ):
         compare_vocabularies(student, 10, LABELS, "student")
 
