@@ -1,1 +1,1 @@
-"""Entry points: the command line, job submission and the demo. Imports the other packages late."""
+"""Entry points: the command line, job submission, label set tools, the demo."""

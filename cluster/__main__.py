@@ -110,15 +110,8 @@ def _labels(args: argparse.Namespace) -> Result:
 def _submit(args: argparse.Namespace) -> Result:
     from cluster.submit import submit
 
-    code = submit(
-        args.job,
-        args.config,
-        args.overrides,
-        address=args.address,
-        working_dir=args.working_dir,
-        wait=not args.no_wait,
-    )
-    return "", code
+    command = [args.job, args.config, *args.overrides]
+    return "", submit(command, args.address, args.working_dir, wait=not args.no_wait)
 
 
 def _demo(args: argparse.Namespace) -> Result:

@@ -1,4 +1,4 @@
-"""`tutelage submit`: a thin layer over `ray job submit`."""
+"""`tutelage submit`: runs a command as a job of a Ray cluster, through `ray job submit`."""
 
 import subprocess
 import sys
@@ -8,40 +8,39 @@ from pathlib import Path
 from schemas.errors import ConfigError
 
 
-def submit(
-    job: str,
-    config: str,
-    overrides: Sequence[str],
-    *,
-    address: str | None,
-    working_dir: str,
-    wait: bool,
-) -> int:
-    """Submits one command to a Ray cluster and, with `wait`, follows its output to the end.
+def submit(command: Sequence[str], address: str | None, working_dir: str, wait: bool) -> int:
+    """Submits a command and, with `wait`, follows its output to the end.
 
-    The folder `working_dir` travels to the cluster (less what .gitignore names), so nothing of this
-    project needs to be installed there; `config` is a path inside it.
+    Args:
+        command: job (label, train or evaluate), path of its config, overrides.
+        address: of the job server; None: Ray's default.
+        working_dir: folder that Ray uploads, except what .gitignore lists, so that this project
+            need not be installed on the cluster; the config has to be inside it.
+        wait: follow the output to the end.
 
     Returns:
-        The exit code of `ray job submit`, which is non-zero when the job failed.
+        The exit code of `ray job submit`, non-zero if the job failed.
 
     Raises:
-        ConfigError: the config is not inside the working directory, so the job could not read it.
+        ConfigError: the config is outside of the working directory, so the job could not read it.
     """
+    job, config, *overrides = command
     root = Path(working_dir).resolve()
     path = Path(config).resolve()
     if not path.is_file():
         raise ConfigError(f"{config}: no such file; expected the job's TOML configuration")
     if not path.is_relative_to(root):
         raise ConfigError(
-            f"{config}: lies outside of the folder that travels to the cluster ({root}); "
-            "move it there or name another folder with --working-dir"
+            f"{config}: outside of the folder uploaded to the cluster ({root}); move it there, or "
+            "choose another folder with --working-dir"
         )
+    # The CLI of this interpreter's environment, which need not be on PATH.
     ray_cli = Path(sys.executable).with_name("ray")
-    command = [str(ray_cli), "job", "submit", "--working-dir", str(root)]
+    options = ["--working-dir", str(root)]
     if address:
-        command += ["--address", address]
+        options += ["--address", address]
     if not wait:
-        command.append("--no-wait")
+        options.append("--no-wait")
     entry = ["python", "-m", "cluster", job, path.relative_to(root).as_posix(), *overrides]
-    return subprocess.run([*command, "--", *entry], check=False).returncode
+    words = [str(ray_cli), "job", "submit", *options, "--", *entry]
+    return subprocess.run(words, check=False).returncode

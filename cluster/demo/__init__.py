@@ -1,1 +1,1 @@
-"""The demo: the running Python's own standard library, a small teacher, two equal students."""
+"""The demo: Python's standard library, a small teacher, two students with different losses."""

@@ -1,7 +1,8 @@
-"""What the demo shows at its end: learning curves, a completed function from each student."""
+"""The end of the demo: learning curves, a completion by each student, and a summary."""
 
 import json
 import os
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ COMPLETION_TOKENS = 64
 
 
 def plot_curves(out: Path, path: Path) -> None:
-    """Draws each student's cross-entropy on its training tokens against tokens seen."""
+    """Plots the training cross-entropy of each student against the tokens it has seen."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -33,14 +34,14 @@ def plot_curves(out: Path, path: Path) -> None:
 
 
 def show_completions(out: Path) -> None:
-    """Prints how each student goes on from the same held-out function header (greedy)."""
+    """Prints each student's greedy completion of the same held-out function header."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from cluster.demo.corpus import function_headers
 
     prompt = next(function_headers(out / "corpus" / "heldout", 1))
-    print(f"\na function header of a held-out file:\n\n{_indent(prompt)}")
+    print(f"\nheld-out function header:\n\n{_indent(prompt)}")
     for student, label in STUDENTS.items():
         folder = out / student / "student"
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -56,13 +57,13 @@ def show_completions(out: Path) -> None:
                 pad_token_id=tokenizer.eos_token_id,
             )
         text = tokenizer.decode(full[0, ids.shape[1] :], skip_special_tokens=True)
-        print(f"the student ({label}) goes on:\n\n{_indent(text.rstrip())}\n")
+        print(f"completion by the student ({label}):\n\n{_indent(text.rstrip())}\n")
 
 
 def show_closing(
     out: Path, evaluate: Mapping[str, Mapping[str, Any]], seconds: Mapping[str, float]
 ) -> None:
-    """Prints what the comparison came to, where the time went, and what to try next."""
+    """Prints the comparison, the time of each stage, and what to try next."""
     kd, ce = evaluate["student_kd"], evaluate["student_ce"]
     print(
         f"\nheld-out perplexity: {kd['perplexity']:.1f} distilled, {ce['perplexity']:.1f} with "
@@ -71,10 +72,10 @@ def show_closing(
     print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
     print(
         f"summary: {out}/summary.json\n"
-        f"next: change a line of {out}/train_kd.toml and run "
-        f"`tutelage train {out}/train_kd.toml run={out}/student_2`; the labels are reused"
+        f"next: edit {out}/train_kd.toml and run "
+        f"`tutelage train {out}/train_kd.toml run={out}/student_2`, which reuses the labels"
     )
 
 
 def _indent(text: str) -> str:
-    return "".join(f"    {line}\n" for line in text.splitlines())
+    return textwrap.indent(text, "    ", lambda line: True)

@@ -1,7 +1,7 @@
-"""The demo's corpus: the running Python's own standard library source, in three disjoint parts.
+"""The demo's corpus: the source of the running Python's standard library, in three parts.
 
-The part of a file follows from a hash of its top-level module or package, so that code of one
-package never stands in two parts, and a file falls in the same part under every version of Python.
+A hash of the top-level module or package decides the part of a file, so that no package is split
+between parts, and every version of Python puts a file in the same part.
 """
 
 import ast
@@ -14,10 +14,10 @@ from typing import Literal
 
 Part = Literal["teacher", "students", "heldout"]
 
-# Shares of 100: the teacher's and the students' halves are equal.
+# Percentages. The shipped teacher was trained on its part, so these must not change.
 PARTS: tuple[tuple[Part, int], ...] = (("teacher", 44), ("students", 44), ("heldout", 12))
 
-# Not source that a person wrote to be read: generated tables, test suites, other people's packages.
+# Not hand-written library code: generated tables, test suites, installed packages.
 SKIPPED_NAMES = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
     | {"__pycache__", "lib-dynload"}
@@ -25,18 +25,18 @@ SKIPPED_NAMES = frozenset(
 
 
 def part_of(top_level: str) -> Part:
-    """The part that a top-level module or package belongs to."""
+    """The part of a top-level module or package."""
     digest = hashlib.sha256(top_level.encode()).digest()
     point = int.from_bytes(digest[:8], "big") % 100
     for part, share in PARTS:
         if point < share:
             return part
         point -= share
-    raise AssertionError("the shares add up to 100")
+    raise AssertionError("the percentages add up to 100")
 
 
 def library_files() -> Iterator[tuple[str, Path]]:
-    """Yields (path below the library's root, file) of each source file, in order."""
+    """Yields each source file, sorted: its path relative to the library, and where it is."""
     root = Path(sysconfig.get_path("stdlib"))
     for file in sorted(root.rglob("*.py")):
         relative = file.relative_to(root)
@@ -46,16 +46,16 @@ def library_files() -> Iterator[tuple[str, Path]]:
 
 
 def write_corpus(folder: Path, limits: dict[Part, int]) -> dict[Part, int]:
-    """Copies the library's source into folder/teacher, folder/students and folder/heldout.
+    """Copies library source into folder/teacher, folder/students and folder/heldout.
 
     Args:
-        folder: where the parts go; files that are there already are written again.
-        limits: the parts wanted, with the bytes of text after which each is full; 0: no limit.
-            Files are taken in the order of a hash of their paths, so a part that is cut short is a
-            fair sample of the whole.
+        folder: parent of the parts; existing files are overwritten.
+        limits: the parts to write, each with its size in bytes at which copying stops; 0: no limit.
+            Files are copied in the order of a hash of their paths, which makes a limited part a
+            fair sample.
 
     Returns:
-        Bytes of text in each part.
+        Size of each part in bytes.
     """
     sizes = dict.fromkeys(limits, 0)
     for relative, file in sorted(
@@ -67,7 +67,7 @@ def write_corpus(folder: Path, limits: dict[Part, int]) -> dict[Part, int]:
         try:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            continue  # a few files of the library are in another encoding on purpose
+            continue  # a few library files use another encoding on purpose
         if not text.strip():
             continue
         target = folder / part / relative
@@ -78,7 +78,7 @@ def write_corpus(folder: Path, limits: dict[Part, int]) -> dict[Part, int]:
 
 
 def function_headers(folder: Path, limit: int) -> Iterator[str]:
-    """Yields prompts that end after a function's `def` line and docstring, from all files."""
+    """Yields at most `limit` prompts: a function's `def` lines and docstring, without its body."""
     headers: list[tuple[str, str]] = []
     for file in sorted(folder.rglob("*.py")):
         text = file.read_text(encoding="utf-8")
@@ -98,7 +98,7 @@ def function_headers(folder: Path, limit: int) -> Iterator[str]:
 
 
 def write_prompts(folder: Path, path: Path, limit: int) -> int:
-    """Writes function headers found below `folder` as JSONL {"prompt": ...}; returns how many."""
+    """Writes at most `limit` function headers as JSONL {"prompt": ...}; returns their number."""
     prompts = list(function_headers(folder, limit))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(

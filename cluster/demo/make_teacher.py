@@ -1,7 +1,8 @@
-"""Makes the demo's teacher: `python -m cluster.demo.make_teacher` (half an hour on two cores).
+"""Trains the demo's teacher: `python -m cluster.demo.make_teacher` (half an hour on two cores).
 
-A byte-level BPE tokenizer and a small Llama, both from the teacher's part of the demo's corpus
-only, trained by this project's own trainer on hard labels. The result is kept in examples/teacher.
+A byte-level BPE tokenizer and a small Llama, both trained on the teacher's part of the corpus only;
+the model by this project's trainer, on hard labels. The repository ships the result as
+examples/teacher.
 """
 
 import shutil
@@ -17,7 +18,7 @@ RUN = Path("runs/teacher")
 
 
 def make_tokenizer(corpus: Path, folder: Path) -> None:
-    """Trains a byte-level BPE tokenizer on every file below `corpus` and saves it in `folder`."""
+    """Trains a byte-level BPE tokenizer on all Python files in `corpus`; saves it in `folder`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -38,7 +39,7 @@ def make_tokenizer(corpus: Path, folder: Path) -> None:
 
 
 def keep_model(student: Path, folder: Path) -> None:
-    """Copies an exported student to `folder` in bfloat16, half of what float32 would take."""
+    """Copies an exported student to `folder` in bfloat16, half the size of float32."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -48,7 +49,7 @@ def keep_model(student: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Corpus, tokenizer, tokens, training, export."""
+    """Writes the corpus, trains the tokenizer, tokenises, trains the model and exports it."""
     from labeler.config import LabelConfig
     from labeler.run.job import run_label_job
     from schemas.config import load_toml

@@ -1,4 +1,4 @@
-"""`tutelage demo`: corpus, labels, two equal students, comparison; every part the real one."""
+"""`tutelage demo`: corpus, labels, two students, comparison, all with the real commands' code."""
 
 import os
 import time
@@ -17,17 +17,29 @@ from schemas.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "demo"
 
-# Some 340 steps: enough for a clear gap between the students.
+# About 340 training steps: enough for a clear gap between the students.
 STUDENT_BYTES = 1_800_000
 HELDOUT_BYTES = 340_000
 NUM_PROMPTS = 100
 
+# Of both label jobs together.
+_SUMMED = (
+    "rows_read",
+    "rows_labelled",
+    "rows_reused",
+    "rows_duplicate",
+    "rows_quarantined",
+    "tokens",
+    "labels",
+    "rows_generated",
+)
+
 
 class DemoSummary(BaseModel):
-    """What runs/demo/summary.json holds.
+    """Content of runs/demo/summary.json.
 
     Attributes:
-        label: the accounts of all label jobs together, with the backend and bytes a label.
+        label: accounts of both label jobs together, with the backend and bytes per label.
         train: per student: world_size, zero_stage, steps, tokens.
         evaluate: per model: perplexity, kl_to_teacher (nats a token), top1_agreement, ece and more.
         seconds: wall-clock seconds of each stage.
@@ -39,53 +51,48 @@ class DemoSummary(BaseModel):
     seconds: dict[str, float]
 
 
-class Stages:
-    """Names each stage as it starts and keeps how long it took."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str, text: str) -> Iterator[None]:
-        print(f"\n== {name}: {text}", flush=True)
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - started, 1)
+@contextmanager
+def _stage(seconds: dict[str, float], name: str, text: str) -> Iterator[None]:
+    """Announces a stage, and records its wall-clock seconds when it ends."""
+    print(f"\n== {name}: {text}", flush=True)
+    started = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - started, 1)
 
 
 def run_demo(out: Path) -> DemoSummary:
-    """Runs the whole way below `out` and leaves summary.json, the configs, and learning_curves.png.
+    """Runs all stages; leaves summary.json, the configs and learning_curves.png in `out`.
 
-    Run again, it reuses the labels and the students that are there.
+    A second run reuses the labels and the students of the first.
 
     Raises:
         ConfigError: the repository's examples are not beside the package.
     """
     if not EXAMPLES.is_dir():
         raise ConfigError(
-            f"{EXAMPLES}: no such folder; the demo needs the examples of the repository, "
-            "from a clone installed with `pip install --editable`"
+            f"{EXAMPLES}: no such folder; the demo needs the examples of the repository: clone it "
+            "and install with `pip install --editable`"
         )
-    stages = Stages()
+    seconds: dict[str, float] = {}
     _write_configs(out)
-    with stages.stage("corpus", "this Python's standard library, split by module"):
+    with _stage(seconds, "corpus", "this Python's standard library, split by module"):
         _make_corpus(out)
     with local_ray():
-        label = _label(out, stages)
-        train = _train(out, stages)
-    with stages.stage("evaluate", "both students and their teacher on held-out files"):
+        label = _label(out, seconds)
+        train = _train(out, seconds)
+    with _stage(seconds, "evaluate", "both students and their teacher on held-out files"):
         evaluate = _evaluate(out)
-    with stages.stage("report", "learning curves and a function from each student"):
+    with _stage(seconds, "report", "learning curves and a completion by each student"):
         closing_report.plot_curves(out, out / "learning_curves.png")
         closing_report.show_completions(out)
-    summary = DemoSummary(label=label, train=train, evaluate=evaluate, seconds=stages.seconds)
+    summary = DemoSummary(label=label, train=train, evaluate=evaluate, seconds=seconds)
     (out / "summary.json").write_text(summary.model_dump_json(indent=2) + "\n", encoding="utf-8")
     closing_report.show_closing(out, summary.evaluate, summary.seconds)
     return summary
 
 
 def _write_configs(out: Path) -> None:
-    """The shipped configs with this run's paths, for a user to read and to go on from."""
+    """Writes the shipped configs with the paths of this run, for the user to read and to edit."""
     out.mkdir(parents=True, exist_ok=True)
     for source in sorted(EXAMPLES.glob("*.toml")):
         text = source.read_text(encoding="utf-8")
@@ -96,10 +103,9 @@ def _write_configs(out: Path) -> None:
 
 
 def _make_corpus(out: Path) -> None:
-    sizes = write_corpus(out / "corpus", {"students": STUDENT_BYTES, "heldout": HELDOUT_BYTES})
-    prompts = write_prompts(
-        out / "corpus" / "students", out / "corpus" / "prompts.jsonl", NUM_PROMPTS
-    )
+    corpus = out / "corpus"
+    sizes = write_corpus(corpus, {"students": STUDENT_BYTES, "heldout": HELDOUT_BYTES})
+    prompts = write_prompts(corpus / "students", corpus / "prompts.jsonl", NUM_PROMPTS)
     print(
         f"students {sizes['students'] / 1e6:.2f} MB, held-out {sizes['heldout'] / 1e6:.2f} MB, "
         f"{prompts} function headers as prompts"
@@ -108,12 +114,12 @@ def _make_corpus(out: Path) -> None:
 
 @contextmanager
 def local_ray() -> Iterator[None]:
-    """One local Ray for all stages; the jobs use the one that is there."""
+    """A local Ray that all stages share: jobs use a running one instead of starting their own."""
     import ray
 
     ray.init(
         address="local",
-        num_cpus=max(2, os.cpu_count() or 2),
+        num_cpus=max(2, os.cpu_count() or 2),  # two training workers, on one core if need be
         include_dashboard=False,
         log_to_driver=False,
         logging_level="error",
@@ -124,59 +130,42 @@ def local_ray() -> Iterator[None]:
         ray.shutdown()
 
 
-def _label(out: Path, stages: Stages) -> dict[str, Any]:
+def _label(out: Path, seconds: dict[str, float]) -> dict[str, Any]:
     from labeler.config import LabelConfig
     from labeler.run.job import run_label_job
+    from schemas.views.select import Selection, make_views
 
-    def job(name: str) -> Any:
-        return run_label_job(load_toml(str(out / f"{name}.toml"), LabelConfig))
-
-    with stages.stage("label", "the students' files and the held-out ones, by the teacher in vLLM"):
-        corpus = job("label")
-    with stages.stage("generate", "the teacher completes function headers, then scores them"):
-        responses = job("generate")
+    with _stage(
+        seconds, "label", "the teacher labels the students' and the held-out files in vLLM"
+    ):
+        corpus = run_label_job(load_toml(str(out / "label.toml"), LabelConfig))
+    with _stage(
+        seconds, "generate", "the teacher completes function headers, then labels the result"
+    ):
+        responses = run_label_job(load_toml(str(out / "generate.toml"), LabelConfig))
     labels = f"{out / 'labels'}:{corpus.run}"
-    prefix = (out / "corpus" / "heldout").as_posix() + "/"
-    is_heldout = f"source.startswith({prefix!r})"
-    _make_view(out / "views" / "heldout", [labels], is_heldout)
-    _make_view(
-        out / "views" / "train",
-        [labels, f"{out / 'responses'}:{responses.run}"],
-        f"not {is_heldout}",
-    )
-    jobs = [corpus, responses]
-    counts = [
-        "rows_read",
-        "rows_labelled",
-        "rows_reused",
-        "rows_duplicate",
-        "rows_quarantined",
-        "tokens",
-        "labels",
-        "rows_generated",
-    ]
-    totals = {name: sum(getattr(one, name) for one in jobs) for name in counts}
+    generated = f"{out / 'responses'}:{responses.run}"
+    heldout = f"source.startswith({(out / 'corpus' / 'heldout').as_posix() + '/'!r})"
+    for name, sources, where in (
+        ("heldout", (labels,), heldout),
+        ("train", (labels, generated), f"not {heldout}"),
+    ):
+        print(*make_views(str(out / "views" / name), "", Selection(sources=sources, where=where)))
     return {
         "teacher_backend": corpus.teacher_backend,
-        **totals,
+        **{name: getattr(corpus, name) + getattr(responses, name) for name in _SUMMED},
         "bytes_per_label": corpus.bytes_per_label,
         "ids_per_label": corpus.ids_per_label,
     }
 
 
-def _make_view(url: Path, sources: list[str], where: str) -> None:
-    from schemas.views.select import Selection, make_views
-
-    print(*make_views(str(url), "", Selection(sources=tuple(sources), where=where)))
-
-
-def _train(out: Path, stages: Stages) -> dict[str, dict[str, Any]]:
+def _train(out: Path, seconds: dict[str, float]) -> dict[str, dict[str, Any]]:
     from trainer.config.train import TrainConfig
     from trainer.run.launch import run_train_job
 
     result: dict[str, dict[str, Any]] = {}
-    for name, text in (("kd", "distilled from the labels"), ("ce", "on hard labels alone")):
-        with stages.stage(f"train_{name}", f"a student {text}"):
+    for name, text in (("kd", "distilled from the labels"), ("ce", "trained on hard labels only")):
+        with _stage(seconds, f"train_{name}", f"a student {text}"):
             summary = run_train_job(load_toml(str(out / f"train_{name}.toml"), TrainConfig))
             result[f"student_{name}"] = summary.model_dump(
                 include={"world_size", "zero_stage", "steps", "tokens", "final_loss"}

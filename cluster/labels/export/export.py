@@ -13,7 +13,6 @@ from cluster.labels.export.chats import Chats
 from cluster.labels.export.layouts import (
     axolotl_table,
     check_exportable,
-    compression_config,
     distillkit_table,
     is_fully_labelled,
 )
@@ -57,13 +56,25 @@ _DISTILLKIT_CONFIG = """\
 {masked}teacher:
   kind: dataset
   logprob_compressor:
-{compressor}
-"""
+{compressor}"""
 _DISTILLKIT_MASKED = """\
 #
 # Not every token has a label. DistillKit masks the teacher's row j by labels[j], so the column
 # `labels` marks the rows with a teacher; give cross_entropy the weight 0, because as hard labels
 # that column is one token early.
+"""
+# DistillKit's teacher.logprob_compressor for these files: K values, each exact.
+_COMPRESSOR_CONFIG = """\
+d: {vocab_size}
+k: {k}
+exact_k: {k}
+exact_dtype: float16
+polynomial_terms: null
+term_dtype: float32
+residual_bins: []
+delta_encoding: false
+error_diffusion: false
+normalize_t: false
 """
 
 
@@ -154,12 +165,13 @@ def _export_distillkit(label_set: LabelSet, out: str, progress: Progress | None)
         return found.drop_columns(["labels"]) if is_full else found
 
     rows, files = _write_tables(store, label_set, table, progress)
-    compressor = _yaml(compression_config(min(label_set.spec.record.k, vocab_size), vocab_size))
+    k = min(label_set.spec.record.k, vocab_size)
+    compressor = _COMPRESSOR_CONFIG.format(k=k, vocab_size=vocab_size)
     config = _DISTILLKIT_CONFIG.format(
         masked="" if is_full else _DISTILLKIT_MASKED,
         compressor=textwrap.indent(compressor, "    "),
     )
-    store.write_bytes("compression_config.yaml", f"{compressor}\n".encode())
+    store.write_bytes("compression_config.yaml", compressor.encode())
     store.write_bytes("distillkit.yaml", config.encode())
     note = "sequences lack their last token; every log-probability is exact"
     if not is_full:
@@ -201,11 +213,3 @@ def _replaced_file(store: Store, name: str) -> Iterator[Any]:
             store.fs.mv(store.path(partial), store.path(name))
         except OSError as error:
             raise StoreError(f"{store.path(name)}: {error}") from error
-
-
-def _yaml(fields: dict[str, Any]) -> str:
-    """One line per field, without a line break at the end; JSON values are YAML too."""
-    return "\n".join(
-        f"{name}: {value if isinstance(value, str) else json.dumps(value)}"
-        for name, value in fields.items()
-    )

@@ -25,8 +25,6 @@ the sequence loses its last token, which the last row is the distribution over):
 Neither layout can hold tail draws with their weights, or the mass of the tail.
 """
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -162,22 +160,6 @@ def pack_ids(ids: npt.NDArray[np.int64], bits: int) -> npt.NDArray[np.uint8]:
     spread = (ids[:, :, None] >> np.arange(bits - 1, -1, -1)) & 1
     flat = spread.astype(np.uint8).reshape(len(ids), ids.shape[1] * bits)
     return np.packbits(flat, axis=1)
-
-
-def compression_config(k: int, vocab_size: int) -> dict[str, Any]:
-    """DistillKit's ``teacher.logprob_compressor`` for these files: K exact values."""
-    return {
-        "d": vocab_size,
-        "k": k,
-        "exact_k": k,
-        "exact_dtype": "float16",
-        "polynomial_terms": None,
-        "term_dtype": "float32",
-        "residual_bins": [],
-        "delta_encoding": False,
-        "error_diffusion": False,
-        "normalize_t": False,
-    }
 
 
 def is_fully_labelled(rows: LabelRows) -> bool:

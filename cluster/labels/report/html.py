@@ -103,6 +103,6 @@ def _storage_plots(label_set: LabelSet, columns: Mapping[str, float]) -> list[st
         title = f"bytes a label by column, {sum(columns.values()):.1f} in all"
         drawn.append(plots.bars(columns, title, "bytes a label, compressed"))
     units = measures.units_over_time(label_set)
-    if units:
+    if len(units.tokens):
         drawn += [plots.throughput(units), plots.progress(units)]
     return drawn

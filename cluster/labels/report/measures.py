@@ -1,7 +1,6 @@
 """Measurements of a report: the teacher's calibration, bytes by column, units over time."""
 
 from dataclasses import dataclass
-from datetime import datetime
 
 import numpy as np
 import numpy.typing as npt
@@ -93,24 +92,31 @@ def bytes_by_column(label_set: LabelSet, seed: int) -> tuple[dict[str, float], i
 
 
 @dataclass(frozen=True)
-class UnitOverTime:
-    """One committed unit: when its manifest was written, and how long its teacher took."""
+class UnitsOverTime:
+    """The units whose provenance records their duration, in the order of their commits.
 
-    committed: datetime
-    num_tokens: int
-    seconds: float
+    Attributes:
+        minutes: float64 [units], commit time since the first commit.
+        tokens: float64 [units].
+        seconds: float64 [units], time that the teacher took.
+    """
+
+    minutes: Floats
+    tokens: Floats
+    seconds: Floats
 
 
-def units_over_time(label_set: LabelSet) -> list[UnitOverTime]:
-    """The units whose provenance records their duration, in the order of their commits."""
-    written = {file.rel: file.modified for file in label_set.store.walk(MANIFESTS)}
-    found = [
-        UnitOverTime(
-            written[f"{MANIFESTS}/{manifest.unit_key}.json"],
-            manifest.num_tokens,
+def units_over_time(label_set: LabelSet) -> UnitsOverTime:
+    """Reads commit times from the modification times of manifests."""
+    written = {file.rel: file.modified.timestamp() for file in label_set.store.walk(MANIFESTS)}
+    found = sorted(
+        (
+            written[f"{MANIFESTS}/{manifest.unit_key}.json"] / 60,
+            float(manifest.num_tokens),
             float(manifest.provenance["seconds"]),
         )
         for manifest in label_set.manifests()
         if manifest.num_tokens and manifest.provenance.get("seconds")
-    ]
-    return sorted(found, key=lambda unit: unit.committed)
+    )
+    minutes, tokens, seconds = np.array(found).reshape(-1, 3).T
+    return UnitsOverTime(minutes - minutes[:1], tokens, seconds)

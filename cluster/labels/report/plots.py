@@ -1,13 +1,13 @@
 """The plots of a report, each as an SVG element for an HTML page."""
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cluster.labels.report.measures import Calibration, UnitOverTime
+from cluster.labels.report.measures import Calibration, UnitsOverTime
 
 _SIZE = (4.6, 2.9)
 _BLUE, _GREY = "#3565a8", "#999999"
@@ -59,32 +59,30 @@ def bars(values: Mapping[str, float], title: str, unit: str) -> str:
     return _svg(title, draw)
 
 
-def throughput(units: Sequence[UnitOverTime]) -> str:
+def throughput(units: UnitsOverTime) -> str:
     """Tokens a second of each unit against the time of its commit."""
 
     def draw(axes: Any) -> None:
-        first = units[0].committed
-        minutes = [(unit.committed - first).total_seconds() / 60 for unit in units]
-        axes.plot(minutes, [u.num_tokens / u.seconds for u in units], ".", color=_BLUE)
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("minutes since the first commit")
-        axes.set_ylabel("tokens a second of its teacher")
+        axes.plot(units.minutes, units.tokens / units.seconds, ".", color=_BLUE)
+        _label_time(axes, "tokens a second of its teacher")
 
     return _svg("units over time", draw)
 
 
-def progress(units: Sequence[UnitOverTime]) -> str:
+def progress(units: UnitsOverTime) -> str:
     """Committed tokens against time."""
 
     def draw(axes: Any) -> None:
-        first = units[0].committed
-        minutes = [(unit.committed - first).total_seconds() / 60 for unit in units]
-        axes.step(minutes, np.cumsum([u.num_tokens for u in units]), where="post", color=_BLUE)
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("minutes since the first commit")
-        axes.set_ylabel("tokens committed")
+        axes.step(units.minutes, np.cumsum(units.tokens), where="post", color=_BLUE)
+        _label_time(axes, "tokens committed")
 
     return _svg("tokens over time", draw)
+
+
+def _label_time(axes: Any, y_label: str) -> None:
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("minutes since the first commit")
+    axes.set_ylabel(y_label)
 
 
 def _svg(title: str, draw: Callable[[Any], None]) -> str:
