@@ -98,12 +98,17 @@ class EngineBenchmark:
         """Labels of all rows before rounding, by kind of record."""
         found = {}
         for name, record in self.records.items():
-            self.teacher.use_record(record)
+            self._use_record(record)
             rows = self.rows
             results = self.teacher.label(rows.token_ids, rows.label_spans, rows.row_keys)
             found[name] = [one for one in results if isinstance(one, RowLabels)]
             assert len(found[name]) == len(results)
         return found
+
+    def _use_record(self, record: RecordSpec) -> None:
+        """Labels by another record; a new engine would take long to start."""
+        self.teacher._record = record
+        self.teacher._engine.alone(self.teacher._install_label_path)
 
     def _prefill(self, token_ids: Sequence[np.ndarray], flat: bool | None = None) -> float:
         """Seconds of prefill: plain (None), or with K candidates in flat lists or dictionaries."""
@@ -127,7 +132,7 @@ class EngineBenchmark:
 
     def _ours(self, record: RecordSpec) -> float:
         """Seconds from requests to the last manifest."""
-        self.teacher.use_record(record)
+        self._use_record(record)
         requests = make_requests(self.rows)
         return self._committed(requests, record, None)[0]
 
@@ -152,7 +157,7 @@ class EngineBenchmark:
         seconds = functools.partial(
             floor_seconds, num_labels=num_labels, hidden_size=self.shape.hidden_size
         )
-        return max(self.teacher._on_engine_thread(self.teacher._llm.apply_model, seconds))
+        return max(self.teacher._engine.alone(self.teacher._llm.apply_model, seconds))
 
     def _generation(self) -> Generated:
         """Some responses a prompt: generated alone; and generated, scored and committed."""
@@ -162,7 +167,7 @@ class EngineBenchmark:
         requests = prompt_requests(prompts, generation)
         seeds = [[one.seed() for one in requests[at::_SAMPLES]] for at in range(_SAMPLES)]
         record = next(iter(self.records.values()))
-        self.teacher.use_record(record)
+        self._use_record(record)
         started = time.perf_counter()
         found = self.teacher.generate(prompts, generation, list(zip(*seeds, strict=True)))
         alone_s = time.perf_counter() - started

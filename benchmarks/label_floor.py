@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from labeler.label_head.buffers import BufferCache
+from labeler.label_head.buffers import SliceBuffers
 from labeler.label_head.position_labels import row_slices
 from labeler.label_head.thread_pool import SlicePool
 from labeler.teachers.vllm.worker.label_step import rows_at_once
@@ -30,14 +30,14 @@ def floor_seconds(model: Any, num_labels: int, hidden_size: int) -> float:
         hidden_size: H, of random hidden states [T, H].
     """
     device = next(model.parameters()).device
-    workers = SlicePool(device)
+    pool = SlicePool(device)
     with torch.inference_mode():
         hidden = torch.randn(num_labels, hidden_size, dtype=torch.bfloat16, device=device)
         step = rows_at_once(model.compute_logits(hidden[:1]).shape[1])
 
         def piece(first: int) -> None:
             logits = model.compute_logits(hidden[first : first + step])
-            workers.each(partial(_normaliser, logits), list(row_slices(logits, workers.count)))
+            pool.map(partial(_normaliser, logits), list(row_slices(logits, pool.num_threads)))
 
         piece(0)  # threads and memory
         _wait(device)
@@ -48,10 +48,11 @@ def floor_seconds(model: Any, num_labels: int, hidden_size: int) -> float:
         return time.perf_counter() - started
 
 
-def _normaliser(logits: torch.Tensor, rows: slice, scratch: BufferCache) -> torch.Tensor:
+def _normaliser(logits: torch.Tensor, rows: slice, buffers: SliceBuffers) -> torch.Tensor:
     if logits.device.type != "cpu":
         return torch.logsumexp(logits[rows].float(), dim=-1)
-    buffers = scratch.buffers(rows.stop - rows.start, logits, _BARE)
+    buffers.fit(rows.stop - rows.start, logits, _BARE)
+    assert buffers.probs is not None
     part = buffers.in_float32(logits[rows])
     probs = torch.softmax(part, dim=-1, out=buffers.probs[: len(part)])
     return part[:, 0] - probs[:, 0].log()

@@ -83,4 +83,4 @@ def _packed(labels: RowLabels) -> Packed:
     def tensor(values: np.ndarray | None) -> torch.Tensor | None:
         return None if values is None else torch.from_numpy(np.ascontiguousarray(values))
 
-    return pack(PositionLabels(*(tensor(getattr(labels, name)) for name in PositionLabels._fields)))
+    return pack(PositionLabels(*map(tensor, labels.columns())))

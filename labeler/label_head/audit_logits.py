@@ -1,8 +1,8 @@
-"""The full distribution of a few positions, in float64, next to the labels made of it.
+"""The full distribution of a few positions, in float64, beside the labels made from it.
 
-Worked out where the logits are, in another way than the labels themselves: no selection by blocks,
-no fixed point, no shared buffer, twice the precision. What comes of it is compared on the host with
-the labels as they are stored, after rounding; see ``labeler.quality.fidelity``.
+Computed where the logits are, independently of the labels: no blockwise selection, no fixed point,
+no shared buffer, twice the precision. ``labeler.quality.fidelity`` compares the result with the
+labels as stored, after rounding.
 """
 
 import torch
@@ -11,7 +11,7 @@ import torch
 def audit_logits(
     logits: torch.Tensor, entry_ids: torch.Tensor, head_len: torch.Tensor
 ) -> torch.Tensor:
-    """The full distribution at A positions, next to what their labels keep.
+    """The full distribution at A positions, seen through the entries that their labels keep.
 
     Args:
         logits: floating [A, V], as ``label_logits`` gets them.
@@ -19,7 +19,7 @@ def audit_logits(
         head_len: integer [A].
 
     Returns:
-        float32 [A, K + 2]: the columns of ``labeler.teachers.audits.Audit`` but the first.
+        float32 [A, K + 2]: the columns of ``labeler.teachers.audits.Audit`` except the first.
     """
     logprobs = torch.log_softmax(logits.double(), dim=-1)
     ids = entry_ids.long()

@@ -1,9 +1,7 @@
-"""Memory that is used over and over, because fresh memory of its size is dear on a CPU.
+"""Scratch memory of the label head.
 
 Shapes: V vocabulary.
 """
-
-from typing import NamedTuple
 
 import torch
 
@@ -11,56 +9,40 @@ from labeler.label_head.draws import FixedPointBuffer
 from schemas.spec import RecordSpec
 
 
-class SliceBuffers(NamedTuple):
-    """Memory for one slice.
+class SliceBuffers:
+    """Scratch memory for a slice of logits, reused from slice to slice and from call to call.
+
+    On a CPU, allocating memory of this size costs more than the arithmetic done in it. For one
+    thread at a time.
 
     Attributes:
-        logits: float32 [rows of a slice, V]; None where the logits are of that type already.
-        probs: float32 [rows of a slice, V].
-        fixed: for the sums; None for kinds without draws.
-    """
-
-    logits: torch.Tensor | None
-    probs: torch.Tensor
-    fixed: FixedPointBuffer | None
-
-    @staticmethod
-    def of(rows: int, logits: torch.Tensor, record: RecordSpec) -> "SliceBuffers":
-        """For up to ``rows`` rows at a time of logits like these, labelled by this record."""
-        vocab_size, device = logits.shape[1], logits.device
-
-        def empty() -> torch.Tensor:
-            return torch.empty(rows, vocab_size, device=device)
-
-        return SliceBuffers(
-            None if logits.dtype == torch.float32 else empty(),
-            empty(),
-            FixedPointBuffer.of(rows, vocab_size, device) if record.has_draws else None,
-        )
-
-    def in_float32(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits of a slice, as they are or copied into the buffer."""
-        if self.logits is None:
-            return logits
-        return self.logits[: len(logits)].copy_(logits)
-
-
-class BufferCache:
-    """Memory that all slices of all calls use.
-
-    Fresh memory of this size costs a CPU more than what is done in it. For one thread at a time.
+        probs: float32 [rows, V].
+        fixed: for sums in fixed point; None for kinds without draws.
     """
 
     def __init__(self) -> None:
-        self._what: tuple[object, ...] = ()
+        self.probs: torch.Tensor | None = None
+        self.fixed: FixedPointBuffer | None = None
+        self._logits: torch.Tensor | None = None
+        self._layout: tuple[object, ...] = ()
         self._rows = 0
-        self._buffers: SliceBuffers | None = None
 
-    def buffers(self, rows: int, logits: torch.Tensor, record: RecordSpec) -> SliceBuffers:
-        """Buffers for slices of up to so many rows; those of the last call where they fit."""
-        what = (logits.shape[1], logits.device, logits.dtype, record.has_draws)
-        if self._buffers is None or what != self._what or rows > self._rows:
-            self._buffers = None  # freed before more is asked for
-            self._buffers = SliceBuffers.of(rows, logits, record)
-            self._what, self._rows = what, rows
-        return self._buffers
+    def fit(self, rows: int, logits: torch.Tensor, record: RecordSpec) -> None:
+        """Allocates room for ``rows`` rows of these logits, unless the present memory has it."""
+        vocab_size, device = logits.shape[1], logits.device
+        layout = (vocab_size, device, logits.dtype, record.has_draws)
+        if layout == self._layout and rows <= self._rows:
+            return
+        self.probs = self.fixed = self._logits = None  # freed first, so that both never coexist
+        self.probs = torch.empty(rows, vocab_size, device=device)
+        if record.has_draws:
+            self.fixed = FixedPointBuffer.allocate(rows, vocab_size, device)
+        if logits.dtype != torch.float32:
+            self._logits = torch.empty(rows, vocab_size, device=device)
+        self._layout, self._rows = layout, rows
+
+    def in_float32(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits of a slice in float32, copied only if they have another dtype."""
+        if self._logits is None:
+            return logits
+        return self._logits[: len(logits)].copy_(logits)

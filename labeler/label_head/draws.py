@@ -1,12 +1,12 @@
-"""Which ids stand for the rest of a distribution: draws from it, the same on every device.
+"""Draws that represent the tail of a distribution, the same on every device.
 
-Probabilities are summed in fixed point (int64, one is 2^50): sums of integers do not depend on the
-order in which a device adds, so which ids are drawn depends on the last bits of the logits only
-where a draw falls on the boundary of two ids. float32 probabilities need not sum to one exactly;
-nothing here relies on it.
+Probabilities are summed in fixed point (int64, one is 2^50): integer sums do not depend on the
+order in which a device adds, so the last bits of the logits matter only where a draw falls on the
+boundary of two ids. float32 probabilities need not sum to exactly one; nothing here
+relies on it.
 
-Two levels, because a running sum over a whole vocabulary is dear: ids lie in blocks of neighbours,
-the running sum goes over the blocks, and only the blocks that a draw falls into are looked into.
+In two levels, because a running sum over the vocabulary is expensive: ids lie in blocks of
+neighbours, the running sum is over blocks, and only blocks that contain a draw are searched.
 
 Shapes: T positions, V vocabulary, B blocks of D neighbouring ids, P draws of a position at most.
 """
@@ -22,26 +22,26 @@ from labeler.label_head.topk import key_ids, sort_keys
 ONE = 2**50
 """The probability 1 in fixed point."""
 
-# The running sum takes V / D steps, looking into blocks about 16 D; the sum is least here.
-_BLOCKS_LOOKED_INTO = 16
+# The running sum takes V / D steps, searching blocks about 16 D; the block depth minimises both.
+_BLOCKS_SEARCHED = 16
 _MIN_DEPTH = 8
 
-# Probabilities that a thread of a CPU converts together.
+# Probabilities that a CPU thread converts at a time.
 _CONVERTED_AT_ONCE_CPU = 2**16
 
 _NO_KEY = torch.iinfo(torch.int64).max
 
 
 class Entries(NamedTuple):
-    """The ids that are kept at T positions, head first, then draws.
+    """The ids kept at T positions, the head first, then the draws.
 
     Attributes:
-        ids: int64 [T, K]; 0 behind the first head_len + tail_len of a row.
+        ids: int64 [T, K]; 0 from slot head_len + tail_len on.
         head_len: int64 [T].
         tail_len: int64 [T].
-        counts: uint8 [T, K], how often each was drawn; None where each is drawn once.
-        tail: float32 [T], the sum of all probabilities outside the head, at the temperature of the
-            draws; None where there is no head.
+        counts: uint8 [T, K], how often each was drawn; None if once each.
+        tail: float32 [T], total probability outside the head, at the temperature of the draws; None
+            without a head.
     """
 
     ids: torch.Tensor
@@ -52,25 +52,25 @@ class Entries(NamedTuple):
 
 
 def block_depth(vocab_size: int) -> int:
-    """D: how many neighbouring ids make a block; a power of two."""
-    best = math.sqrt(vocab_size / _BLOCKS_LOOKED_INTO)
+    """D, the number of neighbouring ids in a block; a power of two."""
+    best = math.sqrt(vocab_size / _BLOCKS_SEARCHED)
     return int(2 ** round(math.log2(max(_MIN_DEPTH, best))))
 
 
 class FixedPointBuffer(NamedTuple):
-    """Memory to convert some rows at a time: few on a CPU, so that they stay in its cache.
+    """Memory for the conversion of some rows at a time; few on a CPU, to stay in its cache.
 
     Attributes:
         scaled: float32 [rows, V].
-        parts: int64 [rows, B, D], zero behind the vocabulary.
+        parts: int64 [rows, B, D], zero past the end of the vocabulary.
     """
 
     scaled: torch.Tensor
     parts: torch.Tensor
 
     @staticmethod
-    def of(rows: int, vocab_size: int, device: torch.device) -> "FixedPointBuffer":
-        """For up to ``rows`` rows at a time; fewer are as good."""
+    def allocate(rows: int, vocab_size: int, device: torch.device) -> "FixedPointBuffer":
+        """Memory for at most ``rows`` rows at a time."""
         if device.type == "cpu":
             at_once = _CONVERTED_AT_ONCE_CPU * torch.get_num_threads()
             rows = min(rows, max(1, at_once // vocab_size))
@@ -83,16 +83,16 @@ class FixedPointBuffer(NamedTuple):
 
 
 class FixedPoint:
-    """Sums of probabilities of T positions by block, in fixed point, rounded down id by id.
+    """Block sums of the probabilities of T positions, in fixed point, each id rounded down.
 
-    The probabilities themselves stay where they are, as they are.
+    The probabilities themselves stay unchanged.
     """
 
     def __init__(self, probs: torch.Tensor, buffer: FixedPointBuffer) -> None:
-        """Sums up probabilities, float32 [T, V].
+        """Sums probabilities, float32 [T, V], by block.
 
         Args:
-            probs: not negative. What a row that holds NaN becomes means nothing.
+            probs: not negative. The result of a row that holds NaN is undefined.
             buffer: overwritten.
         """
         self._probs = probs
@@ -100,7 +100,7 @@ class FixedPoint:
         sums = []
         for rows in probs.split(at_once):
             scaled, parts = buffer.scaled[: len(rows)], buffer.parts[: len(rows)]
-            torch.mul(rows, float(ONE), out=scaled)  # Exact, being with a power of two.
+            torch.mul(rows, float(ONE), out=scaled)  # exact: a power of two
             parts.flatten(1)[:, : probs.shape[1]].copy_(scaled)
             sums.append(parts.sum(dim=2))
         self._sums = torch.cat(sums)
@@ -108,16 +108,16 @@ class FixedPoint:
     def threshold(
         self, logits: torch.Tensor, tau: float, uniforms: torch.Tensor, width: int
     ) -> Entries:
-        """The ids of at least a probability tau, and systematic draws from the others.
+        """All ids with probability tau or more, and systematic draws from the others.
 
-        The most probable id is in the head always. The draws are the ids on which the points
-        (u + i) * tau, i = 0, 1, ..., fall along the cumulative sum of the others by rising id.
+        The most probable id is always in the head. The draws are the ids at the points
+        (u + i) * tau, i = 0, 1, ..., of the cumulative sum of the others by rising id.
 
         Args:
             logits: float32 [T, V], by which the head is ordered.
             tau: in (0, 1).
             uniforms: float64 [T, 1], in [0, 1).
-            width: K, more than any row needs.
+            width: K, at least what any row needs.
         """
         unit = round(tau * ONE)
         row, ids = self._find_head(logits, unit)
@@ -137,7 +137,7 @@ class FixedPoint:
         uniforms: torch.Tensor,
         width: int,
     ) -> Entries:
-        """A head, int64 [T, most], and the draws from what is left."""
+        """A head, int64 [T, most], followed by draws from the remaining probabilities."""
         ends = self._sums.cumsum(dim=1)
         first = (uniforms * unit).long()
         num_points = (ends[:, -1:] - first + unit - 1) // unit
@@ -151,7 +151,7 @@ class FixedPoint:
         return Entries(ids, head_len, tail_len, tail=ends[:, -1].double().div_(ONE).float())
 
     def sampled(self, uniforms: torch.Tensor, width: int) -> Entries:
-        """Independent draws, each distinct id once with its count, by rising id.
+        """Independent draws: each distinct id once, with its count, by rising id.
 
         Args:
             uniforms: float64 [T, draws], in [0, 1).
@@ -159,7 +159,7 @@ class FixedPoint:
         """
         ends = self._sums.cumsum(dim=1)
         total = ends[:, -1:]
-        # A product of float64 may be rounded up to the total, which is no id's.
+        # In float64 the product may round up to the total, which lies past the last id.
         points = (uniforms * total).long().minimum(total - 1).sort(dim=1).values
         row, place = torch.ones_like(points).nonzero(as_tuple=True)
         drawn = self._ids_at(points, ends, row, place).reshape(points.shape)
@@ -174,8 +174,8 @@ class FixedPoint:
         return Entries(ids, torch.zeros_like(tail_len), tail_len, counts.to(torch.uint8))
 
     def _find_head(self, logits: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows, rising, and ids, int64 [n] each, of what is at least ``unit``, or of the top id."""
-        # A block that sums to less holds none.
+        """Rows, rising, and ids, int64 [n] each: probabilities >= ``unit``, else the top id."""
+        # A block with a smaller sum holds none.
         row, block = true_positions(self._sums >= unit)
         found, place = true_positions(self._blocks(row, block) >= unit)
         row, ids = row[found], block[found] * self._depth + place
@@ -189,7 +189,7 @@ class FixedPoint:
         return row, torch.cat((ids, first))[order]
 
     def _blocks(self, row: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-        """Probabilities of blocks, int64 [n, D], in fixed point; 0 behind the vocabulary."""
+        """Probabilities in blocks, int64 [n, D], in fixed point; 0 past the vocabulary."""
         vocab_size = self._probs.shape[1]
         if vocab_size % self._depth == 0:
             blocks = self._probs.view(-1, self._depth)
@@ -205,9 +205,9 @@ class FixedPoint:
         row: torch.Tensor,
         place: torch.Tensor,
     ) -> torch.Tensor:
-        """The ids int64 [n] on which ``points[row, place]`` of the cumulative sums fall.
+        """The ids, int64 [n], at ``points[row, place]`` of the cumulative sums.
 
-        Points beyond the end, and those of rows that hold NaN, give ids that mean nothing.
+        For points past the end, and in rows that hold NaN, the ids are undefined.
         """
         block = torch.searchsorted(ends, points, right=True)
         block = block.clamp_(max=self._num_blocks - 1)[row, place]
@@ -218,17 +218,17 @@ class FixedPoint:
 
 
 def _fixed(probs: torch.Tensor) -> torch.Tensor:
-    """int64, rounded down, as the sums have them."""
+    """Fixed point, int64, rounded down as in the sums."""
     return (probs * float(ONE)).long()
 
 
 def _ordered(
     logits: torch.Tensor, row: torch.Tensor, ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids of rows, rising, as a matrix in the order of a head; and how many each row has.
+    """Ids of rows, rising, as a matrix in the order of a head, and how many each row has.
 
     Returns:
-        int64 [T, most], 0 behind the end; int64 [T].
+        int64 [T, most], 0 past the end; int64 [T].
     """
     counts = torch.bincount(row, minlength=len(logits))
     place = torch.arange(len(row), device=row.device) - (counts.cumsum(dim=0) - counts)[row]

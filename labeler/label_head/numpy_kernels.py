@@ -1,8 +1,8 @@
-"""What is done to every row of logits and is much faster in numpy than in torch on a CPU.
+"""Kernels that are much faster in numpy than in torch on a CPU.
 
-numpy uses vector instructions where torch does not (selection, the place of a maximum, what is true
-in a mask) or needs fewer passes (dot products), but one thread only. So it serves where torch has a
-few threads; elsewhere, and on other devices, torch does.
+numpy vectorises where torch does not (selection, argmax, nonzero) or needs fewer passes (dot
+products), but uses one thread. It therefore serves where torch has few threads; torch serves
+elsewhere and on other devices. Both give the same results.
 
 Shapes: T positions, V vocabulary.
 """
@@ -10,42 +10,42 @@ Shapes: T positions, V vocabulary.
 import numpy as np
 import torch
 
-# From so many threads on, torch is faster with all of them than numpy with one.
+# With more threads than this, torch is faster than one thread of numpy.
 NUMPY_THREADS = 4
 
 
 def is_for_numpy(tensor: torch.Tensor) -> bool:
-    """Whether numpy is the faster one for a tensor."""
+    """Whether numpy is faster for a tensor."""
     return tensor.device.type == "cpu" and torch.get_num_threads() <= NUMPY_THREADS
 
 
 def dots(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Dot products of rows, float32 [T], of float32 [T, V] each. May overwrite ``one``."""
+    """Dot products of the rows of two float32 [T, V]: float32 [T]. May overwrite ``one``."""
     if is_for_numpy(one):
-        with np.errstate(invalid="ignore"):  # 0 * inf is NaN, as it is in torch
+        with np.errstate(invalid="ignore"):  # 0 * inf is NaN, as in torch
             return torch.from_numpy(np.vecdot(one.numpy(), other.numpy()))
     return one.mul_(other).sum(dim=-1)
 
 
 def top_ids(logits: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-    """The id of the largest of each row of float32 [T, V], the lowest of equals: int64 [T, 1].
+    """The id of the largest logit of each row, the lowest of equals: int64 [T, 1].
 
     Args:
         logits: float32 [T, V].
-        rows: int64 [n], only these; None: all.
+        rows: int64 [n], the rows to look at; None: all.
     """
     if not is_for_numpy(logits):
         chosen = logits if rows is None else logits[rows]
         return chosen.max(dim=1, keepdim=True).indices  # documented to be the first
     if rows is None:
         return torch.from_numpy(logits.numpy().argmax(axis=1, keepdims=True))
-    matrix = logits.numpy()  # one by one, because a copy of wide rows takes longer than the search
+    matrix = logits.numpy()  # row by row, because copying wide rows takes longer than the search
     found = np.fromiter((matrix[row].argmax() for row in rows.tolist()), np.int64, len(rows))
     return torch.from_numpy(found[:, None])
 
 
 def true_positions(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and column, int64 [n] each, of what is true in bool [T, n], in order."""
+    """Row and column, int64 [n] each, of the true elements of bool [T, n], in row-major order."""
     if mask.device.type != "cpu":
         rows, columns = mask.nonzero(as_tuple=True)
         return rows, columns

@@ -1,79 +1,52 @@
 """From full logits to sparse labels: the arithmetic that every teacher shares.
 
-``label_logits`` takes the teacher's logits over the whole vocabulary and keeps what the record
-asks for. It is plain torch, runs on any device, and works through its input in slices of rows, so
-that its own buffers stay small next to the logits.
+``label_logits`` takes the teacher's logits over the full vocabulary and keeps what the record
+requests. It is plain torch, runs on any device, and works through its input in slices of rows, so
+that its own buffers stay small beside the logits.
 
 Shapes: T positions, V vocabulary, K kept entries at most, H of them in a head, S temperatures.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from labeler.label_head.buffers import BufferCache, SliceBuffers
+from labeler.label_head.buffers import SliceBuffers
 from labeler.label_head.draws import ONE, Entries, FixedPoint, FixedPointBuffer
+from labeler.label_head.labels import Labels
 from labeler.label_head.numpy_kernels import dots, top_ids
 from labeler.label_head.thread_pool import SlicePool
 from labeler.label_head.topk import ordered_topk
 from schemas.spec import RecordSpec
 
-# Elements of one slice of logits. On a CPU the passes over a slice want to find it in the cache;
-# on a GPU fewer, larger kernels are better.
+# Elements of one slice of logits. On a CPU the passes over a slice should find it in the cache; on
+# a GPU fewer, larger kernels are better.
 _SLICE_ELEMENTS_CPU = 2**20
 _SLICE_ELEMENTS_GPU = 2**27
-_SLICES_OF_A_WORKER = 2
+_SLICES_PER_THREAD = 2
 
-# Below this tail probability, terms of the softmax have begun to underflow in float32.
+# Below this tail probability, terms of the softmax begin to underflow in float32.
 _SMALL_TAIL = 1e-30
 
-# Below this one, what fixed point has rounded off from a large vocabulary may begin to show.
+# Below this tail probability, the rounding of fixed point over a large vocabulary may show.
 _INEXACT_TAIL = 1e-4
 
 
-class PositionLabels(NamedTuple):
-    """What is kept of the teacher's distribution at T positions, before rounding.
-
-    Row i describes the distribution that row i of the logits is: the one **over** the target token,
-    computed from the tokens before it. Log-probabilities are natural, at temperature 1. Slots
-    behind the first head_len + tail_len of a row hold zeros.
-
-    Attributes:
-        entry_ids: int32 [T, K], the head by falling probability, ties by rising id, then the draws
-            by rising id.
-        entry_logprobs: float32 [T, K], their log-probabilities; -inf where the model forbids an id.
-        head_len: int32 [T], exact entries.
-        tail_len: int32 [T], distinct draws.
-        entry_counts: uint8 [T, K], how often each was drawn; None but for kind ``sampled``.
-        tail_logmass: float32 [T], log of the probability outside the head; -inf where nothing is.
-        target_logprob: float32 [T], of the token that stands in the sequence.
-        target_rank: int32 [T], 1 + the number of ids strictly more probable.
-        entropy: float32 [T], of the full distribution, in nats; None if the record has none.
-        lse: float32 [T, S], log sum over the vocabulary of p^(1/T) for each temperature of the
-            record; None if it has none.
-    """
-
-    entry_ids: torch.Tensor
-    entry_logprobs: torch.Tensor
-    head_len: torch.Tensor
-    tail_len: torch.Tensor
-    entry_counts: torch.Tensor | None
-    tail_logmass: torch.Tensor
-    target_logprob: torch.Tensor
-    target_rank: torch.Tensor
-    entropy: torch.Tensor | None
-    lse: torch.Tensor | None
+@dataclass(frozen=True)
+class PositionLabels(Labels[torch.Tensor]):
+    """Labels of the T rows of a batch of logits, on their device; ``entry_counts`` is uint8."""
 
 
 class _Head(NamedTuple):
-    """The exact entries of T positions, as far as they are in heads.
+    """The heads of T positions.
 
     Attributes:
-        ids: int64 [T, H]; behind the end of a head, its first id again.
+        ids: int64 [T, H]; past the end of a head, its first id again.
         logits: float32 [T, H], of those ids.
-        kept: bool [T, H], what is in a head; None where all of it is.
+        kept: bool [T, H], which slots are in a head; None if all are.
         last: float32 [T, 1], the lowest logit in each head.
     """
 
@@ -84,11 +57,11 @@ class _Head(NamedTuple):
 
 
 class _Tops(NamedTuple):
-    """The most probable id of T positions.
+    """The most probable ids of T positions.
 
     Attributes:
         ids: int64 [T, 1].
-        probs: float32 [T, 1], its probability at temperatures other than 1 where it is known.
+        probs: float32 [T, 1] by temperature other than 1, its probability where already known.
     """
 
     ids: torch.Tensor
@@ -100,83 +73,64 @@ def label_logits(
     target_ids: torch.Tensor,
     record: RecordSpec,
     uniforms: np.ndarray | None = None,
-    workers: SlicePool | None = None,
+    pool: SlicePool | None = None,
 ) -> PositionLabels:
     """Labels T positions from their full logits.
 
     Args:
-        logits: floating [T, V], what the model's softmax gets: after soft cap, scale and bias,
+        logits: floating [T, V], the input of the model's softmax: after soft cap, scale and bias,
             without the padding of the head. Computed on in float32.
-        target_ids: integer [T], the token that stands at each target position.
+        target_ids: integer [T], the token at each target position.
         record: which columns to compute, and which entries to keep.
-        uniforms: float64 [T, numbers of a position], see ``row_uniforms``; None for kinds without
+        uniforms: float64 [T, numbers per position], see ``row_uniforms``; None for kinds without
             draws.
-        workers: for callers who come often, who want all cores to have their own slices; None: one
-            slice after the other, in memory of this call's own.
+        pool: shares the slices among CPU threads and keeps their memory for later calls; None: one
+            slice after the other, in memory of this call.
 
     Returns:
-        The labels, on the device of the logits. A NaN among a row's logits makes that row's
-        labels NaN.
+        The labels, on the device of the logits. A NaN in a row of logits makes its labels NaN.
     """
     if len(logits) == 0:
-        return _empty(logits, record)
-    drawn_by = None if uniforms is None else torch.from_numpy(uniforms).to(logits.device)
+        # One row of anything, cut off again, has every column in its shape and dtype.
+        numbers = None if uniforms is None else np.zeros((1, uniforms.shape[1]))
+        zeros = logits.new_zeros(1, logits.shape[1])
+        one = label_logits(zeros, target_ids.new_zeros(1), record, numbers)
+        return PositionLabels(*(None if c is None else c[:0] for c in one.columns()))
+    numbers = None if uniforms is None else torch.from_numpy(uniforms).to(logits.device)
 
-    def label(rows: slice, scratch: BufferCache) -> PositionLabels:
-        buffers = scratch.buffers(rows.stop - rows.start, logits, record)
+    def label(rows: slice, buffers: SliceBuffers) -> PositionLabels:
+        buffers.fit(rows.stop - rows.start, logits, record)
         return _label_slice(
             buffers.in_float32(logits[rows]),
             target_ids[rows].long(),
             record,
-            None if drawn_by is None else drawn_by[rows],
+            None if numbers is None else numbers[rows],
             buffers,
         )
 
-    slices = list(row_slices(logits, 1 if workers is None else workers.count))
-    if workers is None:
-        scratch = BufferCache()
-        parts = [label(rows, scratch) for rows in slices]
-    else:
-        parts = workers.each(label, slices)
+    if pool is None:
+        buffers = SliceBuffers()
+        return concatenate([label(rows, buffers) for rows in row_slices(logits, 1)])
+    return concatenate(pool.map(label, list(row_slices(logits, pool.num_threads))))
+
+
+def concatenate(parts: Sequence[PositionLabels]) -> PositionLabels:
+    """The labels of all parts, in order; at least one."""
     if len(parts) == 1:
         return parts[0]
-    return PositionLabels(*(_cat(columns) for columns in zip(*parts, strict=True)))
+    columns = zip(*(part.columns() for part in parts), strict=True)
+    return PositionLabels(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
-def row_slices(logits: torch.Tensor, num_workers: int) -> Iterator[slice]:
-    """What of logits [T, V] is worked on at once, by so many workers."""
+def row_slices(logits: torch.Tensor, num_threads: int) -> Iterator[slice]:
+    """The rows of logits [T, V] that a thread works on at a time."""
     num_rows, vocab_size = logits.shape
     elements = _SLICE_ELEMENTS_CPU if logits.device.type == "cpu" else _SLICE_ELEMENTS_GPU
     step = max(1, elements // vocab_size)
-    if num_workers > 1:  # a few for each, so that a core that is held up can be helped
-        step = max(1, min(step, num_rows // (_SLICES_OF_A_WORKER * num_workers)))
+    if num_threads > 1:  # several a thread, so that others can take over from a busy core
+        step = max(1, min(step, num_rows // (_SLICES_PER_THREAD * num_threads)))
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
-
-
-def _cat(columns: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
-    present = [column for column in columns if column is not None]
-    return torch.cat(present) if present else None
-
-
-def _empty(logits: torch.Tensor, record: RecordSpec) -> PositionLabels:
-    width = record.most_entries(logits.shape[1])
-
-    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.zeros(0, *shape, dtype=dtype, device=logits.device)
-
-    return PositionLabels(
-        entry_ids=zeros(width, dtype=torch.int32),
-        entry_logprobs=zeros(width),
-        head_len=zeros(dtype=torch.int32),
-        tail_len=zeros(dtype=torch.int32),
-        entry_counts=zeros(width, dtype=torch.uint8) if record.kind == "sampled" else None,
-        tail_logmass=zeros(),
-        target_logprob=zeros(),
-        target_rank=zeros(dtype=torch.int32),
-        entropy=zeros() if record.entropy else None,
-        lse=zeros(len(record.temperatures)) if record.temperatures else None,
-    )
 
 
 def _label_slice(
@@ -187,6 +141,7 @@ def _label_slice(
     buffers: SliceBuffers,
 ) -> PositionLabels:
     """One slice of float32 logits [T, V]; see ``label_logits``. The buffers are overwritten."""
+    assert buffers.probs is not None
     probs = buffers.probs[: len(logits)]
     entries, tops = _select(logits, record, uniforms, probs, buffers.fixed)
     # log Z = top logit - log p(top): the softmax has already paid for the sum.
@@ -201,7 +156,7 @@ def _label_slice(
     else:
         head_probs = _take_head(probs, head)
         tail_logmass = _tail_logmass(logits, probs, head.ids, normaliser)
-    # From here on, what is in the buffer is overwritten.
+    # The probabilities are no longer needed from here on; their buffer is overwritten.
     entropy = _entropy(logits, probs, head, head_probs, normaliser) if record.entropy else None
     lse = _lse_at(logits, tops, normaliser, record.temperatures, probs)
     return PositionLabels(
@@ -225,7 +180,7 @@ def _select(
     probs: torch.Tensor,
     buffer: FixedPointBuffer | None,
 ) -> tuple[Entries, _Tops]:
-    """Which ids are kept. Leaves the probabilities at temperature 1 in ``probs``."""
+    """Selects the ids to keep. Leaves the probabilities at temperature 1 in ``probs``."""
     width = record.most_entries(logits.shape[1])
     if not record.has_draws:
         ids, _ = ordered_topk(logits, width)
@@ -255,9 +210,9 @@ def _select(
 
 
 def _covering(falling: torch.Tensor, mass: float) -> torch.Tensor:
-    """How many of falling probabilities [T, K] sum to a mass, or all that are not 0: int64 [T].
+    """How many of falling probabilities [T, K] reach a mass, or all that are not 0: int64 [T].
 
-    Summed in fixed point, so that the answer does not depend on the order of the additions.
+    Summed in fixed point, so that the result does not depend on the order of the additions.
     """
     before = (falling * float(ONE)).long()
     before = before.cumsum(dim=1) - before
@@ -277,7 +232,7 @@ def _head(logits: torch.Tensor, entries: Entries, record: RecordSpec) -> _Head:
 
 
 def _take_head(probs: torch.Tensor, head: _Head) -> torch.Tensor:
-    """Probabilities of the head [T, H], 0 behind its end; they are 0 in ``probs`` after it."""
+    """Probabilities of the head [T, H], 0 past its end. Sets them to 0 in ``probs``."""
     head_probs = probs.gather(1, head.ids)
     probs.scatter_(1, head.ids, 0.0)
     return head_probs if head.kept is None else head_probs.masked_fill_(~head.kept, 0.0)
@@ -299,8 +254,8 @@ def _tail_logmass(
 ) -> torch.Tensor:
     """Log of the probability outside the head [T].
 
-    Summed over the tail itself, never 1 - (sum of the head): that loses every digit of a small
-    tail. ``tail_probs`` [T, V] are zero at the head.
+    Summed over the tail itself, because 1 - (sum of the head) loses every digit of a small tail.
+    ``tail_probs`` [T, V] are zero at the head.
     """
     tail = tail_probs.sum(dim=-1)
     logmass = tail.log()
@@ -318,7 +273,7 @@ def _known_tail_logmass(
     head_ids: torch.Tensor,
     normaliser: torch.Tensor,
 ) -> torch.Tensor:
-    """The same where the draws have summed up the tail [T], in fixed point; ``probs`` stay."""
+    """The same from the tail [T] that the draws have summed in fixed point. Keeps ``probs``."""
     logmass = torch.where(normaliser.squeeze(1).isnan(), torch.nan, tail.log().clamp_(max=0.0))
     small = (tail < _INEXACT_TAIL).nonzero().squeeze(1)
     if len(small):
@@ -337,13 +292,13 @@ def _entropy(
 ) -> torch.Tensor:
     """Entropy in nats [T]: log Z - sum of p times logit. May overwrite ``tail_probs``.
 
-    These are all probabilities where there are no ``head_probs``.
+    Without ``head_probs``, ``tail_probs`` are the probabilities of all ids.
     """
     mean_logit = dots(tail_probs, logits)
     if head is not None and head_probs is not None:
         mean_logit += (head_probs * head.logits).sum(dim=-1)
     undefined = mean_logit.isnan().nonzero().squeeze(1)
-    if len(undefined):  # An id that the model forbids has 0 * -inf; its share of the entropy is 0.
+    if len(undefined):  # A forbidden id has 0 * -inf; its contribution is 0.
         allowed = logits[undefined]
         probs = torch.softmax(allowed, dim=-1)
         allowed = torch.where(allowed == -torch.inf, 0.0, allowed)
@@ -361,7 +316,7 @@ def _ranks(
     if head.kept is not None:
         larger &= head.kept
     ranks = larger.sum(dim=-1, dtype=torch.int32)
-    # Where the target is below the head, what is above it is not all in the head: count the row.
+    # If the target is below the head, ids above it may lie outside: count the full row.
     below = (target_logits < head.last).squeeze(1).nonzero().squeeze(1)
     if len(below):
         rows = torch.index_select(logits, 0, below, out=buffer[: len(below)])

@@ -1,4 +1,4 @@
-"""The most probable ids in an order that is always the same.
+"""The most probable ids, in a deterministic order.
 
 Shapes: T positions, V vocabulary.
 """
@@ -11,19 +11,19 @@ import torch
 
 from labeler.label_head.numpy_kernels import is_for_numpy, true_positions
 
-# Blocks of fewer ids than this are not worth a round of their own.
+# Blocks of fewer ids are not worth a separate round of selection.
 _MIN_BLOCK_DEPTH = 4
 
-# Ids of a row that are sorted, as a multiple of k, before it is better to look at the whole row.
+# Candidates of a row, as a multiple of k, above which selecting from the full row is faster.
 _MOST_EQUALS = 8
 
 
 def ordered_topk(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest of each row, by falling value and, among equal values, by rising id.
 
-    ``torch.topk`` promises no order among equal values, neither which of them it keeps at the
-    boundary nor how it sorts them; bfloat16 logits are full of such ties. Here both are decided
-    by the id, always, because what is selected are integers that hold value and id.
+    ``torch.topk`` promises neither which of several equal values it keeps at the boundary nor their
+    order, and bfloat16 logits are full of ties. Here the id decides both, because the selection is
+    over integers that encode value and id.
 
     Args:
         logits: float32 [T, V].
@@ -41,7 +41,7 @@ def ordered_topk(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tens
         return ids, logits.gather(1, ids)
     ids = _topk_by_blocks(logits, k + 1, depth)
     values = logits.gather(1, ids)
-    # Which blocks were searched is not decided by id, so equals at the boundary may be in others.
+    # Blocks are chosen regardless of id, so equals at the boundary may lie in other blocks.
     tied = (values[:, k - 1] == values[:, k]).nonzero().squeeze(1)
     ids, values = ids[:, :k], values[:, :k]
     if len(tied):
@@ -52,13 +52,13 @@ def ordered_topk(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tens
 def _lowest_of_equals(
     logits: torch.Tensor, ids: torch.Tensor, values: torch.Tensor
 ) -> torch.Tensor:
-    """Ids [T, k] in which those of the last value are the lowest that have it.
+    """Replaces the ids of the last value by the lowest ids that have it: ids [T, k].
 
-    In bfloat16 most rows come here, so this reads a row once more and sorts nothing.
+    In bfloat16 most rows come here, so this reads a row once more without sorting.
 
     Args:
         logits: float32 [T, V].
-        ids: int64 [T, k], of k of the largest, by falling value.
+        ids: int64 [T, k], of k largest logits, by falling value.
         values: float32 [T, k], their logits.
     """
     last = values[:, -1:]
@@ -71,7 +71,7 @@ def _lowest_of_equals(
 
 
 def _block_depth(vocab_size: int, k: int) -> int:
-    """How many ids a block has; a divisor of the vocabulary where there is one close by.
+    """Ids per block; a divisor of the vocabulary if one is close.
 
     Balances two rounds of selection: vocab_size / depth maxima, then k * depth candidates.
     """
@@ -81,10 +81,10 @@ def _block_depth(vocab_size: int, k: int) -> int:
 
 
 def _topk_by_blocks(logits: torch.Tensor, k: int, depth: int) -> torch.Tensor:
-    """Ids [T, k] of the largest logits: ids are dealt into blocks, the best k are searched.
+    """Ids [T, k] of the largest logits, exact up to ties, for devices where numpy does not serve.
 
-    A value among the k largest lies in one of the k blocks with the largest maxima, so this is
-    exact, up to ties; it reads a row once, with a vector maximum.
+    The k largest values lie in the k blocks with the largest maxima, so only those are searched. A
+    row is read once, with a vectorised maximum.
     """
     vocab_size = logits.shape[1]
     num_blocks = vocab_size // depth
@@ -103,10 +103,10 @@ def _topk_by_blocks(logits: torch.Tensor, k: int, depth: int) -> torch.Tensor:
 
 
 def _topk_above_bound(logits: torch.Tensor, k: int, depth: int) -> torch.Tensor:
-    """Ids [T, k] of the largest logits, exact for ties too, by the vector instructions of numpy.
+    """Ids [T, k] of the largest logits, exact including ties, vectorised in numpy.
 
-    Of the maxima of blocks, the k-th largest bounds the k-th largest logit from below. Hardly more
-    than k ids are above it, in hardly more than k blocks: only these are looked at.
+    The k-th largest block maximum bounds the k-th largest logit from below. Little more than k ids
+    in little more than k blocks reach it, and only these are sorted.
     """
     num_rows, vocab_size = logits.shape
     num_blocks = -(-vocab_size // depth)
@@ -118,13 +118,13 @@ def _topk_above_bound(logits: torch.Tensor, k: int, depth: int) -> torch.Tensor:
     first = chosen + row * (vocab_size - num_blocks)
     places = first[:, None] + np.arange(0, vocab_size, num_blocks)
     is_above = values.take(places, mode="clip") >= bound[row][:, None]
-    if vocab_size % num_blocks:  # the last of some blocks is behind the end: in the next row
+    if vocab_size % num_blocks:  # the last id of some blocks is past the end, in the next row
         is_above[:, -1] &= places[:, -1] < (row + 1) * vocab_size
     places = places.reshape(-1)[np.flatnonzero(is_above)]
     row = places // vocab_size
     ends = np.searchsorted(row, np.arange(num_rows + 1))
     counts = np.diff(ends)
-    # NaN is above nothing, and equals can be any number: such rows are sorted whole.
+    # NaN exceeds nothing, and ties may be many: such rows need selection over all their ids.
     is_plain = (counts >= k) & (counts <= _MOST_EQUALS * k)
     if not is_plain.all():
         return _topk_by_row_kind(logits, k, depth, is_plain)
@@ -140,7 +140,7 @@ def _topk_above_bound(logits: torch.Tensor, k: int, depth: int) -> torch.Tensor:
 def _topk_by_row_kind(
     logits: torch.Tensor, k: int, depth: int, is_plain: npt.NDArray[np.bool_]
 ) -> torch.Tensor:
-    """Ids [T, k]: of the plain rows by their bound, of the others by sorting all that they have."""
+    """Ids [T, k]: of plain rows by their bound, of the others over all their ids."""
     ids = torch.empty(len(logits), k, dtype=torch.int64)
     plain, others = (torch.from_numpy(np.flatnonzero(rows)) for rows in (is_plain, ~is_plain))
     ids[others] = _topk_exhaustive(logits[others], k)
@@ -161,7 +161,7 @@ def _block_maxima(logits: torch.Tensor, num_blocks: int) -> torch.Tensor:
 
 
 def _topk_exhaustive(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Ids [T, k] of the largest logits, exact for ties too."""
+    """Ids [T, k] of the largest logits over full rows, exact including ties."""
     return _largest(logits, torch.arange(logits.shape[1], device=logits.device), k)
 
 
@@ -175,13 +175,13 @@ def sort_keys(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
     Args:
         values: float32, any shape.
-        ids: int64 in [0, 2^31), of a shape that goes with it.
+        ids: int64 in [0, 2^31), of a shape that broadcasts with it.
 
     Returns:
-        int64; ``key_ids`` gives the ids back.
+        int64; ``key_ids`` recovers the ids.
     """
-    bits = (values + 0.0).view(torch.int32)  # Makes one value of 0 and -0.
-    # As integers, the bits of negative floats fall where the floats rise: turn those around.
+    bits = (values + 0.0).view(torch.int32)  # -0 becomes 0
+    # Read as integers, negative floats sort in reverse: flip their bits below the sign.
     rising = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
     return rising.bitwise_not_().long().bitwise_left_shift_(32).bitwise_or_(ids)
 

@@ -1,4 +1,4 @@
-"""A second opinion on a few labels: which of them, and what the full distribution says of each."""
+"""Audits: a few labels of each row beside the full distribution that they were made from."""
 
 from typing import NamedTuple
 
@@ -9,14 +9,14 @@ from schemas.record.uniforms import AUDITING, uniforms
 
 
 class Audit(NamedTuple):
-    """What A positions of a row look like in the full distribution.
+    """The full distribution at A positions of a row.
 
     Attributes:
-        labels: int64 [A], which labels of the row.
-        logprobs: float32 [A, K], of the ids that the label keeps, nats; anything behind its end.
-        tail: float32 [A], the probability outside the head.
-        best: float32 [A], the probability of the most probable head_len ids: what a head of this
-            length covers at most.
+        labels: int64 [A], indices of the labels in the row.
+        logprobs: float32 [A, K], nats, of the ids that the label keeps; undefined past its end.
+        tail: float32 [A], probability outside the head.
+        best: float32 [A], probability of the head_len most probable ids, the upper bound of what a
+            head of this length covers.
     """
 
     labels: npt.NDArray[np.int64]
@@ -24,14 +24,19 @@ class Audit(NamedTuple):
     tail: npt.NDArray[np.float32]
     best: npt.NDArray[np.float32]
 
+    @staticmethod
+    def from_columns(labels: npt.NDArray[np.int64], columns: npt.NDArray[np.float32]) -> "Audit":
+        """The audit of these labels from what ``audit_logits`` returned for them."""
+        return Audit(labels, columns[:, :-2], columns[:, -2], columns[:, -1])
+
 
 def audited_labels(row_key: bytes, num_labels: int, rate: float) -> npt.NDArray[np.int64]:
-    """Which labels of a row are audited: every 1/rate-th of them, from a place that its key says.
+    """Selects the labels of a row to audit: every 1/rate-th, from an offset that its key decides.
 
     Args:
         row_key: 16 bytes.
         num_labels: N.
-        rate: share of labels, 0 to 1; 0: none.
+        rate: fraction of labels, 0 to 1; 0: none.
 
     Returns:
         int64, rising, in [0, N).
@@ -41,8 +46,3 @@ def audited_labels(row_key: bytes, num_labels: int, rate: float) -> npt.NDArray[
     start = uniforms(row_key, np.zeros(1, np.int64), 1, 0, AUDITING)[0, 0]
     points = (start + np.arange(int(num_labels * rate) + 1)) / rate
     return points[points < num_labels].astype(np.int64)
-
-
-def audit_of(labels: npt.NDArray[np.int64], columns: npt.NDArray[np.float32]) -> Audit:
-    """The audit of a row from what ``audit_logits`` gave for these labels of it."""
-    return Audit(labels, columns[:, :-2], columns[:, -2], columns[:, -1])

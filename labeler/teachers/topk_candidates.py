@@ -1,9 +1,9 @@
-"""What the most probable ids of each position tell, where the full distribution is out of reach.
+"""Labels of kind ``topk`` from candidates, where the full distribution is out of reach.
 
-vLLM's own path gives for each position the k most probable ids and the token that stands there,
-with log-probabilities and ranks. What a record of kind ``topk`` wants beside them follows: the
-probability of the tail is 1 - (sum of the head), which from float32 log-probabilities is right to
-about 1e-6. Draws, entropy and other temperatures need the full distribution and cannot be had.
+vLLM returns for each position its k most probable ids and the position's own token, with
+log-probabilities and ranks. The rest of a ``topk`` label follows from these: the probability of the
+tail is 1 - (sum of the head), accurate to about 1e-6 from float32 log-probabilities. Draws, entropy
+and other temperatures need the full distribution.
 """
 
 import numpy as np
@@ -14,47 +14,47 @@ from schemas.errors import TeacherError
 from schemas.spec import RecordSpec
 
 TAIL_RESOLUTION = 2.0**-20
-"""Tails below cannot be told from none: float32 log-probabilities are right to about this."""
+"""Smaller tails are indistinguishable from none: the accuracy of float32 log-probabilities."""
 
-# What JSON has for the logarithm of 0, as vLLM writes it.
+# vLLM writes the logarithm of 0 like this in JSON, which has no infinity.
 _NO_PROBABILITY = -9999.0
 
-# By how much the probabilities of a head may exceed 1 before they are taken for something else.
+# Excess over 1 in the probabilities of a head from which they are taken for something else.
 _SLACK = 1e-3
 
 LIMITS = {
     "tail_logmass": f"1 - (sum of the head), to about {TAIL_RESOLUTION:.0e}",
     "target_rank": "beyond the head, ties are counted in",
-    "audit": "none, because the full distribution is not told",
+    "audit": "none, because the full distribution is not known",
 }
-"""For the provenance of such labels."""
+"""Limits of such labels, for their provenance."""
 
 
 def unsupported_by_topk(record: RecordSpec) -> str:
-    """What a record wants that candidates cannot tell; empty: nothing."""
-    wants = [] if record.kind == "topk" else [f'kind "{record.kind}"']
-    wants += [name for name in ("entropy", "temperatures") if getattr(record, name)]
-    return ", ".join(wants)
+    """The parts of a record that candidates cannot give, as text; empty if they give all."""
+    parts = [] if record.kind == "topk" else [f'kind "{record.kind}"']
+    parts += [name for name in ("entropy", "temperatures") if getattr(record, name)]
+    return ", ".join(parts)
 
 
 def labels_from_topk(
     ids: npt.NDArray[np.int32],
     logprobs: npt.NDArray[np.float64],
     own: npt.NDArray[np.float64],
-    told_ranks: npt.NDArray[np.int64],
+    own_ranks: npt.NDArray[np.int64],
     vocab_size: int,
 ) -> RowLabels:
     """Labels of kind ``topk`` of one row.
 
     Args:
         ids: int32 [N, K], heads in any order.
-        logprobs: float64 [N, K], theirs, nats; overwritten.
-        own: float64 [N], of the token that stands there; overwritten.
-        told_ranks: int64 [N], its rank, ties counted in; used where it is not in the head.
+        logprobs: float64 [N, K], of these ids, nats; overwritten.
+        own: float64 [N], nats, of the target token; overwritten.
+        own_ranks: int64 [N], its rank, ties counted in; used if it is outside the head.
         vocab_size: V.
 
     Raises:
-        TeacherError: these are no log-probabilities.
+        TeacherError: the values are not log-probabilities.
     """
     for values in (logprobs, own):
         values[values <= _NO_PROBABILITY] = -np.inf
@@ -65,11 +65,11 @@ def labels_from_topk(
     mass = np.exp(logprobs).sum(axis=1)
     if (mass > 1 + _SLACK).any() or (logprobs > _SLACK).any():
         raise TeacherError(
-            "these are no log-probabilities: those of a head sum to a probability of "
-            f"{mass.max():.6g}; vLLM has to run with --logprobs-mode raw_logprobs"
+            f"the log-probabilities of a head sum to a probability of {mass.max():.6g}, expected "
+            "at most 1; run vLLM with --logprobs-mode raw_logprobs"
         )
     larger = (logprobs > own[:, None]).sum(axis=1)
-    ranks = np.where(larger < width, larger + 1, np.maximum(told_ranks, width + 1))
+    ranks = np.where(larger < width, larger + 1, np.maximum(own_ranks, width + 1))
     return RowLabels(
         entry_ids=ids,
         entry_logprobs=np.minimum(logprobs, 0.0).astype(np.float32),
@@ -91,10 +91,10 @@ def _tail_logmass(
     outside: npt.NDArray[np.bool_],
     others: int,
 ) -> npt.NDArray[np.float32]:
-    """Log of 1 - (sum of the head) [N], within what is known of the tail.
+    """Log of 1 - (sum of the head) [N], clipped to the known bounds of the tail.
 
-    It is no less than the token's own probability, where that is outside, and no more than if all
-    other ids were as probable as the last of the head.
+    The tail has at least the target's probability, if the target is outside the head, and at most
+    the probability of the last id of the head for each other id.
     """
     least = np.where(outside, np.exp(own), 0.0)
     most = np.minimum(others * np.exp(last), 1.0)

@@ -1,4 +1,4 @@
-"""The reference teacher: plain transformers. Slow and simple; what other labels are checked by."""
+"""The reference teacher, plain transformers: slow and simple; others are checked against it."""
 
 import contextlib
 import importlib.metadata
@@ -14,24 +14,23 @@ import torch
 
 from labeler.config import TeacherConfig
 from labeler.label_head.audit_logits import audit_logits
-from labeler.label_head.position_labels import PositionLabels, label_logits
+from labeler.label_head.labels import COLUMNS
+from labeler.label_head.position_labels import PositionLabels, concatenate, label_logits
 from labeler.teacher_model.identity import (
-    context_tokens,
     eos_ids,
     load_model_config,
     model_folder,
-    model_vocab_size,
     resolve_dtype,
     resolve_head_dtype,
 )
-from labeler.teachers.audits import audit_of, audited_labels
+from labeler.teachers.audits import Audit, audited_labels
 from labeler.teachers.protocol import OnRow, RowLabels, ignore_row, usable_or_failure
-from labeler.teachers.request_checks import refuse_generation, refuse_request, row_uniforms
+from labeler.teachers.request_checks import ModelLimits, row_uniforms
 from schemas.errors import RowFailure, TeacherError, first_line
 from schemas.record.spans import span_targets
 from schemas.spec import GenerationSpec, RecordSpec
 
-# Padded tokens of one forward pass, and logits that may exist at once.
+# Padded tokens of one forward pass, and logits that may exist at a time.
 _BATCH_TOKENS = 4096
 _LOGIT_ELEMENTS = 2**26
 
@@ -50,44 +49,42 @@ class TransformersTeacher:
         """Loads the model.
 
         Args:
-            config: which one.
+            config: of the model.
             record: what to compute.
-            device: for torch; None: a GPU where there is one.
+            device: of torch; None: a GPU if available.
 
         Raises:
-            TeacherError: it cannot be loaded.
+            TeacherError: the model cannot be loaded.
         """
         self._record = record
         self._config = config
-        model_config = load_model_config(config)
-        self._vocab_size = model_vocab_size(model_config)
-        self._context = context_tokens(config)
+        self._limits = ModelLimits.load(config)
         self._eos_ids = eos_ids(config)
         self._lock = threading.Lock()
         best = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device or best)
-        with self._failing_as("cannot be put there"):
-            self._model = _load(config, model_config).to(self._device).eval()
+        with self._failing_as("cannot be moved there"):
+            self._model = _load(config).to(self._device).eval()
         self._keeps_logits = "logits_to_keep" in inspect.signature(self._model.forward).parameters
 
     @contextlib.contextmanager
     def _forward(self) -> Iterator[None]:
-        """The model to oneself, without gradients; what fails in it is the engine's failure."""
+        """Exclusive use of the model, without gradients; failures become engine failures."""
         with self._lock, torch.inference_mode(), self._failing_as("failed in a forward pass"):
             yield
 
     @contextlib.contextmanager
     def _failing_as(self, what: str) -> Iterator[None]:
-        """Turns errors of torch into a ``TeacherError``, for which rows can be tried apart."""
+        """Turns errors of torch into a ``TeacherError``, after which rows are tried one by one."""
         try:
             yield
         except TeacherError:
             raise
         except (RuntimeError, MemoryError) as error:
-            advice = "see whether the device works"
+            advice = "check that the device works"
             if isinstance(error, torch.OutOfMemoryError | MemoryError):
                 advice = "lower text.max_tokens, or use a smaller teacher.dtype or a larger device"
-                # Frames that the error holds hold the tensors that took the memory.
+                # The frames of the traceback keep the tensors alive that took the memory.
                 traceback.clear_frames(error.__traceback__)
                 if self._device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -105,47 +102,32 @@ class TransformersTeacher:
         on_row: OnRow = ignore_row,
     ) -> list[RowLabels | RowFailure]:
         """See ``Teacher.label``."""
-        results: list[RowLabels | RowFailure | None] = [
-            refuse_request(tokens, spans, self._vocab_size, self._context)
-            for tokens, spans in zip(token_ids, label_spans, strict=True)
-        ]
+        results = self._limits.refuse_requests(token_ids, label_spans)
         valid = [row for row, refused in enumerate(results) if refused is None]
         with self._forward():
             for batch in _batches(valid, [len(tokens) for tokens in token_ids]):
-                keys = [row_keys[row].tobytes() for row in batch]
-                targets = [span_targets(label_spans[row]) for row in batch]
-                labelled = self._label_batch(
-                    [token_ids[row] for row in batch], targets, keys, audit_rate
-                )
-                for row, labels in zip(batch, labelled, strict=True):
-                    results[row] = usable_or_failure(labels)
+                states = [
+                    _RowState.create(
+                        self._record, label_spans[row], row_keys[row].tobytes(), audit_rate
+                    )
+                    for row in batch
+                ]
+                self._label_batch([token_ids[row] for row in batch], states)
+                for row, state in zip(batch, states, strict=True):
+                    results[row] = usable_or_failure(state.labels())
                     on_row(row)
         return [result for result in results if result is not None]
 
-    def _label_batch(
-        self,
-        rows: list[np.ndarray],
-        targets: list[np.ndarray],
-        keys: list[bytes],
-        audit_rate: float,
-    ) -> Iterator[RowLabels]:
+    def _label_batch(self, rows: list[np.ndarray], states: list["_RowState"]) -> None:
         """Labels rows that fit into one forward pass, in as many passes as their logits need."""
         padded, mask = _pad(rows, self._device)
-        in_work = [
-            _Row(
-                row_targets,
-                row_uniforms(self._record, key, row_targets),
-                audited_labels(key, len(row_targets), audit_rate),
-            )
-            for row_targets, key in zip(targets, keys, strict=True)
-        ]
-        for positions, logits in self._all_logits(padded, mask, targets):
-            for index, row in enumerate(in_work):
+        for positions, logits in self._all_logits(padded, mask, [row.targets for row in states]):
+            for index, row in enumerate(states):
                 here, at = row.labels_at(positions)
-                row_logits = logits[index, torch.from_numpy(at).to(self._device)]
-                next_ids = padded[index, torch.from_numpy(row.targets[here]).to(self._device)]
-                row.add(row_logits, next_ids, here, self._record)
-        return (row.labels() for row in in_work)
+                if len(here):
+                    row_logits = logits[index, torch.from_numpy(at).to(self._device)]
+                    next_ids = padded[index, torch.from_numpy(row.targets[here]).to(self._device)]
+                    row.add(row_logits, next_ids, here, self._record)
 
     def logprobs(
         self,
@@ -153,15 +135,15 @@ class TransformersTeacher:
         label_spans: Sequence[np.ndarray],
         entry_ids: Sequence[np.ndarray],
     ) -> list[np.ndarray]:
-        """Log-probabilities of given ids, from a plain log-softmax in float64.
+        """Log-probabilities of given ids by a plain log-softmax in float64.
 
         Args:
-            token_ids: one integer array [L] a row, within the model's context.
-            label_spans: one flat array of [start, end) pairs a row.
-            entry_ids: one integer array [N, K] a row, for each target.
+            token_ids: one integer array [L] per row, within the model's context.
+            label_spans: one flat array of [start, end) pairs per row.
+            entry_ids: one integer array [N, K] per row, for its N targets.
 
         Returns:
-            float64 [N, K] a row, nats.
+            float64 [N, K] per row, nats.
         """
         results = []
         with self._forward():
@@ -180,9 +162,9 @@ class TransformersTeacher:
     def _all_logits(
         self, padded: torch.Tensor, mask: torch.Tensor, targets: list[np.ndarray]
     ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        """Positions that are followed by a target of any row, and their logits, part by part."""
+        """Yields positions that precede a target of any row, and their logits, a part at a time."""
         wanted = np.unique(np.concatenate(targets)) - 1
-        step = max(1, _LOGIT_ELEMENTS // (len(padded) * self._vocab_size))
+        step = max(1, _LOGIT_ELEMENTS // (len(padded) * self._limits.vocab_size))
         for start in range(0, len(wanted), step):
             positions = wanted[start : start + step]
             yield positions, self._logits(padded, mask, positions)
@@ -192,8 +174,8 @@ class TransformersTeacher:
     ) -> torch.Tensor:
         """Logits [B, positions, V] of the tokens that follow ``positions``.
 
-        Padding is on the right, where a causal model cannot see it, and what comes after the last
-        position is left out.
+        Padding is on the right, where a causal model does not see it. Tokens after the last
+        position are left out.
         """
         end = int(positions[-1]) + 1
         keep = torch.from_numpy(positions).to(self._device)
@@ -211,13 +193,11 @@ class TransformersTeacher:
         seeds: Sequence[Sequence[int]],
         on_row: OnRow = ignore_row,
     ) -> list[list[np.ndarray] | RowFailure]:
-        """See ``Teacher.generate``. One sample at a time, each from its own seed."""
+        """See ``Teacher.generate``. Samples one response at a time, each from its own seed."""
         results: list[list[np.ndarray] | RowFailure] = []
         with self._forward():
             for row, (prompt, prompt_seeds) in enumerate(zip(prompt_ids, seeds, strict=True)):
-                refused = refuse_generation(
-                    prompt, generation.max_tokens, self._vocab_size, self._context
-                )
+                refused = self._limits.refuse_generation(prompt, generation.max_tokens)
                 samples = []
                 for seed in prompt_seeds if refused is None else ():
                     samples.append(self._sample(prompt, generation, seed))
@@ -259,12 +239,13 @@ class TransformersTeacher:
             self._model = None
 
 
-def _load(config: TeacherConfig, model_config: Any) -> Any:
+def _load(config: TeacherConfig) -> Any:
     from transformers import AutoModelForCausalLM
 
+    model_config = load_model_config(config)
     options = {name: value for name, value in config.engine.items() if name != "hf_overrides"}
     if getattr(model_config.get_text_config(), "attn_logit_softcapping", None) is not None:
-        # transformers' fused attention leaves the cap out, without a word.
+        # transformers' fused attention silently ignores the cap.
         options.setdefault("attn_implementation", "eager")
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -283,7 +264,7 @@ def _load(config: TeacherConfig, model_config: Any) -> Any:
 
 
 def _cast_head(model: Any, dtype: torch.dtype) -> None:
-    """Gives the lm_head weights and inputs of another dtype; a tied embedding keeps its own."""
+    """Casts the weights and inputs of the lm_head; a tied embedding keeps its dtype."""
     head = model.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach().to(dtype), requires_grad=False)
     if getattr(head, "bias", None) is not None:
@@ -292,7 +273,7 @@ def _cast_head(model: Any, dtype: torch.dtype) -> None:
 
 
 def _batches(rows: list[int], lengths: list[int]) -> Iterator[list[int]]:
-    """Rows of similar length, at most ``_BATCH_TOKENS`` padded tokens together."""
+    """Groups rows of similar length, at most ``_BATCH_TOKENS`` padded tokens each."""
     batch: list[int] = []
     for row in sorted(rows, key=lambda row: lengths[row]):
         if batch and lengths[row] * (len(batch) + 1) > _BATCH_TOKENS:
@@ -304,7 +285,7 @@ def _batches(rows: list[int], lengths: list[int]) -> Iterator[list[int]]:
 
 
 def _pad(rows: list[np.ndarray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows as int64 [B, L], padded with id 0 on the right, and the mask of what is real."""
+    """Rows as int64 [B, L], padded with id 0 on the right, and the attention mask."""
     longest = max(len(row) for row in rows)
     padded = torch.zeros(len(rows), longest, dtype=torch.int64)
     mask = torch.zeros(len(rows), longest, dtype=torch.int64)
@@ -315,13 +296,13 @@ def _pad(rows: list[np.ndarray], device: torch.device) -> tuple[torch.Tensor, to
 
 
 @dataclass
-class _Row:
-    """A row that is being labelled, a part of its positions at a time.
+class _RowState:
+    """A row that is being labelled, some of its positions at a time.
 
     Attributes:
         targets: int64 [N], target indices, rising.
-        uniforms: float64 [N, numbers of a position], of the draws; None where there are none.
-        audited: int64 [A], labels that are audited, rising.
+        uniforms: float64 [N, numbers per position], for the draws; None for kinds without draws.
+        audited: int64 [A], labels to audit, rising.
     """
 
     targets: np.ndarray
@@ -330,15 +311,23 @@ class _Row:
     parts: list[PositionLabels] = field(default_factory=list)
     audits: list[torch.Tensor] = field(default_factory=list)
 
+    @staticmethod
+    def create(
+        record: RecordSpec, spans: np.ndarray, row_key: bytes, audit_rate: float
+    ) -> "_RowState":
+        targets = span_targets(spans)
+        audited = audited_labels(row_key, len(targets), audit_rate)
+        return _RowState(targets, row_uniforms(record, row_key, targets), audited)
+
     def labels_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The labels that the given positions decide, and the places of these positions."""
+        """The labels that the given positions predict, and where in ``positions`` each is."""
         here = np.flatnonzero(np.isin(self.targets - 1, positions))
         return here, np.searchsorted(positions, self.targets[here] - 1)
 
     def add(
         self, logits: torch.Tensor, next_ids: torch.Tensor, here: np.ndarray, record: RecordSpec
     ) -> None:
-        """Labels the positions of the labels ``here`` from their logits."""
+        """Makes the labels ``here`` from their logits."""
         numbers = None if self.uniforms is None else self.uniforms[here]
         labels = label_logits(logits, next_ids, record, numbers)
         self.parts.append(labels)
@@ -347,11 +336,13 @@ class _Row:
             self.audits.append(audit_logits(logits[at], labels.entry_ids[at], labels.head_len[at]))
 
     def labels(self) -> RowLabels:
-        """All of them."""
-        columns: list[Any] = []
-        for column in zip(*self.parts, strict=True):
-            present = [part.cpu() for part in column if part is not None]
-            columns.append(torch.cat(present).numpy() if present else None)
+        """All labels of the row, on the host."""
+        labels = concatenate(self.parts)
+        columns: dict[str, Any] = {
+            name: None if column is None else column.cpu().numpy()
+            for name, column in zip(COLUMNS, labels.columns(), strict=True)
+        }
+        audit = None
         if self.audits:
-            columns.append(audit_of(self.audited, torch.cat(self.audits).cpu().numpy()))
-        return RowLabels(*columns)
+            audit = Audit.from_columns(self.audited, torch.cat(self.audits).cpu().numpy())
+        return RowLabels(**columns, audit=audit)

@@ -35,6 +35,7 @@ from tests.support.teacher_requests import (
     labelled,
     make_rows,
     serving,
+    use_record,
 )
 
 FLAT = RecordSpec(kind="topk", k=RECORD.k, entropy=False)
@@ -110,13 +111,13 @@ def test_the_flat_path_gives_the_labels_of_the_head(
         with monkeypatch.context() as patch:
             refuse = Mock(side_effect=TeacherError("another vLLM"))
             patch.setattr(label_requests, "install", refuse)
-            vllm.use_record(FLAT)
+            use_record(vllm, FLAT)
             flat = label(vllm, tokens, spans)
             assert vllm.provenance()["label_path"] == "flat"
             assert "another vLLM" in str(vllm.provenance()["announcement"])
             with pytest.raises(TeacherError, match="another vLLM"):
-                vllm.use_record(RecordSpec())  # which only the head can give
-        vllm.use_record(FLAT)
+                use_record(vllm, RecordSpec())  # which only the head can give
+        use_record(vllm, FLAT)
         assert vllm.provenance()["label_path"] == "head"
     for one, other in zip(map(labelled, by_head), map(labelled, flat), strict=True):
         for name in ("entry_logprobs", "target_logprob", "tail_logmass"):

@@ -11,7 +11,7 @@ from labeler.config import TeacherConfig
 from labeler.teachers.protocol import RowLabels, Teacher
 from labeler.teachers.vllm import label_requests
 from labeler.teachers.vllm.teacher import VllmTeacher
-from schemas.errors import RowFailure
+from schemas.errors import RowFailure, TeacherError
 from schemas.keys import row_key, stack_keys
 from schemas.spec import RecordSpec
 
@@ -61,10 +61,20 @@ def serving(teacher: Teacher, record: RecordSpec) -> Iterator[None]:
     usual = teacher._record
     for change in (record, usual):
         if isinstance(teacher, VllmTeacher):
-            teacher._on_engine_thread(label_requests.install, teacher._llm, change)
+            teacher._engine.alone(label_requests.install, teacher._llm, change)
         teacher._record = change
         if change is record:
             yield
+
+
+def use_record(teacher: VllmTeacher, record: RecordSpec) -> None:
+    """Has a running teacher label by another record from now on, by whatever path serves it."""
+    before, teacher._record = teacher._record, record
+    try:
+        teacher._engine.alone(teacher._install_label_path)
+    except TeacherError:
+        teacher._record = before
+        raise
 
 
 def labelled(result: RowLabels | RowFailure) -> RowLabels:

@@ -1,4 +1,4 @@
-"""What a vLLM engine is started with."""
+"""Options and environment of a vLLM engine."""
 
 import os
 from typing import Any
@@ -10,8 +10,8 @@ from labeler.teachers.vllm.label_requests import EXTENSION
 from schemas.errors import TeacherError
 from schemas.spec import RecordSpec
 
-# Why teacher.engine may not say these.
-_NOT_OPTIONS = {
+# Options that teacher.engine must not set, and why.
+_RESERVED_OPTIONS = {
     "model": "use teacher.model",
     "tokenizer": "use teacher.tokenizer",
     "dtype": "use teacher.dtype",
@@ -19,27 +19,27 @@ _NOT_OPTIONS = {
     "tensor_parallel_size": "use teacher.tensor_parallel_size",
     "pipeline_parallel_size": "use teacher.pipeline_parallel_size",
     "skip_tokenizer_init": "rows arrive as token ids",
-    "worker_extension_cls": "the label head is one",
+    "worker_extension_cls": "the label head is installed through it",
     "logprobs_mode": "labels are of the raw distribution",
 }
 
-# What vLLM allows where nobody asks for more.
+# vLLM's default of max_logprobs.
 STOCK_CANDIDATES = 20
 
-# What the key-value cache of a CPU engine may take, unless teacher.engine says.
+# Key-value cache of a CPU engine, unless teacher.engine sets it.
 _CPU_KV_CACHE_BYTES = 2 * 2**30
 
 
 def prepare_environment() -> None:
-    """What vLLM reads when it is imported. A value that the user has set stays."""
+    """Sets variables that vLLM reads when it is imported; values set by the user stay."""
     import torch
 
-    # The label head replaces a step of the V1 model runner; GPUs would get V2 by default.
+    # Only the V1 model runner has been tested with a running engine; GPUs default to V2.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if not torch.cuda.is_available():
-        # In a process of its own the engine competes with this one for the same cores.
+        # An engine in a process of its own would compete with this one for the same cores.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
@@ -49,14 +49,14 @@ def engine_options(config: TeacherConfig, context: int, record: RecordSpec) -> d
     Args:
         config: of the teacher.
         context: tokens of the longest row.
-        record: what is kept, for which vLLM's own path may need more candidates.
+        record: what is kept; may need more candidates than vLLM allows by default.
 
     Raises:
-        TeacherError: ``teacher.engine`` has what another key says.
+        TeacherError: ``teacher.engine`` sets an option that another key sets.
     """
     for name in config.engine:
-        if name in _NOT_OPTIONS:
-            raise TeacherError(f"teacher.engine.{name} cannot be set: {_NOT_OPTIONS[name]}")
+        if name in _RESERVED_OPTIONS:
+            raise TeacherError(f"teacher.engine.{name} cannot be set: {_RESERVED_OPTIONS[name]}")
     return {
         **_machine_options(),
         **_candidate_options(record),
@@ -83,9 +83,9 @@ def _machine_options() -> dict[str, Any]:
 
 
 def _candidate_options(record: RecordSpec) -> dict[str, Any]:
-    """Lets vLLM's own path tell as many candidates as the record wants."""
-    beyond = unsupported_by_topk(record)
-    return {} if beyond or record.k <= STOCK_CANDIDATES else {"max_logprobs": record.k}
+    """Allows the candidates that the record needs without the label head."""
+    needs_head = unsupported_by_topk(record)
+    return {} if needs_head or record.k <= STOCK_CANDIDATES else {"max_logprobs": record.k}
 
 
 def _overrides(config: TeacherConfig) -> dict[str, Any]:

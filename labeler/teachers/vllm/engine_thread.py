@@ -1,10 +1,9 @@
-"""The thread that an engine lives on, and how calls from several threads share it.
+"""The thread that owns an engine and runs the calls of all other threads on it.
 
-An engine in this process is not made for several threads, and its OpenMP threads belong to the
-thread that started it. So one thread touches it: it takes calls from a queue, gives all of their
-requests to the engine at once, and steps as long as anything is unfinished. The requests of the
-next call are in the engine before the last row of this one leaves, so that it never runs dry
-between calls.
+An engine in this process is not thread-safe, and its OpenMP threads belong to the thread that
+started it. Therefore one thread owns it: it takes calls from a queue, adds all of their requests to
+the engine at once, and steps while any is unfinished. The requests of the next call are in the
+engine before the last row of the current one is finished, so the engine never idles between calls.
 """
 
 import itertools
@@ -22,25 +21,25 @@ _Result = TypeVar("_Result")
 
 
 class Engine(Protocol):
-    """What is used of ``vllm.LLM.llm_engine``."""
+    """The part of ``vllm.LLM.llm_engine`` that is used."""
 
     def add_request(self, request_id: str, prompt: Any, params: Any) -> str:
-        """Takes one request; a ValueError says what is wrong with it."""
+        """Adds a request; raises ValueError if it is invalid."""
 
     def step(self) -> list[Any]:
-        """Works on what is scheduled; outputs have ``request_id`` and ``finished``."""
+        """Runs one step; outputs have ``request_id`` and ``finished``."""
 
     def has_unfinished_requests(self) -> bool:
-        """Whether another step has anything to do."""
+        """Whether another step has work to do."""
 
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """One request, as the engine takes it.
+    """One request to the engine.
 
     Attributes:
-        prompt, params: The arguments of ``add_request`` behind the name.
-        prepare: Called with the engine and the engine's own name for the request, once it is there.
+        prompt, params: Arguments of ``add_request``.
+        prepare: Called with the engine and its own name for the request, once it is added.
     """
 
     prompt: Any
@@ -50,7 +49,7 @@ class EngineRequest:
 
 @dataclass
 class _Call:
-    """Requests that somebody waits for; ``missing`` of them are still in the engine."""
+    """Requests of one caller; ``missing`` of them are still in the engine."""
 
     requests: Sequence[EngineRequest]
     on_row: OnRow = ignore_row
@@ -61,7 +60,7 @@ class _Call:
 
 @dataclass
 class _Alone:
-    """Something that has the engine for itself."""
+    """A function that needs the engine exclusively."""
 
     run: Callable[[], None]
     is_last: bool = False
@@ -70,13 +69,13 @@ class _Alone:
 class EngineThread:
     """Runs one engine for calls from any number of threads.
 
-    When the engine fails, every call in flight fails with it, and so does every later one: nothing
-    is known about its state any more.
+    When the engine fails, all calls in flight and all later ones fail: its state is unknown from
+    then on.
     """
 
     def __init__(self) -> None:
         self.engine: Engine | None = None
-        """Set by the first function that is run alone, which starts it."""
+        """Set by the first function that runs alone, which starts the engine."""
         self._tasks: queue.SimpleQueue[_Call | _Alone] = queue.SimpleQueue()
         self._next: _Call | _Alone | None = None
         self._rows: dict[str, tuple[_Call, int]] = {}
@@ -88,14 +87,14 @@ class EngineThread:
         self._thread.start()
 
     def outputs(self, requests: Sequence[EngineRequest], on_row: OnRow = ignore_row) -> list[Any]:
-        """What the engine makes of each request: its last output, or a RowFailure if refused.
+        """The engine's last output for each request, or a RowFailure if it refused the request.
 
         Args:
             requests: Any number.
             on_row: Called on the engine's thread with the index of a request that has its output.
 
         Raises:
-            TeacherError: The engine failed, now or before, or was closed meanwhile.
+            TeacherError: The engine failed, now or earlier, or was closed meanwhile.
         """
         if not requests:
             return []
@@ -104,18 +103,18 @@ class EngineThread:
         return call.future.result()
 
     def alone(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
-        """Runs a function on the thread when no request is in the engine; passes errors on.
+        """Runs a function on the thread while no request is in the engine; raises its errors.
 
-        Calls that come later wait for it.
+        Later calls wait for it.
         """
         future: Future[_Result] = Future()
         self._put(_Alone(lambda: _fulfil(future, function, *arguments)))
         return future.result()
 
     def close(self, function: Callable[[], None]) -> None:
-        """Fails what is in flight, runs a last function on the thread, and ends it."""
+        """Fails calls in flight, runs a last function on the thread, and ends the thread."""
         future: Future[None] = Future()
-        with self._lock:  # what was put before is in front of it, and nothing comes after
+        with self._lock:  # earlier tasks come first, and no later one is accepted
             self._closing.set()
             self._tasks.put(_Alone(lambda: _fulfil(future, function), is_last=True))
         future.result()
@@ -135,7 +134,7 @@ class EngineThread:
                 self._step()
 
     def _admit(self) -> bool:
-        """Starts what waits, as far as it may; waits where there is nothing else to do."""
+        """Starts queued tasks as far as possible; blocks only if the engine is idle."""
         while True:
             if self._next is None:
                 try:
@@ -145,7 +144,7 @@ class EngineThread:
             if isinstance(self._next, _Call):
                 self._add(self._next)
             elif self._rows:
-                return True  # it will be alone when these have left
+                return True  # it runs once these requests are finished
             else:
                 self._next.run()
                 if self._next.is_last:
@@ -169,7 +168,7 @@ class EngineThread:
                 call.missing += 1
                 if request.prepare is not None:
                     request.prepare(self.engine, inner_name)
-        except Exception as error:  # noqa: BLE001 - whatever it is, all who wait get it
+        except Exception as error:  # noqa: BLE001 - every caller gets it, whatever it is
             self._engine_failed(error, call)
             return
         self._finish_if_done(call)
@@ -178,9 +177,9 @@ class EngineThread:
         assert self.engine is not None
         try:
             if not self.engine.has_unfinished_requests():
-                raise TeacherError("it lost them")
+                raise TeacherError("it reports no unfinished requests")
             outputs = self.engine.step()
-        except Exception as error:  # noqa: BLE001 - whatever it is, all who wait get it
+        except Exception as error:  # noqa: BLE001 - every caller gets it, whatever it is
             self._engine_failed(error)
             return
         for output in outputs:
@@ -200,7 +199,7 @@ class EngineThread:
         self._fail(self._failure, *calls)
 
     def _fail(self, reason: str, *calls: _Call) -> None:
-        """Ends these calls and those in flight; nobody wants what the engine still has of them."""
+        """Fails these calls and those in flight; their later outputs are ignored."""
         failed = {id(call): call for call in (*calls, *(call for call, _ in self._rows.values()))}
         self._rows.clear()
         for call in failed.values():
@@ -208,8 +207,8 @@ class EngineThread:
 
 
 def _fulfil(future: "Future[_Result]", function: Callable[..., _Result], *arguments: Any) -> None:
-    """What a thread pool does: the result, or the error, to whoever waits."""
+    """Sets the result of a function, or its error, as a thread pool would."""
     try:
         future.set_result(function(*arguments))
-    except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+    except BaseException as error:  # noqa: BLE001 - raised in the caller
         future.set_exception(error)

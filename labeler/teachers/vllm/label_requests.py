@@ -1,21 +1,20 @@
-"""The front-end's side of the label head: install it, ask it for labels, read what it sends back.
+"""The front-end of the label head: installs it, builds its requests, reads its labels.
 
-vLLM's own prompt log-probabilities cost a Python object for every candidate and a [tokens,
-vocabulary] tensor for every request. Here, the model runner's step that computes them is replaced,
-in each worker, by one that computes the whole label record from the hidden states:
+vLLM's own prompt log-probabilities cost a Python object per candidate and a [tokens, vocabulary]
+tensor per request. Instead, each worker's model runner gets another step in place of the one that
+computes them, which makes labels from the hidden states:
 
 1. ``LLM(worker_extension_cls=EXTENSION)`` mixes ``worker.extension`` into the worker class.
-2. ``install`` has every worker, through ``collective_rpc``, put a label head into its runner.
-3. A request made with ``label_params`` says in ``extra_args`` which positions to label, and its
-   row key, which with the positions gives the random numbers of draws.
-4. The labels travel back in the arrays that the engine ships anyway, with extra columns (see
-   ``packed_labels``).
-5. ``keep_arrays`` makes the front-end pass them through; ``row_labels`` names their columns.
+2. ``install`` calls every worker through ``collective_rpc`` to put a label head into its runner.
+3. ``label_params`` puts the positions to label and the row key into ``extra_args``; together they
+   determine the random numbers for draws.
+4. Labels return in the arrays that the engine ships anyway, with extra columns (``packed_labels``).
+5. ``keep_arrays`` makes the front-end pass the arrays through; ``row_labels`` reads them.
 
-A request without these ``extra_args`` goes through vLLM's own step, also in the same batch.
-Written against vLLM 0.32. Every vLLM name used is checked by ``install`` and ``keep_arrays``, so
-that another vLLM is an error at the start, or falls back to ``stock_logprobs``, and never a wrong
-label. Can go when vLLM offers a hook for prompt hidden states.
+Requests without these ``extra_args`` go through vLLM's own step, even in the same batch.
+Written against vLLM 0.32. ``install`` and ``keep_arrays`` check every vLLM name used, so that
+another vLLM means an error at the start or a fallback to ``stock_logprobs``, never a wrong label.
+Can be removed when vLLM offers a hook for prompt hidden states.
 """
 
 import importlib.metadata
@@ -40,13 +39,13 @@ AUDIT_RATE = "tutelage_audit_rate"
 def install(llm: Any, record: RecordSpec) -> list[str]:
     """Puts a label head into every worker of an ``LLM`` made with ``worker_extension_cls``.
 
-    Where there is one already, it serves the new record from now on.
+    A head already installed switches to the record.
 
     Returns:
-        The class names of the model runners, one a worker.
+        The class names of the model runners, one per worker.
 
     Raises:
-        TeacherError: this vLLM is not the one this file was written against.
+        TeacherError: the label head was not written against this vLLM.
     """
     version = importlib.metadata.version(vllm_distribution())
     if not version.startswith(TESTED_VERSIONS):
@@ -59,7 +58,7 @@ def install(llm: Any, record: RecordSpec) -> list[str]:
 
 
 def vllm_distribution() -> str:
-    """The name under which vLLM is installed: its CPU build has another one."""
+    """The name of vLLM's installed distribution; its CPU build has another one."""
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
@@ -73,16 +72,16 @@ def label_params(label_spans: np.ndarray, row_key: np.ndarray, audit_rate: float
     Args:
         label_spans: integer, flat.
         row_key: uint8 [16].
-        audit_rate: share of the labels that are audited.
+        audit_rate: fraction of the labels to audit.
     """
     from vllm import SamplingParams
 
     return SamplingParams(
-        max_tokens=1,  # The least an engine generates; the token is thrown away.
+        max_tokens=1,  # the least an engine generates; the token is discarded
         temperature=0.0,
         detokenize=False,
-        prompt_logprobs=1,  # Makes the runner call the step that is replaced.
-        skip_reading_prefix_cache=True,  # Cached positions have no hidden states.
+        prompt_logprobs=1,  # makes the runner call the replaced step
+        skip_reading_prefix_cache=True,  # cached positions have no hidden states
         extra_args={
             SPANS: [int(bound) for bound in label_spans],
             ROW_KEY: row_key.tobytes().hex(),
@@ -101,16 +100,16 @@ def row_labels(
 
 
 def keep_arrays(engine: Any, request_id: str) -> None:
-    """Makes the front-end leave the arrays of one request as they are.
+    """Makes the front-end keep the arrays of one request.
 
-    Its own way is a Python object, or a list entry, for each candidate of each position.
+    By default it converts each candidate of each position to a Python object or list entry.
 
     Args:
         engine: ``LLM.llm_engine``.
-        request_id: what ``engine.add_request`` returned.
+        request_id: returned by ``engine.add_request``.
 
     Raises:
-        TeacherError: this vLLM is not the one this file was written against.
+        TeacherError: the label head was not written against this vLLM.
     """
     try:
         processor = engine.output_processor.request_states[request_id].logprobs_processor
@@ -127,7 +126,7 @@ def keep_arrays(engine: Any, request_id: str) -> None:
 
 def _other_vllm(found: str) -> TeacherError:
     return TeacherError(
-        f"this vLLM does not fit the label head: {found}; it was written against vLLM "
+        f"the label head does not fit this vLLM: {found}; it was written against vLLM "
         f"{', '.join(TESTED_VERSIONS)}*: install that, or use "
         'teacher.backend = "transformers"'
     )

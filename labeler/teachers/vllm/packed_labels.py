@@ -1,4 +1,4 @@
-"""Labels of positions in the three arrays that vLLM's engine carries home from its workers."""
+"""Labels of positions in the three arrays that vLLM's engine ships from its workers."""
 
 from typing import Any, NamedTuple
 
@@ -7,22 +7,24 @@ import numpy.typing as npt
 import torch
 
 from labeler.label_head.position_labels import PositionLabels
-from labeler.teachers.audits import audit_of
+from labeler.teachers.audits import Audit
 from labeler.teachers.protocol import RowLabels
 from schemas.spec import RecordSpec
 
+# The rank has an array of its own; these share one in this order.
+_INTEGERS = ("entry_ids", "head_len", "tail_len", "entry_counts")
+_FLOATS = ("entry_logprobs", "tail_logmass", "target_logprob", "entropy", "lse")
+
 
 class Packed(NamedTuple):
-    """Labels of N positions, and behind them the audits of A of these.
+    """Labels of N positions, followed by the audits of A of them.
 
-    An audit has the columns of ``labeler.label_head.audit_logits`` in its floats and nothing else.
+    An audit puts the columns of ``labeler.label_head.audit_logits`` into its floats.
 
     Attributes:
-        integers: int32 [N, K + 2, or 2 K + 2]: ids, the two lengths, and for kind ``sampled`` the
-            counts.
-        floats: float32 [N, K + 2 or more]: log-probabilities, tail mass, target, entropy if the
-            record has it, one for each of its temperatures.
-        ranks: int32 [N].
+        integers: int32 [N + A, columns of ``_INTEGERS``].
+        floats: float32 [N + A, columns of ``_FLOATS``].
+        ranks: int32 [N + A].
     """
 
     integers: torch.Tensor
@@ -30,72 +32,72 @@ class Packed(NamedTuple):
     ranks: torch.Tensor
 
 
+def _columns(record: RecordSpec, width: int) -> dict[str, int]:
+    """How many columns each field takes, by name; fields that the record lacks are left out."""
+    columns = {"entry_ids": width, "head_len": 1, "tail_len": 1}
+    if record.kind == "sampled":
+        columns["entry_counts"] = width
+    columns |= {"entry_logprobs": width, "tail_logmass": 1, "target_logprob": 1}
+    if record.entropy:
+        columns["entropy"] = 1
+    if record.temperatures:
+        columns["lse"] = len(record.temperatures)
+    return columns
+
+
 def empty_packed(
     count: int, record: RecordSpec, vocab_size: int, device: torch.device | None = None
 ) -> Packed:
-    """Memory for the labels of ``count`` positions, on the host or a device."""
-    width = record.most_entries(vocab_size)
+    """Memory for ``count`` labels and audits, on the host or a device."""
+    columns = _columns(record, record.most_entries(vocab_size))
+    num_integers, num_floats = (
+        sum(columns.get(name, 0) for name in names) for names in (_INTEGERS, _FLOATS)
+    )
     return Packed(
-        torch.empty(count, _num_integers(record, width), dtype=torch.int32, device=device),
-        torch.empty(count, width + _num_extra(record), device=device),
+        torch.empty(count, num_integers, dtype=torch.int32, device=device),
+        torch.empty(count, num_floats, device=device),
         torch.empty(count, dtype=torch.int32, device=device),
     )
 
 
-def _num_extra(record: RecordSpec) -> int:
-    """Columns of floats beside the entries: tail mass, target, entropy if any, the temperatures."""
-    return 2 + int(record.entropy) + len(record.temperatures)
-
-
-def _num_integers(record: RecordSpec, width: int) -> int:
-    """Columns of integers: the ids, the two lengths, and the counts if there are any."""
-    return (2 * width if record.kind == "sampled" else width) + 2
-
-
 def pack(labels: PositionLabels) -> Packed:
-    """Labels as three arrays; ``unpack`` is the way back."""
-    ids = [labels.entry_ids, labels.head_len[:, None], labels.tail_len[:, None]]
-    if labels.entry_counts is not None:
-        ids.append(labels.entry_counts.int())
-    floats = [labels.entry_logprobs, labels.tail_logmass[:, None], labels.target_logprob[:, None]]
-    if labels.entropy is not None:
-        floats.append(labels.entropy[:, None])
-    if labels.lse is not None:
-        floats.append(labels.lse)
-    return Packed(torch.cat(ids, dim=1), torch.cat(floats, dim=1), labels.target_rank)
+    """Labels as three arrays; ``unpack`` is the inverse."""
+
+    def join(names: tuple[str, ...]) -> torch.Tensor:
+        present = [c for name in names if (c := getattr(labels, name)) is not None]
+        return torch.cat([c if c.ndim == 2 else c[:, None] for c in present], dim=1)
+
+    return Packed(join(_INTEGERS).int(), join(_FLOATS), labels.target_rank)
 
 
 def unpack(packed: Packed, record: RecordSpec, audited: npt.NDArray[np.int64]) -> RowLabels:
-    """The labels that were packed, as views of the arrays; copies where most slots are empty.
+    """The packed labels, as views of the arrays; as copies if most slots are empty.
 
     Args:
-        packed: of N positions and A audits.
+        packed: N labels and A audits.
         record: of the labels.
         audited: int64 [A], the labels that were audited.
     """
-    count = len(packed.ranks) - len(audited)
-    width = packed.floats.shape[1] - _num_extra(record)
-    integers, values = np.asarray(packed.integers)[:count], np.asarray(packed.floats)[:count]
-    head_len, tail_len = integers[:, width], integers[:, width + 1]
-    used = int((head_len + tail_len).max(initial=0))
-    # With a small tau, all labels of a unit would take a hundred times what is in them.
-    entries = slice(width if 2 * used > width else used)
-    extra = values[:, width:]
-    lse_at = 2 + int(record.entropy)
-    columns: tuple[Any, ...] = (
-        integers[:, entries],
-        values[:, entries],
-        head_len,
-        tail_len,
-        integers[:, width + 2 :][:, entries] if record.kind == "sampled" else None,
-        extra[:, 0],
-        extra[:, 1],
-        np.asarray(packed.ranks)[:count],
-        extra[:, 2] if record.entropy else None,
-        extra[:, lse_at:] if record.temperatures else None,
-    )
-    audit = np.asarray(packed.floats)[count:, : width + 2].copy()
+    integers, floats, ranks = (np.asarray(array) for array in packed)
+    count = len(ranks) - len(audited)
+    width = floats.shape[1] - sum(_columns(record, 0).get(name, 0) for name in _FLOATS)
+    columns = _columns(record, width)
+    fields: dict[str, Any] = {"entry_counts": None, "entropy": None, "lse": None}
+    fields["target_rank"] = ranks[:count]
+    for names, values in ((_INTEGERS, integers), (_FLOATS, floats)):
+        at = 0
+        for name in names:
+            if name in columns:
+                end = at + columns[name]
+                is_matrix = name == "lse" or name.startswith("entry_")
+                fields[name] = values[:count, at:end] if is_matrix else values[:count, at]
+                at = end
+    used = int((fields["head_len"] + fields["tail_len"]).max(initial=0))
+    # With a small tau, the labels of a unit would take a hundred times the size of their content.
     if 2 * used <= width:
-        columns = tuple(None if column is None else column.copy() for column in columns)
-    columns += (audit_of(audited, audit) if len(audited) else None,)
-    return RowLabels(*columns)
+        for name in ("entry_ids", "entry_logprobs", "entry_counts"):
+            fields[name] = None if fields[name] is None else fields[name][:, :used]
+        fields = {name: None if c is None else c.copy() for name, c in fields.items()}
+    audit = floats[count:, : width + 2].copy()
+    fields["audit"] = Audit.from_columns(audited, audit) if len(audited) else None
+    return RowLabels(**fields)

@@ -11,28 +11,27 @@ import numpy as np
 def fail_waiting(llm: Any) -> None:
     """Makes calls in flight raise, for an ``LLM`` whose engine process has died.
 
-    vLLM's monitor notices the death and stops the thread that would deliver outputs, which ends
-    without telling the callers, so they wait forever (``SyncMPClient.process_outputs_socket`` in
-    ``vllm/v1/engine/core_client.py``). Can go once that thread puts an error into the queue when
-    it is told to stop.
+    vLLM's monitor notices the death and stops the thread that delivers outputs, which ends without
+    notifying the callers, so they wait forever (``SyncMPClient.process_outputs_socket`` in
+    ``vllm/v1/engine/core_client.py``). Can be removed once that thread puts an error into the queue
+    when it is stopped.
     """
     core: Any = getattr(getattr(llm, "llm_engine", None), "engine_core", None)
-    error = RuntimeError("the engine's process is gone")
+    error = RuntimeError("the engine's process has died")
     if hasattr(core, "outputs_queue"):
         core.outputs_queue.put_nowait(error)
     for future in list(getattr(core, "utility_results", {}).values()):
-        with contextlib.suppress(InvalidStateError):  # answered meanwhile
+        with contextlib.suppress(InvalidStateError):  # completed meanwhile
             future.set_exception(error)
 
 
 class DiscardedSamples:
-    """Works around a bug of vLLM 0.32: seeded sampling and chunked prefill kill an engine on a CPU.
+    """Works around a bug of vLLM 0.32: seeded sampling with chunked prefill crashes a CPU engine.
 
-    The runner samples a token for a prompt that is not complete yet, throws it away, and winds the
-    request's random generator back by an offset, which generators of a CPU do not have ("CPU
-    Generator does not use offset"). Here, such a request has no generator while it is sampled
-    for, so that there is nothing to wind back. Can go when the runner does not sample for
-    incomplete prompts, or checks the kind of generator.
+    The runner samples a token for an incomplete prompt, discards it, and rewinds the request's
+    random generator by an offset, which CPU generators lack ("CPU Generator does not use offset").
+    Here such a request has no generator during sampling, so there is nothing to rewind. Can be
+    removed when the runner skips incomplete prompts or checks the generator's device.
     """
 
     def __init__(self, runner: Any) -> None:

@@ -1,7 +1,7 @@
-"""vLLM's own prompt log-probabilities, where the label head does not fit this vLLM.
+"""vLLM's own prompt log-probabilities, for when the label head does not fit this vLLM.
 
-Slower by far, a list entry for each candidate, and with a [tokens, vocabulary] tensor for each
-prompt in the V1 runner; and it tells the candidates only (see ``candidates``).
+Far slower, with a list entry per candidate and, in the V1 runner, a [tokens, vocabulary] tensor per
+prompt; and limited to the candidates (see ``topk_candidates``).
 """
 
 from typing import Any
@@ -15,15 +15,15 @@ from schemas.record.spans import span_targets
 from schemas.spec import RecordSpec
 
 
-def stock_params(record: RecordSpec, vocab_size: int) -> Any:
-    """Sampling parameters of a request whose every position is scored."""
+def stock_params(num_candidates: int) -> Any:
+    """Sampling parameters of a request for the candidates of each position."""
     from vllm import SamplingParams
 
     return SamplingParams(
-        max_tokens=1,  # The least an engine generates; the token is thrown away.
+        max_tokens=1,  # the least an engine generates; the token is discarded
         temperature=0.0,
         detokenize=False,
-        prompt_logprobs=min(record.k, vocab_size),
+        prompt_logprobs=num_candidates,
         flat_logprobs=True,
     )
 
@@ -31,28 +31,46 @@ def stock_params(record: RecordSpec, vocab_size: int) -> Any:
 def stock_row_labels(
     output: Any, token_ids: np.ndarray, label_spans: np.ndarray, record: RecordSpec, vocab_size: int
 ) -> RowLabels:
-    """The labels in the output of a request made with ``stock_params``.
+    """The labels in the output of a request for min(k, V) candidates.
 
     Raises:
-        TeacherError: it does not tell of every position what was asked for.
+        TeacherError: the output does not hold what was requested for every position.
     """
     flat = output.prompt_logprobs
     width = min(record.k, vocab_size)
-    # The first position has no candidates; each other has the token that stands there, then those.
+    # The first position has nothing; each later one has its own token, then the candidates.
     starts, ends = np.array(flat.start_indices), np.array(flat.end_indices)
-    if len(starts) != len(token_ids) or (ends - starts)[1:].tolist() != [width + 1] * (
-        len(token_ids) - 1
-    ):
+    expected = [width + 1] * (len(token_ids) - 1)
+    if len(starts) != len(token_ids) or (ends - starts)[1:].tolist() != expected:
         raise TeacherError(
-            f"vLLM's own path tells {len(flat.token_ids)} candidates of {len(starts)} positions, "
-            f"expected {width + 1} for each of {len(token_ids) - 1}"
+            f"vLLM returned {len(flat.token_ids)} log-probabilities for {len(starts)} positions, "
+            f"expected {width + 1} for each of {len(expected)}"
         )
     rows = span_targets(label_spans) - 1
     ids = np.array(flat.token_ids, np.int32).reshape(-1, width + 1)[rows]
     logprobs = np.array(flat.logprobs, np.float64).reshape(-1, width + 1)[rows]
     ranks = np.array([flat.ranks[start] for start in starts[1:]], np.int64)[rows]
     if (ids[:, 0] != token_ids[rows + 1]).any():
-        raise TeacherError("vLLM's own path does not tell first of the token that stands there")
-    return labels_from_topk(
-        ids[:, 1:], logprobs[:, 1:].copy(), logprobs[:, 0].copy(), ranks, vocab_size
-    )
+        raise TeacherError("vLLM's log-probabilities do not begin with the prompt's own token")
+    own, head = logprobs[:, 0].copy(), logprobs[:, 1:].copy()
+    return labels_from_topk(ids[:, 1:], head, own, ranks, vocab_size)
+
+
+def stock_entry_logprobs(output: Any, targets: np.ndarray, entry_ids: np.ndarray) -> np.ndarray:
+    """Log-probabilities of given ids in the output of a request made with ``stock_params``.
+
+    Args:
+        output: of the request.
+        targets: int64 [N], target indices.
+        entry_ids: integer [N, K].
+
+    Returns:
+        float64 [N, K], nats; NaN for ids that are not among the candidates.
+    """
+    flat = output.prompt_logprobs
+    values = np.full(entry_ids.shape, np.nan)
+    for label, target in enumerate(targets):
+        here = slice(flat.start_indices[target], flat.end_indices[target])
+        known = dict(zip(flat.token_ids[here], flat.logprobs[here], strict=True))
+        values[label] = [known.get(int(one), np.nan) for one in entry_ids[label]]
+    return values

@@ -1,4 +1,4 @@
-"""What vLLM mixes into its worker class: one remote call that installs the label head."""
+"""The mixin of vLLM's worker class: one remote call that installs the label head."""
 
 from typing import Any
 
@@ -15,8 +15,8 @@ class LabelHeadExtension:
         """Replaces the runner's prompt-logprobs step.
 
         Returns:
-            The runner's class, and what about it is not as expected; the step is replaced only
-            where there is nothing. A text, because exceptions lose their class on the way home.
+            The runner's class, and how it differs from the expected one; the step is replaced only
+            if that is empty. A text, because exceptions lose their class between processes.
         """
         runner = self.model_runner
         record = RecordSpec.model_validate_json(record_json)

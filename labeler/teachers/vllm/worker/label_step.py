@@ -1,6 +1,7 @@
-"""One step of an engine: the hidden states that it computed become labels."""
+"""One engine step: hidden states become logits, and logits labels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,88 +9,103 @@ import torch
 from labeler.label_head.position_labels import label_logits
 from labeler.label_head.thread_pool import SlicePool
 from labeler.teachers.vllm.packed_labels import Packed, pack
-from labeler.teachers.vllm.worker.request_state import Chunk, deal, deal_audits, joined
+from labeler.teachers.vllm.worker.request_state import Chunk, RequestState, gather, scatter
 from labeler.teachers.vllm.worker.tensor_parallel import (
-    VocabParallelLogits,
     audit_rows,
     label_vocab_parallel,
+    vocab_parallel_logits,
 )
 from schemas.spec import RecordSpec
 
-# Logits that exist at once: enough rows that the product with the head is efficient, whatever the
-# vocabulary, and few enough that they stay in the cache of a CPU where the vocabulary is small.
+# Logits that exist at a time: enough rows for an efficient product with the head at any vocabulary
+# size, few enough to stay in the cache of a CPU if the vocabulary is small.
 _MIN_ROWS = 256
 _LOGIT_ELEMENTS = 2**22
 
 
 def rows_at_once(vocab_size: int) -> int:
-    """Positions whose logits [rows, V] exist at once."""
+    """Positions whose logits [rows, V] exist at a time."""
     return max(_MIN_ROWS, _LOGIT_ELEMENTS // vocab_size)
 
 
-def label_step(
-    compute_logits: Callable[[torch.Tensor], torch.Tensor | None],
-    shards: VocabParallelLogits | None,
-    hidden_states: torch.Tensor,
-    hidden_rows: np.ndarray,
-    target_ids: torch.Tensor,
-    shares: list[Chunk],
-    record: RecordSpec,
-    vocab_size: int,
-    workers: SlicePool,
-) -> None:
-    """Labels rows of the hidden states and deals the results to the requests.
+class StepLabeler:
+    """Labels the steps of one worker; common to both model runners."""
 
-    Args:
-        compute_logits: logits [rows, V] of hidden states; None in a worker that gets none.
-        shards: of the logits, where several workers have parts of the vocabulary; None: not used.
-        hidden_states: [tokens of the step, H].
-        hidden_rows: int64 [T], which of them give the labels of the shares, one after the other.
-        target_ids: integer [T], on the device of the hidden states.
-        shares: whose positions these are; their rows are filled, on whatever device they are.
-        record: what is kept.
-        vocab_size: V.
-        workers: share the work on a CPU.
-    """
-    device = hidden_states.device
-    rows = torch.from_numpy(hidden_rows).to(device)
-    uniforms = joined(shares, "uniforms") if record.has_draws else None
-    audited = joined(shares, "is_audited")
-    step = rows_at_once(vocab_size)
-    packed: list[Packed] = []
-    audits: list[torch.Tensor] = []
-    for first in range(0, len(rows), step):
-        part = slice(first, first + step)
-        hidden, ids = hidden_states[rows[part]], target_ids[part]
-        numbers = None if uniforms is None else uniforms[part]
-        if shards is None:
-            logits = compute_logits(hidden)
-            if logits is None:
-                continue  # One worker of a tensor-parallel group may get them all.
-            found = _label(logits, ids, numbers, audited[part], record, workers)
-        else:
-            shard = shards.local_logits(hidden)
-            found = label_vocab_parallel(
-                shard, ids, numbers, audited[part], record, vocab_size, shards.group, workers
+    def __init__(self, model: Any, vocab_size: int, device: torch.device, record: RecordSpec):
+        self.record = record
+        self._vocab_size = vocab_size
+        self._parallel = vocab_parallel_logits(model)
+        self._pool = SlicePool(device)
+
+    def new_state(
+        self, arguments: dict[str, Any], device: torch.device | None = None
+    ) -> RequestState:
+        """The state of a request with these ``extra_args``; labels go to the device or host."""
+        return RequestState.create(arguments, self.record, self._vocab_size, device)
+
+    def label(
+        self,
+        compute_logits: Callable[[torch.Tensor], torch.Tensor | None],
+        hidden_states: torch.Tensor,
+        target_ids: torch.Tensor,
+        chunks: Sequence[Chunk],
+    ) -> None:
+        """Labels the chunks of a step and stores the labels in the states of their requests.
+
+        Args:
+            compute_logits: logits [rows, V] of hidden states; None in a worker that gets none.
+            hidden_states: [tokens of the step, H].
+            target_ids: integer [T], of the chunks one after the other.
+            chunks: T positions in all; at least one.
+        """
+        device = hidden_states.device
+        rows = np.concatenate([chunk.hidden_rows for chunk in chunks])
+        hidden_rows, target_ids = torch.from_numpy(rows).to(device), target_ids.to(device)
+        uniforms = gather(chunks, "uniforms") if self.record.has_draws else None
+        audited = gather(chunks, "is_audited")
+        step = rows_at_once(self._vocab_size)
+        packed: list[Packed] = []
+        audits: list[torch.Tensor] = []
+        for first in range(0, len(rows), step):
+            part = slice(first, first + step)
+            found = self._label(
+                compute_logits,
+                hidden_states[hidden_rows[part]],
+                target_ids[part],
+                None if uniforms is None else uniforms[part],
+                audited[part],
             )
-        packed.append(found[0])
-        audits += [] if found[1] is None else [found[1]]
-    if packed:
-        home = shares[0].row.packed.ranks.device
-        deal(Packed(*(torch.cat(part).to(home) for part in zip(*packed, strict=True))), shares)
-    if audits:
-        deal_audits(torch.cat(audits).to(shares[0].row.packed.floats.device), shares)
+            if found is not None:
+                packed.append(found[0])
+                audits += [] if found[1] is None else [found[1]]
+        if packed:
+            home = chunks[0].state.packed.ranks.device
+            joined = Packed(*(torch.cat(part).to(home) for part in zip(*packed, strict=True)))
+            scatter(joined, torch.cat(audits).to(home) if audits else None, chunks)
 
-
-def _label(
-    logits: torch.Tensor,
-    target_ids: torch.Tensor,
-    uniforms: np.ndarray | None,
-    audited: np.ndarray,
-    record: RecordSpec,
-    workers: SlicePool,
-) -> tuple[Packed, torch.Tensor | None]:
-    labels = label_logits(logits, target_ids, record, uniforms, workers)
-    at = torch.from_numpy(np.flatnonzero(audited)).to(logits.device)
-    audits = audit_rows(logits, labels, at, workers) if len(at) else None
-    return pack(labels), audits
+    def _label(
+        self,
+        compute_logits: Callable[[torch.Tensor], torch.Tensor | None],
+        hidden: torch.Tensor,
+        target_ids: torch.Tensor,
+        uniforms: np.ndarray | None,
+        audited: np.ndarray,
+    ) -> tuple[Packed, torch.Tensor | None] | None:
+        """Labels and audits of positions; None in a worker that gets no logits."""
+        if self._parallel is not None:
+            return label_vocab_parallel(
+                self._parallel.local_logits(hidden),
+                target_ids,
+                uniforms,
+                audited,
+                self.record,
+                self._vocab_size,
+                self._parallel.group,
+                self._pool,
+            )
+        logits = compute_logits(hidden)
+        if logits is None:
+            return None  # gathered logits may go to one worker of a tensor-parallel group only
+        labels = label_logits(logits, target_ids, self.record, uniforms, self._pool)
+        at = torch.from_numpy(np.flatnonzero(audited)).to(logits.device)
+        return pack(labels), audit_rows(logits, labels, at, self._pool) if len(at) else None

@@ -1,93 +1,121 @@
-"""Rows that an engine is working on: it may take several steps over one, and many rows in one."""
+"""Labelling state of a request: a long prompt takes several engine steps (chunked prefill)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from labeler.teachers.audits import audited_labels
 from labeler.teachers.request_checks import row_uniforms
+from labeler.teachers.vllm.label_requests import AUDIT_RATE, ROW_KEY, SPANS
 from labeler.teachers.vllm.packed_labels import Packed, empty_packed
+from schemas.record.spans import span_targets
 from schemas.spec import RecordSpec
 
 
-@dataclass
+@dataclass(frozen=True)
 class RequestState:
-    """A request that is being labelled; a long one takes several steps, and may be restarted.
+    """A request that is being labelled; a preempted one is labelled again from its start.
 
     Attributes:
         targets: int64 [N], target indices, rising.
-        target_ids: int64 [N], the tokens that stand there; None where the engine has them.
-        uniforms: float64 [N, numbers of a position], of the draws; None where there are none.
+        uniforms: float64 [N, numbers per position], for the draws; None for kinds without draws.
         is_audited: bool [N].
-        packed: of N positions and their audits.
+        packed: labels of N positions, then their audits; filled chunk by chunk.
     """
 
     targets: np.ndarray
-    target_ids: np.ndarray | None
     uniforms: np.ndarray | None
     is_audited: np.ndarray
     packed: Packed
 
     @staticmethod
-    def of(
-        token_ids: np.ndarray | None,
-        targets: np.ndarray,
-        row_key: bytes,
-        audit_rate: float,
+    def create(
+        arguments: dict[str, Any],
         record: RecordSpec,
         vocab_size: int,
         device: torch.device | None = None,
     ) -> "RequestState":
-        """A row of which nothing is labelled yet; its labels will be on the device, unset: host."""
-        audited = audited_labels(row_key, len(targets), audit_rate)
+        """A state without labels yet.
+
+        Args:
+            arguments: the ``extra_args`` of ``label_params``.
+            record: what to keep.
+            vocab_size: V.
+            device: where the labels are collected; None: the host.
+        """
+        targets = span_targets(np.asarray(arguments[SPANS]))
+        row_key = bytes.fromhex(arguments[ROW_KEY])
+        audited = audited_labels(row_key, len(targets), arguments[AUDIT_RATE])
         is_audited = np.zeros(len(targets), bool)
         is_audited[audited] = True
         return RequestState(
             targets=targets,
-            target_ids=None if token_ids is None else token_ids[targets],
             uniforms=row_uniforms(record, row_key, targets),
             is_audited=is_audited,
             packed=empty_packed(len(targets) + len(audited), record, vocab_size, device),
         )
 
+    def chunk(self, start: int, end: int, query_start: int) -> "Chunk | None":
+        """The part of the request that a step labels; None if it has no target there.
+
+        Args:
+            start, end: positions [start, end) of the prompt that the step computed.
+            query_start: row of position ``start`` in the hidden states of the step.
+        """
+        # The hidden state at position t - 1 gives the distribution over the token at t.
+        first, last = np.searchsorted(self.targets, (start + 1, end + 1))
+        return Chunk(self, int(first), int(last), query_start - start) if last > first else None
+
 
 @dataclass(frozen=True)
 class Chunk:
-    """The positions of one request that one step labels: [first, last) of its N targets."""
+    """The labels [first, last) of a request, which one step of the engine computes.
 
-    row: RequestState
+    Attributes:
+        state: of the request.
+        first, last: half-open range among its N targets.
+        row_offset: row in the hidden states of the step, less the position in the prompt.
+    """
+
+    state: RequestState
     first: int
     last: int
+    row_offset: int
 
     @property
-    def audits(self) -> slice:
-        """Where the audits of these positions are among those of the row."""
-        flags = self.row.is_audited
-        return slice(int(flags[: self.first].sum()), int(flags[: self.last].sum()))
+    def targets(self) -> np.ndarray:
+        """int64 [last - first], target indices."""
+        return self.state.targets[self.first : self.last]
+
+    @property
+    def hidden_rows(self) -> np.ndarray:
+        """int64 [last - first], rows of the step's hidden states that give the labels."""
+        return self.targets - 1 + self.row_offset
+
+    def store_audits(self, columns: torch.Tensor) -> int:
+        """Stores the first rows of float32 [A, K + 2], as many as belong here; returns how many."""
+        flags = self.state.is_audited
+        start, end = (len(flags) + int(flags[:at].sum()) for at in (self.first, self.last))
+        self.state.packed.floats[start:end, : columns.shape[1]] = columns[: end - start]
+        return end - start
 
 
-def joined(shares: list[Chunk], name: str) -> np.ndarray:
-    """What the shares have of an array of their rows, one after the other."""
-    return np.concatenate([getattr(share.row, name)[share.first : share.last] for share in shares])
+def gather(chunks: Sequence[Chunk], name: str) -> np.ndarray:
+    """An array of the requests' states, concatenated over their chunks."""
+    parts = [getattr(chunk.state, name)[chunk.first : chunk.last] for chunk in chunks]
+    return np.concatenate(parts)
 
 
-def deal(packed: Packed, shares: list[Chunk]) -> None:
-    """Copies the labels of a step into the rows that they belong to."""
-    start = 0
-    for share in shares:
-        end = start + share.last - share.first
-        for mine, new in zip(share.row.packed, packed, strict=True):
-            mine[share.first : share.last] = new[start:end]
+def scatter(packed: Packed, audits: torch.Tensor | None, chunks: Sequence[Chunk]) -> None:
+    """Copies the labels and audits of a step into the states of its requests."""
+    start = audit_start = 0
+    for chunk in chunks:
+        end = start + chunk.last - chunk.first
+        for mine, new in zip(chunk.state.packed, packed, strict=True):
+            mine[chunk.first : chunk.last] = new[start:end]
         start = end
-
-
-def deal_audits(columns: torch.Tensor, shares: list[Chunk]) -> None:
-    """Copies the audits of a step, float32 [audits, K + 2], into the rows that they belong to."""
-    start = 0
-    for share in shares:
-        place, count = share.audits, len(share.row.targets)
-        end = start + place.stop - place.start
-        mine = share.row.packed.floats[count + place.start : count + place.stop]
-        mine[:, : columns.shape[1]] = columns[start:end]
-        start = end
+        if audits is not None:
+            audit_start += chunk.store_audits(audits[audit_start:])

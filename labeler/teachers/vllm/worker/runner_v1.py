@@ -1,10 +1,8 @@
 """The label head inside vLLM's V1 model runner.
 
-Replaces ``GPUModelRunner._get_prompt_logprobs_dict``: collects the positions to label of all
-requests of a step, computes logits for a few hundred at a time, and keeps the record's numbers
-only. Written against vLLM 0.32; tested on CPUs, and the same runner serves GPUs.
-
-Alignment: the hidden state at position t - 1 gives the distribution over the token at t.
+Replaces ``GPUModelRunner._get_prompt_logprobs_dict``: collects the target positions of all requests
+of a step, computes logits for a few hundred at a time, and keeps only the fields of the record.
+Written against vLLM 0.32 and tested on CPUs; the same runner serves GPUs.
 """
 
 import inspect
@@ -14,13 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from labeler.label_head.thread_pool import SlicePool
-from labeler.teachers.vllm.label_requests import AUDIT_RATE, ROW_KEY, SPANS
+from labeler.teachers.vllm.label_requests import SPANS
 from labeler.teachers.vllm.patches import DiscardedSamples
-from labeler.teachers.vllm.worker.label_step import label_step
-from labeler.teachers.vllm.worker.request_state import Chunk, RequestState, joined
-from labeler.teachers.vllm.worker.tensor_parallel import vocab_parallel_logits
-from schemas.record.spans import span_targets
+from labeler.teachers.vllm.worker.label_step import StepLabeler
+from labeler.teachers.vllm.worker.request_state import Chunk, RequestState
 from schemas.spec import RecordSpec
 
 _RUNNER_PARTS = (
@@ -38,24 +33,24 @@ _STEP_PARAMETERS = ("hidden_states", "num_scheduled_tokens")
 
 
 def install_into(runner: Any, record: RecordSpec) -> str:
-    """Puts a label head into a V1 model runner; one already there serves the new record.
+    """Puts a label head into a V1 model runner; a head already installed switches to the record.
 
     Returns:
-        How the runner differs from what is expected, in which case nothing is changed; else "".
+        How the runner differs from the expected one, in which case nothing is changed; else "".
     """
-    complaint = _complaint(runner)
+    complaint = _incompatibility(runner)
     installed = getattr(getattr(runner, "_get_prompt_logprobs_dict", None), "__self__", None)
     if isinstance(installed, _LabelHead):
-        installed.record = record
+        installed.labeler.record = record
     elif not complaint:
-        shim = DiscardedSamples(runner)
-        head = _LabelHead(runner, record, shim.restore)
-        runner._sample = shim.sample
+        patch = DiscardedSamples(runner)
+        head = _LabelHead(runner, record, patch.restore)
+        runner._sample = patch.sample
         runner._get_prompt_logprobs_dict = head.step
     return complaint
 
 
-def _complaint(runner: Any) -> str:
+def _incompatibility(runner: Any) -> str:
     step = getattr(runner, "_get_prompt_logprobs_dict", None)
     if step is None:
         return f"the model runner {type(runner).__qualname__} has no _get_prompt_logprobs_dict"
@@ -81,16 +76,14 @@ class _LabelHead:
     def __init__(self, runner: Any, record: RecordSpec, on_step: Callable[[], None]) -> None:
         self._runner = runner
         self._on_step = on_step
-        self.record = record
-        self._workers = SlicePool(runner.device)
-        self._vocab_size = runner.model_config.get_vocab_size()
-        self._shards = vocab_parallel_logits(runner.model)
+        vocab_size = runner.model_config.get_vocab_size()
+        self.labeler = StepLabeler(runner.model, vocab_size, runner.device, record)
         self._stock_step: Callable[..., dict[str, Any]] = runner._get_prompt_logprobs_dict
 
     def step(
         self, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]
     ) -> dict[str, Any]:
-        """Labels what this step computed; see the method it replaces.
+        """Labels the positions that this step computed; see the method it replaces.
 
         Args:
             hidden_states: [tokens of the step, H], requests one after the other.
@@ -101,52 +94,43 @@ class _LabelHead:
         """
         self._on_step()
         pending: dict[str, int] = self._runner.num_prompt_logprobs
-        ours = [name for name in pending if self._spans(name) is not None]
-        finished = self._stock(pending, ours, hidden_states, num_scheduled_tokens)
-        shares: list[Chunk] = []
-        hidden_rows: list[np.ndarray] = []
+        ours = [name for name in pending if self._extra_args(name).get(SPANS) is not None]
+        finished = self._run_stock_step(pending, ours, hidden_states, num_scheduled_tokens)
+        chunks: list[Chunk] = []
+        target_ids: list[np.ndarray] = []
         complete: list[str] = []
         for name in ours:
             if name not in num_scheduled_tokens:
-                continue  # Preempted; it will come again from its first token.
-            start = self._runner.requests[name].num_computed_tokens
+                continue  # preempted; it starts again from its first token
+            request = self._runner.requests[name]
+            start = request.num_computed_tokens
             end = start + num_scheduled_tokens[name]
-            share = self._share(name, start, end)
-            if share.last > share.first:
-                shares.append(share)
-                hidden_rows.append(self._hidden_rows(name, share, start))
-            if end >= len(self._runner.requests[name].prompt_token_ids):
+            row = self._runner.input_batch.req_id_to_index[name]
+            chunk = self._state(name).chunk(start, end, self._runner.query_start_loc.np[row])
+            if chunk is not None:
+                chunks.append(chunk)
+                following = np.asarray(request.prompt_token_ids[start + 1 : end + 1])
+                target_ids.append(following[chunk.targets - start - 1])
+            if end >= len(request.prompt_token_ids):
                 complete.append(name)
-        if shares:
-            targets = torch.from_numpy(joined(shares, "target_ids")).to(hidden_states.device)
-            label_step(
-                self._runner.model.compute_logits,
-                self._shards,
-                hidden_states,
-                np.concatenate(hidden_rows),
-                targets,
-                shares,
-                self.record,
-                self._vocab_size,
-                self._workers,
-            )
+        if chunks:
+            targets = torch.from_numpy(np.concatenate(target_ids))
+            self.labeler.label(self._runner.model.compute_logits, hidden_states, targets, chunks)
         for name in complete:
             finished[name] = self._finish(name)
         return finished
 
-    def _spans(self, name: str) -> list[int] | None:
-        params = self._runner.requests[name].sampling_params
-        spans: list[int] | None = (params.extra_args or {}).get(SPANS)
-        return spans
+    def _extra_args(self, name: str) -> dict[str, Any]:
+        return self._runner.requests[name].sampling_params.extra_args or {}
 
-    def _stock(
+    def _run_stock_step(
         self,
         pending: dict[str, int],
         ours: list[str],
         hidden_states: torch.Tensor,
         num_scheduled_tokens: dict[str, int],
     ) -> dict[str, Any]:
-        """vLLM's own step, for the requests that are not ours."""
+        """vLLM's own step, for the requests that the label head does not serve."""
         if len(ours) == len(pending):
             return {}
         hidden = {name: pending.pop(name) for name in ours}
@@ -154,38 +138,18 @@ class _LabelHead:
         pending.update(hidden)
         return finished
 
-    def _share(self, name: str, start: int, end: int) -> Chunk:
-        """The targets of a request whose hidden states are those of positions [start, end)."""
+    def _state(self, name: str) -> RequestState:
+        # Kept where vLLM keeps its own, with the request. A preempted one fills it again.
         request = self._runner.requests[name]
-        row = request.in_progress_prompt_logprobs_cpu
-        if row is None:
-            row = self._new_row(
-                np.asarray(request.prompt_token_ids), request.sampling_params.extra_args
-            )
-            request.in_progress_prompt_logprobs_cpu = row
-        first, last = np.searchsorted(row.targets, (start + 1, end + 1))
-        return Chunk(row, int(first), int(last))
-
-    def _new_row(self, token_ids: np.ndarray, arguments: dict[str, Any]) -> RequestState:
-        return RequestState.of(
-            token_ids,
-            span_targets(np.asarray(arguments[SPANS])),
-            bytes.fromhex(arguments[ROW_KEY]),
-            arguments[AUDIT_RATE],
-            self.record,
-            self._vocab_size,
-        )
-
-    def _hidden_rows(self, name: str, share: Chunk, start: int) -> np.ndarray:
-        offset = self._runner.query_start_loc.np[self._runner.input_batch.req_id_to_index[name]]
-        rows: np.ndarray = share.row.targets[share.first : share.last] - 1 - start + offset
-        return rows
+        if request.in_progress_prompt_logprobs_cpu is None:
+            request.in_progress_prompt_logprobs_cpu = self.labeler.new_state(self._extra_args(name))
+        state: RequestState = request.in_progress_prompt_logprobs_cpu
+        return state
 
     def _finish(self, name: str) -> Any:
         from vllm.v1.outputs import LogprobsTensors
 
-        request = self._runner.requests[name]
-        row: RequestState = request.in_progress_prompt_logprobs_cpu
-        request.in_progress_prompt_logprobs_cpu = None
+        tensors = LogprobsTensors(*self._state(name).packed)
+        self._runner.requests[name].in_progress_prompt_logprobs_cpu = None
         del self._runner.num_prompt_logprobs[name]
-        return LogprobsTensors(*row.packed)
+        return tensors

@@ -1,9 +1,9 @@
 """Labels under tensor parallelism, where each worker has the logits of a part of the vocabulary.
 
-Gathered, every worker would get all logits of all positions, and make the same labels of them.
-Here, each gets the whole vocabulary for its share of the positions: with G workers, a G-th of what
-would be sent, held and worked on. It labels these with the arithmetic that one worker alone would
-use, so every record can be had and labels are the same; and only labels are gathered.
+If the logits were gathered, every worker would get those of all positions and make the same labels
+of them. Instead, an all-to-all gives each of G workers the full vocabulary for its share of the
+positions: a G-th of the traffic, memory and work. Each labels its share as a single worker would,
+so that every kind of record is served and labels are the same; only labels are gathered.
 """
 
 import inspect
@@ -24,7 +24,8 @@ from labeler.label_head.thread_pool import SlicePool
 from labeler.teachers.vllm.packed_labels import Packed, pack
 from schemas.spec import RecordSpec
 
-# All that compute_logits may do, without its blanks, so that it can be done to a shard.
+# The only compute_logits that can be applied to a part of the vocabulary, without its white space:
+# one that does nothing but call the logits processor.
 _PLAIN = re.compile(
     r"\)->torch\.Tensor(?:\|None)?:logits=self\.logits_processor"
     r"\(self\.([a-z_.]+),hidden_states\)returnlogits$"
@@ -33,7 +34,7 @@ _PLAIN = re.compile(
 
 @dataclass(frozen=True)
 class VocabParallelLogits:
-    """A model's logits, in parts of the vocabulary.
+    """A model's logits, divided among workers by vocabulary.
 
     Attributes:
         local_logits: this worker's part of the logits of hidden states [T, H].
@@ -52,89 +53,78 @@ def label_vocab_parallel(
     record: RecordSpec,
     vocab_size: int,
     group: Any,
-    workers: SlicePool,
+    pool: SlicePool,
 ) -> tuple[Packed, torch.Tensor | None]:
     """Labels T positions together with the other workers of a group; every worker calls it.
 
     Args:
-        shard: floating [T, V / G or a little more], this worker's logits; shards in the order of
-            ranks are the vocabulary and, behind it, padding.
+        shard: floating [T, V / G or a little more], this worker's logits; concatenated by rank,
+            shards are the vocabulary followed by padding.
         target_ids: integer [T], the same in each worker, like everything below.
-        uniforms: float64 [T, numbers of a position], or None for kinds without draws.
+        uniforms: float64 [T, numbers per position], or None for kinds without draws.
         audited: bool [T], which positions are audited.
-        record: what is kept.
+        record: what to keep.
         vocab_size: V.
         group: a ``torch.distributed`` group of G workers.
-        workers: the threads of this one.
+        pool: the threads of this worker.
 
     Returns:
-        The labels of all T positions and the audits of all that are audited, in order; None where
-        none is.
+        The labels of all T positions, and the audits in order; None if nothing is audited.
     """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     logits = exchange_shards(shard, ranks, group)[:, :vocab_size]
     bounds = rank_bounds(len(shard), ranks)
     mine = slice(int(bounds[rank]), int(bounds[rank + 1]))
     logits = logits[: mine.stop - mine.start]
-    labels = label_logits(
-        logits,
-        target_ids[mine],
-        record,
-        None if uniforms is None else uniforms[mine],
-        workers,
-    )
+    numbers = None if uniforms is None else uniforms[mine]
+    labels = label_logits(logits, target_ids[mine], record, numbers, pool)
     lengths = np.diff(bounds).tolist()
-    packed = Packed(*(_gathered(column, lengths, group) for column in pack(labels)))
+    packed = Packed(*(_all_gather_rows(column, lengths, group) for column in pack(labels)))
     if not audited.any():
         return packed, None
     at = torch.from_numpy(np.flatnonzero(audited[mine])).to(logits.device)
-    audits = audit_rows(logits, labels, at, workers)
     counts = [int(audited[start:end].sum()) for start, end in pairwise(bounds)]
-    return packed, _gathered(audits, counts, group)
+    return packed, _all_gather_rows(audit_rows(logits, labels, at, pool), counts, group)
 
 
 def audit_rows(
-    logits: torch.Tensor, labels: PositionLabels, at: torch.Tensor, workers: SlicePool
+    logits: torch.Tensor, labels: PositionLabels, at: torch.Tensor, pool: SlicePool
 ) -> torch.Tensor:
     """Audits of some rows of logits, in order; see ``audit_logits``.
 
     Args:
         logits: [T, V].
         labels: of these.
-        at: int64 [A], which rows.
-        workers: share the work on a CPU.
+        at: int64 [A], the rows.
+        pool: shares the work among CPU threads.
     """
 
     def audit(part: slice, _: object) -> torch.Tensor:
         rows = at[part]
         return audit_logits(logits[rows], labels.entry_ids[rows], labels.head_len[rows])
 
-    step = max(1, -(-len(at) // workers.count))
+    step = max(1, -(-len(at) // pool.num_threads))
     parts = [slice(first, first + step) for first in range(0, max(len(at), 1), step)]
-    return torch.cat(workers.each(audit, parts))
+    return torch.cat(pool.map(audit, parts))
 
 
 def rank_bounds(count: int, ranks: int) -> np.ndarray:
-    """Where the shares of each rank begin and end among T positions: int64 [G + 1]."""
-    return np.minimum(np.arange(ranks + 1) * _share(count, ranks), count)
-
-
-def _share(count: int, ranks: int) -> int:
-    return -(-count // ranks)
+    """Bounds of each rank's share of T positions: int64 [G + 1]."""
+    return np.minimum(np.arange(ranks + 1) * -(-count // ranks), count)
 
 
 def exchange_shards(shard: torch.Tensor, ranks: int, group: Any) -> torch.Tensor:
-    """From a part of the vocabulary of all rows to all of the vocabulary of this rank's rows.
+    """All-to-all from a part of the vocabulary of all rows to the full rows of this rank.
 
     Args:
-        shard: [T, W], of each rank as wide.
+        shard: [T, W]; W is the same on every rank.
         ranks: G.
-        group: of them.
+        group: of the G ranks.
 
     Returns:
-        [ceil(T / G), G * W]; rows behind the end of T are zeros.
+        [ceil(T / G), G * W]; rows past the end of T are zeros.
     """
-    share, width = _share(len(shard), ranks), shard.shape[1]
+    share, width = -(-len(shard) // ranks), shard.shape[1]
     sent = shard.new_zeros(ranks * share, width)
     sent[: len(shard)] = shard
     received = torch.empty_like(sent)
@@ -142,9 +132,9 @@ def exchange_shards(shard: torch.Tensor, ranks: int, group: Any) -> torch.Tensor
     return received.view(ranks, share, width).transpose(0, 1).reshape(share, ranks * width)
 
 
-def _gathered(column: torch.Tensor, lengths: list[int], group: Any) -> torch.Tensor:
-    """The rows of all ranks, one after the other; rank g has ``lengths[g]`` of them."""
-    longest = max(lengths)
+def _all_gather_rows(column: torch.Tensor, lengths: list[int], group: Any) -> torch.Tensor:
+    """The rows of all ranks, concatenated; rank g has ``lengths[g]`` of them."""
+    longest = max(lengths)  # all_gather needs equal shapes
     padded = column.new_zeros(longest, *column.shape[1:])
     padded[: len(column)] = column
     everything = [torch.empty_like(padded) for _ in lengths]
@@ -153,11 +143,11 @@ def _gathered(column: torch.Tensor, lengths: list[int], group: Any) -> torch.Ten
 
 
 def vocab_parallel_logits(model: Any) -> VocabParallelLogits | None:
-    """How a vLLM model gives a worker's part of the logits.
+    """How to get a worker's part of the logits from a vLLM model.
 
     Returns:
-        None where there is one worker, or where the model makes its logits in a way that this
-        does not know; they are gathered then.
+        None for one worker, or if the model computes its logits in an unknown way; they are
+        gathered then.
     """
     head, processor = _plain_head(model), getattr(model, "logits_processor", None)
     if head is None or processor is None or getattr(head, "tp_size", 1) < 2:
@@ -170,7 +160,7 @@ def vocab_parallel_logits(model: Any) -> VocabParallelLogits | None:
 
 
 def _plain_head(model: Any) -> Any:
-    """The head of a model that does nothing else to its logits; None if it does, or may."""
+    """The output head of a model that does nothing else to its logits; None if it may."""
     try:
         source = inspect.getsource(type(model).compute_logits)
         forward = inspect.signature(model.logits_processor.forward).parameters

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from labeler.label_head import draws, position_labels
+from labeler.label_head.labels import COLUMNS
 from labeler.label_head.position_labels import PositionLabels, label_logits
 from labeler.teachers.vllm.packed_labels import empty_packed, pack, unpack
 from schemas.spec import RecordSpec
@@ -147,7 +148,8 @@ def test_labels_do_not_depend_on_how_rows_are_put_together(
     monkeypatch.setattr(draws, "_CONVERTED_AT_ONCE_CPU", 3 * vocab_size)
     ways.append([some(slice(0, 9)), some(slice(9, 23))])
     for parts in ways:
-        for column, pieces in zip(whole, zip(*parts, strict=True), strict=True):
+        columns = zip(*(part.columns() for part in parts), strict=True)
+        for column, pieces in zip(whole.columns(), columns, strict=True):
             if column is not None:
                 torch.testing.assert_close(torch.cat(pieces), column, rtol=0, atol=1e-6)
         for name in ("entry_ids", "head_len", "tail_len"):
@@ -254,7 +256,7 @@ def test_labels_travel_packed(record: RecordSpec, scale: float) -> None:
     empty = empty_packed(9, record, 700)
     assert [part.shape for part in empty] == [part.shape for part in pack(labels)]
     assert [part.dtype for part in empty] == [part.dtype for part in pack(labels)]
-    for name, column in labels._asdict().items():
+    for name, column in zip(COLUMNS, labels.columns(), strict=True):
         mine = getattr(row, name)
         assert (mine is None) == (column is None), name
         if column is not None and column.ndim == 2 and name != "lse":

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from labeler.label_head import numpy_kernels, position_labels
+from labeler.label_head.labels import COLUMNS
 from labeler.label_head.position_labels import PositionLabels, label_logits
 from labeler.label_head.thread_pool import SlicePool
 from labeler.label_head.topk import ordered_topk
@@ -53,7 +54,7 @@ def padded(kept: Entries, logprobs: np.ndarray, width: int) -> dict[str, object]
 
 
 def check(labels: PositionLabels, expected: dict[str, np.ndarray], tolerance: float = 1e-4) -> None:
-    for name, column in labels._asdict().items():
+    for name, column in zip(COLUMNS, labels.columns(), strict=True):
         if column is None:
             assert name in ("entry_counts", "entropy", "lse")
         elif column.is_floating_point():
@@ -160,7 +161,9 @@ def test_a_slice_of_any_size_gives_the_same_labels(monkeypatch: pytest.MonkeyPat
     record = RecordSpec(kind="topk", k=10, temperatures=(2.0,))
     whole = label_logits(logits, targets, record)
     monkeypatch.setattr(position_labels, "_SLICE_ELEMENTS_CPU", 5 * 400)
-    for one, other in zip(whole, label_logits(logits, targets, record), strict=True):
+    for one, other in zip(
+        whole.columns(), label_logits(logits, targets, record).columns(), strict=True
+    ):
         if one is not None:
             torch.testing.assert_close(one, other)
 
@@ -171,7 +174,7 @@ def test_workers_with_memory_of_earlier_calls_change_nothing(
     monkeypatch.setattr(position_labels, "_SLICE_ELEMENTS_CPU", 10_000)
     num_threads = torch.get_num_threads()
     workers = SlicePool(torch.device("cpu"))
-    workers.count = 3
+    workers.num_threads = 3
     records = [RecordSpec(kind="topk", k=10), RecordSpec(kind="threshold", tau=0.1)]
     for num_rows, vocab_size in ((137, 400), (1, 400), (260, 400), (8, 50)):
         logits, targets = make_logits(num_rows, vocab_size, 2.0), torch.arange(num_rows) % 50
@@ -182,7 +185,7 @@ def test_workers_with_memory_of_earlier_calls_change_nothing(
                 with torch.inference_mode(num_rows == 137):
                     fresh = label_logits(given, targets, record, numbers)
                     again = label_logits(given, targets, record, numbers, workers)
-                for one, other in zip(fresh, again, strict=True):
+                for one, other in zip(fresh.columns(), again.columns(), strict=True):
                     assert (one is None) == (other is None)
                     assert one is None or torch.equal(one, other)
     with pytest.raises(AssertionError, match="needs uniform numbers"):

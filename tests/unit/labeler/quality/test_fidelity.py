@@ -9,7 +9,7 @@ import torch
 from labeler.label_head.audit_logits import audit_logits
 from labeler.label_head.position_labels import label_logits
 from labeler.quality.fidelity import measure, partition_kl
-from labeler.teachers.audits import audit_of, audited_labels
+from labeler.teachers.audits import Audit, audited_labels
 from labeler.teachers.protocol import RowLabels
 from labeler.teachers.request_checks import row_uniforms
 from labeler.units.assemble import assemble_rows
@@ -40,8 +40,8 @@ def make_labels(record: RecordSpec, rate: float, seed: int = 0) -> list[RowLabel
         audited = audited_labels(key, length - 1, rate)
         at = torch.from_numpy(audited)
         audit = audit_logits(logits[at], columns.entry_ids[at], columns.head_len[at])
-        arrays = [None if column is None else column.numpy() for column in columns]
-        labels.append(RowLabels(*arrays, audit=audit_of(audited, audit.numpy())))
+        arrays = [None if column is None else column.numpy() for column in columns.columns()]
+        labels.append(RowLabels(*arrays, audit=Audit.from_columns(audited, audit.numpy())))
     return labels
 
 

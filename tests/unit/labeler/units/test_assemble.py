@@ -32,7 +32,7 @@ def make_rows(
         per_position = record.draws if record.kind == "sampled" else 1
         uniforms = rng.random((len(targets), per_position)) if record.has_draws else None
         columns = label_logits(logits, targets, record, uniforms)
-        labels.append(RowLabels(*(None if c is None else c.numpy() for c in columns)))
+        labels.append(RowLabels(*(None if c is None else c.numpy() for c in columns.columns())))
     keys = rng.integers(0, 256, (2, len(tokens), 16), dtype=np.uint8)
     return assemble_rows(keys[0], keys[1], tokens, spans, labels, record), labels
 

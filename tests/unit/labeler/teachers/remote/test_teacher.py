@@ -60,8 +60,8 @@ def test_a_tail_is_within_what_is_known_of_it() -> None:
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ([None, told({1: -1.0, 2: -2.0}, 7, -3.0, 3)], "tells of 2 positions of a row of 3"),
-        ([None, told({1: -1.0}, 7, -3.0, 2), told({1: -1.0}, 1, -1.0, 1)], "expected the token"),
+        ([None, told({1: -1.0, 2: -2.0}, 7, -3.0, 3)], "returned 2 positions for a row of 3"),
+        ([None, told({1: -1.0}, 7, -3.0, 2), told({1: -1.0}, 1, -1.0, 1)], "expected its token"),
         ([None, *[told({1: 4.0, 2: 3.0}, t, 1.0, 3) for t in (7, 9)]], "raw_logprobs"),
     ],
 )
@@ -106,7 +106,7 @@ def test_a_server_that_refuses_every_row_has_nothing_against_one(
         told = rf"HTTP {status}: .*not here.* serves big with --max-logprobs 2 or more; .*run the"
         with pytest.raises(TeacherGoneError, match=told):
             remote.label([ROW, ROW], [SPANS] * 2, np.zeros((2, 16), np.uint8))
-        with pytest.raises(TeacherGoneError, match=rf"HTTP {status}: .*serves big; what is"):
+        with pytest.raises(TeacherGoneError, match=rf"HTTP {status}: .*serves big; committed"):
             remote.generate([ROW], GenerationSpec(max_tokens=4, temperature=0.5), [[1]])
         canary = running.asked[-1]
         remote.close()

@@ -123,7 +123,7 @@ def test_a_failure_fails_what_is_in_flight_and_what_comes_later(thread: EngineTh
 
 def test_rows_that_an_engine_forgets_are_missed(thread: EngineThread, engine: SlowEngine) -> None:
     engine.add_request = lambda *_: "taken"  # type: ignore[method-assign]
-    with pytest.raises(TeacherError, match="with 1 rows in flight: it lost them"):
+    with pytest.raises(TeacherError, match="1 rows in flight: it reports no unfinished"):
         thread.outputs(requests("a"))
 
 
