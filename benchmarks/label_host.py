@@ -44,7 +44,7 @@ def host_us_per_label(
         together) and ``commit`` (checking the rows, and writing shard, keys and manifest), of which
         checking is ``validate``.
     """
-    requests, packed = make_requests(rows), [_packed(one) for one in labels]
+    requests, packed = make_requests(rows), [_packed(one, record) for one in labels]
     parts: dict[str, list[float]] = {"assemble": [], "commit": [], "validate": []}
     for _ in range(repeats):
         spent = dict.fromkeys(parts, 0.0)
@@ -77,10 +77,10 @@ def _cpu_s(work: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def _packed(labels: RowLabels) -> Packed:
+def _packed(labels: RowLabels, record: RecordSpec) -> Packed:
     """The arrays that the engine shipped for a row; its audits are left out."""
 
     def tensor(values: np.ndarray | None) -> torch.Tensor | None:
         return None if values is None else torch.from_numpy(np.ascontiguousarray(values))
 
-    return pack(PositionLabels(*map(tensor, labels.columns())))
+    return pack(PositionLabels(*map(tensor, labels.columns())), record)

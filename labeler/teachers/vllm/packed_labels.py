@@ -11,9 +11,8 @@ from labeler.teachers.audits import Audit
 from labeler.teachers.protocol import RowLabels
 from schemas.spec import RecordSpec
 
-# The rank has an array of its own; these share one in this order.
-_INTEGERS = ("entry_ids", "head_len", "tail_len", "entry_counts")
-_FLOATS = ("entry_logprobs", "tail_logmass", "target_logprob", "entropy", "lse")
+# Fields of the two matrices, in order, with the number of their columns; 0: one, read as a vector.
+_Layout = list[tuple[str, int]]
 
 
 class Packed(NamedTuple):
@@ -22,8 +21,8 @@ class Packed(NamedTuple):
     An audit puts the columns of ``labeler.label_head.audit_logits`` into its floats.
 
     Attributes:
-        integers: int32 [N + A, columns of ``_INTEGERS``].
-        floats: float32 [N + A, columns of ``_FLOATS``].
+        integers: int32 [N + A, columns]: ids, lengths, counts.
+        floats: float32 [N + A, columns]: log-probabilities, tail, target, entropy, lse.
         ranks: int32 [N + A].
     """
 
@@ -32,26 +31,26 @@ class Packed(NamedTuple):
     ranks: torch.Tensor
 
 
-def _columns(record: RecordSpec, width: int) -> dict[str, int]:
-    """How many columns each field takes, by name; fields that the record lacks are left out."""
-    columns = {"entry_ids": width, "head_len": 1, "tail_len": 1}
+def _layouts(record: RecordSpec, width: int) -> tuple[_Layout, _Layout]:
+    """The fields of the integers and of the floats, for labels of ``width`` entries."""
+    integers = [("entry_ids", width), ("head_len", 0), ("tail_len", 0)]
     if record.kind == "sampled":
-        columns["entry_counts"] = width
-    columns |= {"entry_logprobs": width, "tail_logmass": 1, "target_logprob": 1}
+        integers.append(("entry_counts", width))
+    floats = [("entry_logprobs", width), ("tail_logmass", 0), ("target_logprob", 0)]
     if record.entropy:
-        columns["entropy"] = 1
+        floats.append(("entropy", 0))
     if record.temperatures:
-        columns["lse"] = len(record.temperatures)
-    return columns
+        floats.append(("lse", len(record.temperatures)))
+    return integers, floats
 
 
 def empty_packed(
     count: int, record: RecordSpec, vocab_size: int, device: torch.device | None = None
 ) -> Packed:
     """Memory for ``count`` labels and audits, on the host or a device."""
-    columns = _columns(record, record.most_entries(vocab_size))
     num_integers, num_floats = (
-        sum(columns.get(name, 0) for name in names) for names in (_INTEGERS, _FLOATS)
+        sum(columns or 1 for _, columns in layout)
+        for layout in _layouts(record, record.most_entries(vocab_size))
     )
     return Packed(
         torch.empty(count, num_integers, dtype=torch.int32, device=device),
@@ -60,14 +59,16 @@ def empty_packed(
     )
 
 
-def pack(labels: PositionLabels) -> Packed:
-    """Labels as three arrays; ``unpack`` is the inverse."""
-
-    def join(names: tuple[str, ...]) -> torch.Tensor:
-        present = [c for name in names if (c := getattr(labels, name)) is not None]
-        return torch.cat([c if c.ndim == 2 else c[:, None] for c in present], dim=1)
-
-    return Packed(join(_INTEGERS).int(), join(_FLOATS), labels.target_rank)
+def pack(labels: PositionLabels, record: RecordSpec) -> Packed:
+    """Labels of a record as three arrays; ``unpack`` is the inverse."""
+    integers, floats = (
+        [
+            getattr(labels, name) if columns else getattr(labels, name)[:, None]
+            for name, columns in layout
+        ]
+        for layout in _layouts(record, labels.entry_ids.shape[1])
+    )
+    return Packed(torch.cat(integers, dim=1), torch.cat(floats, dim=1), labels.target_rank)
 
 
 def unpack(packed: Packed, record: RecordSpec, audited: npt.NDArray[np.int64]) -> RowLabels:
@@ -78,20 +79,18 @@ def unpack(packed: Packed, record: RecordSpec, audited: npt.NDArray[np.int64]) -
         record: of the labels.
         audited: int64 [A], the labels that were audited.
     """
-    integers, floats, ranks = (np.asarray(array) for array in packed)
+    integers, floats, ranks = map(np.asarray, packed)
     count = len(ranks) - len(audited)
-    width = floats.shape[1] - sum(_columns(record, 0).get(name, 0) for name in _FLOATS)
-    columns = _columns(record, width)
+    width = floats.shape[1] - sum(columns or 1 for _, columns in _layouts(record, 0)[1][1:])
     fields: dict[str, Any] = {"entry_counts": None, "entropy": None, "lse": None}
+    for values, layout in zip(
+        (integers[:count], floats[:count]), _layouts(record, width), strict=True
+    ):
+        start = 0
+        for name, columns in layout:
+            fields[name] = values[:, start : start + columns] if columns else values[:, start]
+            start += columns or 1
     fields["target_rank"] = ranks[:count]
-    for names, values in ((_INTEGERS, integers), (_FLOATS, floats)):
-        at = 0
-        for name in names:
-            if name in columns:
-                end = at + columns[name]
-                is_matrix = name == "lse" or name.startswith("entry_")
-                fields[name] = values[:count, at:end] if is_matrix else values[:count, at]
-                at = end
     used = int((fields["head_len"] + fields["tail_len"]).max(initial=0))
     # With a small tau, the labels of a unit would take a hundred times the size of their content.
     if 2 * used <= width:

@@ -108,4 +108,6 @@ class StepLabeler:
             return None  # gathered logits may go to one worker of a tensor-parallel group only
         labels = label_logits(logits, target_ids, self.record, uniforms, self._pool)
         at = torch.from_numpy(np.flatnonzero(audited)).to(logits.device)
-        return pack(labels), audit_rows(logits, labels, at, self._pool) if len(at) else None
+        return pack(labels, self.record), audit_rows(logits, labels, at, self._pool) if len(
+            at
+        ) else None

@@ -79,7 +79,7 @@ def label_vocab_parallel(
     numbers = None if uniforms is None else uniforms[mine]
     labels = label_logits(logits, target_ids[mine], record, numbers, pool)
     lengths = np.diff(bounds).tolist()
-    packed = Packed(*(_all_gather_rows(column, lengths, group) for column in pack(labels)))
+    packed = Packed(*(_all_gather_rows(column, lengths, group) for column in pack(labels, record)))
     if not audited.any():
         return packed, None
     at = torch.from_numpy(np.flatnonzero(audited[mine])).to(logits.device)

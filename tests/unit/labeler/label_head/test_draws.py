@@ -252,10 +252,10 @@ def test_draws_of_a_large_vocabulary_whose_float32_sum_is_not_one() -> None:
 @pytest.mark.parametrize("scale", [0.01, 9.0])
 def test_labels_travel_packed(record: RecordSpec, scale: float) -> None:
     labels = label_logits(make_logits(9, 700, scale), torch.arange(9), record, numbers(record, 9))
-    row = unpack(pack(labels), record, np.zeros(0, np.int64))
+    row = unpack(pack(labels, record), record, np.zeros(0, np.int64))
     empty = empty_packed(9, record, 700)
-    assert [part.shape for part in empty] == [part.shape for part in pack(labels)]
-    assert [part.dtype for part in empty] == [part.dtype for part in pack(labels)]
+    assert [part.shape for part in empty] == [part.shape for part in pack(labels, record)]
+    assert [part.dtype for part in empty] == [part.dtype for part in pack(labels, record)]
     for name, column in zip(COLUMNS, labels.columns(), strict=True):
         mine = getattr(row, name)
         assert (mine is None) == (column is None), name

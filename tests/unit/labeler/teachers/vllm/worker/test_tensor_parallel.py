@@ -47,7 +47,7 @@ for record in records:
         )
         whole = logits[:, :vocab].contiguous()
         labels = label_logits(whole, targets, record, uniforms)
-        for mine, alone in zip(packed, pack(labels), strict=True):
+        for mine, alone in zip(packed, pack(labels, record), strict=True):
             torch.testing.assert_close(mine, alone, rtol=0, atol=1e-6)
         assert (audits is None) == (not audited.any())
         if audits is not None:
