@@ -40,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     labels = add("labels", "inspect, check, filter, export and clean up label sets")
     demo = add("demo", "run label, train and evaluate on this machine with a small teacher")
-    demo.add_argument("--out", default="runs/demo", help="output folder (default: runs/demo)")
+    demo.add_argument(
+        "--out", metavar="FOLDER", default="runs/demo", help="output folder (default: runs/demo)"
+    )
     for command in (label, train, evaluate, demo, *add_actions(labels)):
         command.add_argument("--json", metavar="PATH", help="also write the summary to PATH")
 
@@ -49,10 +51,15 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("config", help="its TOML file, inside the working directory")
     _add_overrides(submit)
     submit.add_argument(
-        "--address", help="Ray job server, http://HOST:8265 (default: $RAY_API_SERVER_ADDRESS)"
+        "--address",
+        metavar="URL",
+        help="Ray job server, http://HOST:8265 (default: $RAY_API_SERVER_ADDRESS)",
     )
     submit.add_argument(
-        "--working-dir", default=".", help="folder uploaded to the cluster (default: .)"
+        "--working-dir",
+        metavar="FOLDER",
+        default=".",
+        help="folder uploaded to the cluster (default: .)",
     )
     submit.add_argument("--no-wait", action="store_true", help="do not follow the job's output")
     return parser

@@ -27,16 +27,28 @@ def _label_set(parser: argparse.ArgumentParser) -> None:
 def _sampled(parser: argparse.ArgumentParser, groups: int) -> None:
     _label_set(parser)
     parser.add_argument(
-        "--groups", type=int, default=groups, help=f"row groups to sample (default: {groups})"
+        "--groups",
+        type=int,
+        metavar="N",
+        default=groups,
+        help=f"row groups to sample (default: {groups})",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", default=0, help="seed of the sample (default: 0)"
+    )
 
 
 def _show(parser: argparse.ArgumentParser) -> None:
     _sampled(parser, groups=8)
-    parser.add_argument("--rows", type=int, default=2, help="sample rows to print (default: 2)")
     parser.add_argument(
-        "--positions", type=int, default=12, help="labels to print per row (default: 12)"
+        "--rows", type=int, metavar="N", default=2, help="sample rows to print (default: 2)"
+    )
+    parser.add_argument(
+        "--positions",
+        type=int,
+        metavar="N",
+        default=12,
+        help="labels to print per row (default: 12)",
     )
 
 
@@ -72,7 +84,7 @@ def _view(parser: argparse.ArgumentParser) -> None:
         "--holdout-to", metavar="URL", help="write the held-out view here, and the rest to OUT"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed of samples and splits (default: 0)"
+        "--seed", type=int, metavar="N", default=0, help="seed of samples and splits (default: 0)"
     )
 
 
@@ -83,17 +95,19 @@ def _export(parser: argparse.ArgumentParser) -> None:
         "--format",
         required=True,
         choices=("chat-jsonl", "chat-parquet", "axolotl", "distillkit"),
-        help="chat-*: sampled responses as messages; axolotl, distillkit: top-k labels",
+        help="chat-*: sampled responses as messages; axolotl: top-k or top-p labels; distillkit: "
+        "top-k labels",
     )
     parser.add_argument(
         "--tokenizer",
+        metavar="NAME",
         help="tokenizer for chat-*, folder or hub name (default: that of the recorded teacher)",
     )
 
 
 def _report(parser: argparse.ArgumentParser) -> None:
     _sampled(parser, groups=32)
-    parser.add_argument("--out", required=True, help="HTML file to write")
+    parser.add_argument("--out", required=True, metavar="FILE", help="HTML file to write")
 
 
 def _drop(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from schemas.console.text import size_text
 from schemas.label_set.label_set import LabelSet
 from schemas.label_set.manifest import Manifest
 from schemas.label_set.parity_result import read_parity
-from schemas.label_set.roster import Accounts, read_accounts
+from schemas.label_set.roster import Accounts, finished_runs, read_accounts
 from schemas.maintenance.listing import record_text, teacher_text
 
 RUN_COLUMNS = ("run", "read", "labelled", "reused", "duplicate", "quarantined", "reasons")
@@ -72,11 +72,7 @@ def _checks(label_set: LabelSet, manifests: Sequence[Manifest]) -> list[tuple[st
 
 def run_accounts(label_set: LabelSet) -> dict[str, Accounts]:
     """The accounts of each finished run, the first run first."""
-    runs = [
-        rel.rsplit("/", 1)[-1].removesuffix(".parquet")
-        for rel in label_set.store.list("rosters", ".parquet")
-    ]
-    return {run: read_accounts(label_set, run) for run in runs}
+    return {run: read_accounts(label_set, run) for run in finished_runs(label_set)}
 
 
 def run_lines(runs: dict[str, Accounts]) -> list[tuple[str, ...]]:

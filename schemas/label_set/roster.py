@@ -155,6 +155,12 @@ def close_roster(label_set: LabelSet, run: str, frozen_keys: SortedKeys | None =
     return read_accounts(label_set, run)
 
 
+def finished_runs(label_set: LabelSet) -> list[str]:
+    """Names of the runs with a closed roster, by name: the first run first."""
+    rosters = label_set.store.list("rosters", ".parquet")
+    return [rel.rsplit("/", 1)[-1].removesuffix(".parquet") for rel in rosters]
+
+
 def read_roster(label_set: LabelSet, run: str) -> pa.Table:
     """The closed roster of a run, ordered by source, place, window and sample.
 

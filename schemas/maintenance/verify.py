@@ -13,7 +13,7 @@ from schemas.errors import AccountsError, DamagedError, MissingError, StoreError
 from schemas.label_set.description import LABEL_SET_FILE
 from schemas.label_set.label_set import LabelSet
 from schemas.label_set.manifest import MANIFESTS, Manifest, read_manifest, repair
-from schemas.label_set.roster import read_accounts
+from schemas.label_set.roster import finished_runs, read_accounts, roster_path
 from schemas.label_set.tables import KEYS, QUARANTINE, parse_table
 from schemas.maintenance.verify_shard import ShardCheck
 from schemas.storage.store import Store
@@ -231,8 +231,8 @@ class _Unit:
 
 
 def _check_rosters(label_set: LabelSet) -> Iterator[Problem]:
-    for rel in label_set.store.list("rosters", ".parquet"):
-        run = rel.rsplit("/", 1)[-1].removesuffix(".parquet")
+    for run in finished_runs(label_set):
+        rel = roster_path(run)
         try:
             read_accounts(label_set, run).check()
         except (MissingError, DamagedError, AccountsError, ValueError) as error:

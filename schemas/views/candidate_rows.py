@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from schemas.errors import StoreError
 from schemas.keys import KEY_BYTES
 from schemas.label_set.label_set import LabelSet
-from schemas.label_set.roster import read_roster
+from schemas.label_set.roster import finished_runs, read_roster
 from schemas.label_set.tables import key_array
 from schemas.views.view import VIEW, labelled_rows
 
@@ -60,10 +60,7 @@ def open_sources(names: list[str]) -> list[RunOfSet]:
     for given, name in enumerate(names):
         url, run = _split(name)
         label_set = LabelSet.open(url)
-        runs = [
-            rel.rsplit("/", 1)[-1].removesuffix(".parquet")
-            for rel in label_set.store.list("rosters", ".parquet")
-        ]
+        runs = finished_runs(label_set)
         if run and run not in runs:
             raise StoreError(f"{url}: has no finished run {run}; there are: {', '.join(runs)}")
         if not runs:

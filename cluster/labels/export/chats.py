@@ -6,7 +6,7 @@ from typing import Any
 
 from schemas.errors import ConfigError, DamagedError, MissingError, first_line
 from schemas.label_set.label_set import LabelSet
-from schemas.label_set.roster import LABELLED, REUSED, read_roster
+from schemas.label_set.roster import LABELLED, REUSED, finished_runs, read_roster
 from schemas.record.rows import LabelRows
 from schemas.vocabulary import vocabulary_differences
 
@@ -109,8 +109,7 @@ def _check_same(label_set: LabelSet, tokenizer: Any, name: str) -> None:
 def _read_origins(label_set: LabelSet) -> dict[bytes, tuple[str, int, int, dict[str, Any]]]:
     """Source, place, sample and kept columns of each row that some run used, by row key."""
     found: dict[bytes, tuple[str, int, int, dict[str, Any]]] = {}
-    for rel in label_set.store.list("rosters", ".parquet"):
-        run = rel.rsplit("/", 1)[-1].removesuffix(".parquet")
+    for run in finished_runs(label_set):
         for row in read_roster(label_set, run).to_pylist():
             if row["disposition"] in (LABELLED, REUSED):
                 columns = json.loads(row["columns"]) if row["columns"] else {}
