@@ -4,11 +4,11 @@ Importing this module costs pydantic and nothing else, so that help and configur
 instant.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from schemas.config import StrictModel
+from schemas.config import Count, StrictModel, count_bounds
 from schemas.spec import GenerationSpec, RecordSpec
 
 
@@ -104,21 +104,6 @@ class RemoteConfig(StrictModel):
     )
 
 
-class ReplicasConfig(StrictModel):
-    """How many teacher actors there are: as many as there is work and room for."""
-
-    min: int = Field(default=1, ge=1, description="started at once; fewer is an error")
-    max: int = Field(ge=1, description="started while units wait and the cluster has room")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.min > self.max:
-            raise ValueError(
-                f"teacher.replicas.min is {self.min}, which is more than max, {self.max}"
-            )
-        return self
-
-
 class TeacherConfig(StrictModel):
     """The teacher and the engine that runs it."""
 
@@ -147,8 +132,10 @@ class TeacherConfig(StrictModel):
     max_model_len: int | None = Field(
         default=None, ge=2, description="the engine's context; unset: what text.max_tokens needs"
     )
-    replicas: Annotated[int, Field(ge=1)] | ReplicasConfig = Field(
-        default=1, description="teacher actors: a number, or { min = 1, max = 8 }"
+    replicas: Count = Field(
+        default=1,
+        description="teacher actors: a number, or { min = 1, max = 8 }: min are started at once, "
+        "up to max while units wait and the cluster has room",
     )
     tensor_parallel_size: int = Field(
         default=1, ge=1, description="GPUs that share each layer of one replica"
@@ -178,9 +165,7 @@ class TeacherConfig(StrictModel):
     @property
     def replica_range(self) -> tuple[int, int]:
         """The least and the most teacher actors."""
-        if isinstance(self.replicas, int):
-            return self.replicas, self.replicas
-        return self.replicas.min, self.replicas.max
+        return count_bounds(self.replicas)
 
     @property
     def gpus_of_replica(self) -> int:
@@ -342,14 +327,12 @@ class LabelConfig(StrictModel):
         return self
 
     def _check_served(self, record: RecordSpec) -> None:
-        asked = [name for name in ("entropy", "temperatures") if getattr(record, name)]
-        if record.kind != "topk" or asked:
+        needs = record.needs_beyond_topk()
+        if needs:
             raise ValueError(
-                f'record.kind is "{record.kind}"'
-                + "".join(f", record.{name} is asked for" for name in asked)
-                + "; a server tells the most probable ids only, so a remote teacher serves "
-                '[record] kind = "topk", entropy = false, no temperatures; for anything else use '
-                'teacher.backend = "vllm"'
+                f"[record] has {', '.join(needs)}, but a server sends only the most probable ids: "
+                'use kind = "topk", entropy = false and no temperatures, or teacher.backend = '
+                '"vllm"'
             )
 
     def _check_generate(self, generate: GenerationSpec) -> None:

@@ -9,10 +9,11 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import pydantic
 import tomli_w
+from pydantic import Field
 
 from schemas.errors import ConfigError
 
@@ -23,6 +24,27 @@ class StrictModel(pydantic.BaseModel):
     """Immutable; unknown keys are errors; defaults are validated like given values."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class CountRange(StrictModel):
+    """A number of processes that follows the room in the cluster."""
+
+    min: int = Field(default=1, ge=1, description="needed to start")
+    max: int = Field(ge=1, description="never exceeded")
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min}, which is more than max, {self.max}")
+        return self
+
+
+Count = Annotated[int, Field(ge=1)] | CountRange
+
+
+def count_bounds(count: int | CountRange) -> tuple[int, int]:
+    """The smallest and the largest number that a `Count` allows."""
+    return (count, count) if isinstance(count, int) else (count.min, count.max)
 
 
 def load_toml(path: str, model: type[M], overrides: Sequence[str] = ()) -> M:

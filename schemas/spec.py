@@ -139,6 +139,11 @@ class RecordSpec(StrictModel):
         """Whether positions have tail draws, which make labels unbiased."""
         return self.kind in ("sampled", "threshold")
 
+    def needs_beyond_topk(self) -> list[str]:
+        """Settings that the most probable ids of a position cannot provide; empty if they can."""
+        kind = [] if self.kind == "topk" else [f'kind "{self.kind}"']
+        return kind + [name for name in ("entropy", "temperatures") if getattr(self, name)]
+
     @property
     def drawn_at(self) -> float:
         """Temperature of the distribution that tail draws are from."""

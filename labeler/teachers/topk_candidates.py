@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from labeler.teachers.protocol import RowLabels
 from schemas.errors import TeacherError
-from schemas.spec import RecordSpec
 
 TAIL_RESOLUTION = 2.0**-20
 """Smaller tails are indistinguishable from none: the accuracy of float32 log-probabilities."""
@@ -28,13 +27,6 @@ LIMITS = {
     "audit": "none, because the full distribution is not known",
 }
 """Limits of such labels, for their provenance."""
-
-
-def unsupported_by_topk(record: RecordSpec) -> str:
-    """The parts of a record that candidates cannot give, as text; empty if they give all."""
-    parts = [] if record.kind == "topk" else [f'kind "{record.kind}"']
-    parts += [name for name in ("entropy", "temperatures") if getattr(record, name)]
-    return ", ".join(parts)
 
 
 def labels_from_topk(

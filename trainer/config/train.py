@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from schemas.config import StrictModel
+from schemas.config import Count, StrictModel, count_bounds
 from trainer.config.student import StudentConfig
 
 LossKind = Literal[
@@ -222,26 +222,13 @@ class DeepSpeedConfig(StrictModel):
     )
 
 
-class WorkerRange(StrictModel):
-    """As many workers as there is room for; the run is fitted to it whenever it starts again."""
-
-    min: int = Field(1, ge=1, description="fewer are waited for")
-    max: int = Field(ge=1, description="more are not started")
-
-    @model_validator(mode="after")
-    def _in_order(self) -> Self:
-        if self.min > self.max:
-            raise ValueError(f"ray.num_workers: min = {self.min} is above max = {self.max}")
-        return self
-
-
 class RayConfig(StrictModel):
     """Where the workers run."""
 
-    num_workers: Annotated[int, Field(ge=1)] | WorkerRange = Field(
+    num_workers: Count = Field(
         1,
-        description="data-parallel ranks, a number or {min, max}; the order of rows and the "
-        "losses do not depend on it",
+        description="data-parallel ranks, a number or {min, max}: a run waits for min and uses up "
+        "to max; the order of rows and the losses do not depend on it",
     )
     resize_check_s: float = Field(
         60.0, gt=0.0, description="with {min, max}: how often the cluster is asked for more room"
@@ -256,12 +243,12 @@ class RayConfig(StrictModel):
     @property
     def min_workers(self) -> int:
         """The fewest ranks that train."""
-        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers.min
+        return count_bounds(self.num_workers)[0]
 
     @property
     def max_workers(self) -> int:
         """The most ranks that train."""
-        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers.max
+        return count_bounds(self.num_workers)[1]
 
 
 class CheckpointConfig(StrictModel):

@@ -24,7 +24,7 @@ from labeler.teachers.protocol import OnRow, RowLabels, ignore_row, usable_or_fa
 from labeler.teachers.remote.client import MAX_INTERNAL_ERRORS, Refusal, VllmClient
 from labeler.teachers.remote.parse_logprobs import row_labels
 from labeler.teachers.request_checks import ModelLimits
-from labeler.teachers.topk_candidates import LIMITS, unsupported_by_topk
+from labeler.teachers.topk_candidates import LIMITS
 from schemas.errors import RowFailure, TeacherError, TeacherGoneError
 from schemas.spec import GenerationSpec, RecordSpec
 
@@ -289,7 +289,7 @@ def _first(errors: BaseExceptionGroup) -> BaseException:
 
 
 def _check_served(config: TeacherConfig, record: RecordSpec) -> None:
-    unsupported = unsupported_by_topk(record)
+    unsupported = ", ".join(record.needs_beyond_topk())
     if unsupported:
         raise TeacherError(
             f"a server returns only the most probable ids, so {config.url} serves records of kind "

@@ -5,7 +5,6 @@ from typing import Any
 
 from labeler.config import TeacherConfig
 from labeler.teacher_model.identity import model_folder, resolve_dtype, resolve_head_dtype
-from labeler.teachers.topk_candidates import unsupported_by_topk
 from labeler.teachers.vllm.label_requests import EXTENSION
 from schemas.errors import TeacherError
 from schemas.spec import RecordSpec
@@ -84,7 +83,7 @@ def _machine_options() -> dict[str, Any]:
 
 def _candidate_options(record: RecordSpec) -> dict[str, Any]:
     """Allows the candidates that the record needs without the label head."""
-    needs_head = unsupported_by_topk(record)
+    needs_head = record.needs_beyond_topk()
     return {} if needs_head or record.k <= STOCK_CANDIDATES else {"max_logprobs": record.k}
 
 

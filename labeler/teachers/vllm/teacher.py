@@ -16,7 +16,7 @@ from labeler.config import TeacherConfig
 from labeler.teacher_model.identity import eos_ids
 from labeler.teachers.protocol import OnRow, RowLabels, ignore_row, usable_or_failure
 from labeler.teachers.request_checks import ModelLimits
-from labeler.teachers.topk_candidates import LIMITS, unsupported_by_topk
+from labeler.teachers.topk_candidates import LIMITS
 from labeler.teachers.vllm import label_requests, stock_logprobs
 from labeler.teachers.vllm.engine_options import (
     STOCK_CANDIDATES,
@@ -88,7 +88,7 @@ class VllmTeacher:
         Raises:
             TeacherError: The head does not fit, and the record needs it.
         """
-        unsupported = unsupported_by_topk(self._record)
+        unsupported = ", ".join(self._record.needs_beyond_topk())
         if self._config.label_path == "flat":
             if unsupported:
                 raise TeacherError(

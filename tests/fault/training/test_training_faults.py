@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
+from schemas.config import CountRange
 from schemas.spec import RecordSpec
 from tests.support import ROOT
 from tests.support.training_faults import Trial, loss_difference, samples, table
 from tests.support.training_runs import make_config, make_world
-from trainer.config.train import TrainConfig, WorkerRange
+from trainer.config.train import TrainConfig
 from trainer.run.launch import run_train_job
 
 STEPS = 50
@@ -126,7 +127,7 @@ def test_two_then_three_workers_then_one(
     trial.fault("driver", after_step=10)
     if zero_stage == 3:
         assert_groups_keep_their_own(trial)
-    trial.start(num_workers=WorkerRange(min=1, max=3))  # there is room for more than three
+    trial.start(num_workers=CountRange(min=1, max=3))  # there is room for more than three
     trial.fault("driver", after_step=30)
     trial.config = trial.config.model_copy(
         update={"ray": trial.config.ray.model_copy(update={"num_workers": 1})}
