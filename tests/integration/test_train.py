@@ -164,7 +164,7 @@ def test_a_finished_run_is_not_run_again(
 ) -> None:
     run, summary = reference
     assert run_train_job(config(run, view, tokenizer)) == summary
-    assert "is finished" in capsys.readouterr().err
+    assert "is finished already" in capsys.readouterr().err
 
 
 def test_another_configuration_needs_another_folder(

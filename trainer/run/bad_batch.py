@@ -1,4 +1,4 @@
-"""Says which rows stood in a step that stopped a run: RUN/bad_batch.json."""
+"""Reports the rows of a step that stopped a run, in RUN/bad_batch.json."""
 
 import numpy as np
 import torch
@@ -18,19 +18,19 @@ from trainer.engine.train_step import TrainStep
 from trainer.run_folder import BAD_BATCH
 
 MOST_PROBED = 64
-"""Rows that each rank runs alone at most, those of the worst micro-batches first."""
+"""Most rows that each rank runs one by one, those of the worst micro-batches first."""
 
 
 class BadRow(StrictModel):
     """One row of the step.
 
     Attributes:
-        view_row: number in the view; in a mixture counted through all its views.
+        view_row: row number in the view; in a mixture counted through all its views.
         row_key: hexadecimal.
-        shard, row_group, row: where it lies in ``label_set``, a URL.
-        lane, rank, micro_batch: where it was in the step, each counted from 0.
-        loss: mean per label of the row run alone, nats; None where it is not finite, or not known.
-        is_finite: whether that loss is; None where the row was not run alone.
+        shard, row_group, row: its place in ``label_set``, a URL.
+        lane, rank, micro_batch: its place in the step, each counted from 0.
+        loss: mean per label of the row on its own, nats; None if it is not finite or not known.
+        is_finite: whether that loss is finite; None if the row was not run on its own.
     """
 
     view_row: int
@@ -51,11 +51,11 @@ class BadBatch(StrictModel):
     """The content of bad_batch.json.
 
     Attributes:
-        what: "loss" or "gradient norm", of the whole step.
-        value: None where it is not finite.
-        median: of the steps before, where the value is a spike.
-        checkpoint: the newest one from before the step; empty: there is none.
-        rows: of the whole step; first those whose loss is not finite, then by falling loss.
+        what: "loss" or "gradient norm" of the step.
+        value: None if it is not finite.
+        median: of the steps before, if the value is a spike.
+        checkpoint: the newest one from before the step; empty if none exists.
+        rows: all rows of the step: first those whose loss is not finite, then by falling loss.
     """
 
     step: int
@@ -67,14 +67,15 @@ class BadBatch(StrictModel):
 
 
 class BadBatchReport:
-    """Finds the rows that a bad step is due to. Collective."""
+    """Finds the rows that caused a bad step. Collective."""
 
     def __init__(
         self, config: TrainConfig, view: View, rows: RowTable, step: TrainStep, vocab_size: int
     ) -> None:
         """
         Args:
-            step: runs the rows alone; vocab_size: rows of the student's head.
+            step: runs single rows.
+            vocab_size: rows of the student's head.
         """
         self._config, self._view, self._rows = config, view, rows
         self._step, self._vocab_size = step, vocab_size
@@ -83,34 +84,31 @@ class BadBatchReport:
         """Writes the rows of the step to the run's folder, on rank 0.
 
         Returns:
-            The error to stop with, on every rank, once the file is there.
+            The error to raise, on every rank, after the file is written.
         """
-        alone = self._run_alone(bad, batch)
+        losses = self._row_losses(bad, batch)
         report = BadBatch(
             step=bad.step,
             what=bad.what,
             value=_finite(bad.value),
             median=bad.median,
             checkpoint=checkpoint,
-            rows=self._describe(batch, alone),
+            rows=self._describe(batch, losses),
         )
         if dist.get_rank() == 0:
             store.write_bytes(BAD_BATCH, report.model_dump_json(indent=2).encode())
         dist.barrier()
         return StudentError(summary(bad, report, store.path(BAD_BATCH)))
 
-    def _run_alone(self, bad: BadStep, batch: StepBatch) -> dict[int, float]:
-        """Mean loss per label of single rows, by id, of all ranks; empty after a bad gradient.
-
-        A bad gradient may have reached the weights by now, so that no row would tell anything.
-        """
+    def _row_losses(self, bad: BadStep, batch: StepBatch) -> dict[int, float]:
+        """Mean loss per label of single rows, by id, from all ranks; empty after a bad gradient."""
         if bad.what != LOSS:
-            return {}
+            return {}  # the gradient may have reached the weights: no loss would point to a row
         reader = RowReader(self._view, self._rows, self._config.loss, self._config.data.cache_bytes)
         mine = self._candidates(bad, batch)
         found: dict[int, float] = {}
         try:
-            # As many forward passes on every rank, since ZeRO-3 gathers parameters in each.
+            # Equally many forward passes on every rank: ZeRO-3 gathers parameters in each.
             for number in range(max(gathered([len(mine)]))):
                 ids = mine[number : number + 1]
                 loss = self._loss_of(reader, ids)
@@ -120,7 +118,7 @@ class BadBatchReport:
         return {row: loss for part in gathered([found]) for row, loss in part.items()}
 
     def _candidates(self, bad: BadStep, batch: StepBatch) -> list[int]:
-        """Ids of this rank's rows to run alone."""
+        """Ids of this rank's rows to run one by one."""
         size = self._config.data.micro_batch_size
         packs = batch.packs[dist.get_rank() :: dist.get_world_size()]
         order = sorted(range(len(packs)), key=lambda i: _badness(bad.micro_losses[i // size]))
@@ -133,7 +131,7 @@ class BadBatchReport:
             loss, _ = self._step.forward(micro_batch)
         return float(loss) / micro_batch.weight if micro_batch.weight else 0.0
 
-    def _describe(self, batch: StepBatch, alone: dict[int, float]) -> list[BadRow]:
+    def _describe(self, batch: StepBatch, losses: dict[int, float]) -> list[BadRow]:
         world_size, size = dist.get_world_size(), self._config.data.micro_batch_size
         described = []
         for lane, pack in enumerate(batch.packs):
@@ -141,8 +139,8 @@ class BadBatchReport:
             keys = key_array(self._view.table.take(numbers), "row_key")
             for row, number, key in zip(pack.tolist(), numbers.tolist(), keys, strict=True):
                 label_set, shard, row_group = self._rows.groups[self._rows.group[row]]
-                loss = alone.get(row)
-                place = BadRow(
+                loss = losses.get(row)
+                bad_row = BadRow(
                     view_row=number,
                     row_key=key.tobytes().hex(),
                     label_set=self._view.label_sets[label_set].url,
@@ -156,12 +154,12 @@ class BadBatchReport:
                     loss=None if loss is None else _finite(loss),
                     is_finite=None if loss is None else _finite(loss) is not None,
                 )
-                described.append(place)
+                described.append(bad_row)
         return sorted(described, key=lambda row: (row.is_finite is not False, -(row.loss or 0.0)))
 
 
 def summary(bad: BadStep, report: BadBatch, path: str) -> str:
-    """One line: what happened, which rows, where to go on from."""
+    """One line: the bad value, the rows to blame, the checkpoint to resume from, and advice."""
     value = f"{bad.value}" if bad.median is None else f"{bad.value:.4g}"
     what = f"the {bad.what} of step {bad.step} is {value}"
     if bad.median is not None:
@@ -170,7 +168,7 @@ def summary(bad: BadStep, report: BadBatch, path: str) -> str:
     checkpoint = (
         f"the last good checkpoint is {report.checkpoint}"
         if report.checkpoint
-        else "there is no checkpoint from before it"
+        else "no checkpoint precedes it"
     )
     return f"{what}{_blame(report)}; {where}; {checkpoint}. {_advice(bad)}"
 
@@ -181,25 +179,25 @@ def _blame(report: BadBatch) -> str:
     if not culprits:
         return ""
     if len(culprits) == len(probed):
-        return ", and so is that of every row of it alone: the student's weights are spoilt"
+        return ", and every row fails on its own: the student's weights are corrupted"
     first = culprits[0]
     return (
-        f", and so is that of {len(culprits)} of its rows alone, first row {first.view_row} of the "
+        f", and {len(culprits)} of its rows fail on their own, first row {first.view_row} of the "
         f"view (shard {first.shard}, row group {first.row_group}, row {first.row})"
     )
 
 
 def _advice(bad: BadStep) -> str:
     if bad.median is not None:
-        return "To go on through spikes set guard.spikes=warn; against them lower optimizer.lr"
+        return "To train through spikes set guard.spikes=warn; to avoid them lower optimizer.lr"
     return (
-        "Lower optimizer.lr, lengthen the warm-up or clip harder (deepspeed.gradient_clipping), or "
-        "leave bad rows out (tutelage labels verify, labels view)"
+        "Lower optimizer.lr, lengthen the warm-up, lower deepspeed.gradient_clipping, or leave bad "
+        "rows out of the view (tutelage labels verify, labels view)"
     )
 
 
 def _badness(loss: float) -> float:
-    """Sorts what is not finite first, then by falling loss."""
+    """Sort key: losses that are not finite first, then by falling loss."""
     return -loss if _finite(loss) is not None else -float("inf")
 
 

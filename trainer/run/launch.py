@@ -1,10 +1,9 @@
-"""Starts a training run: checks what can be checked first, then hands over to Ray Train.
+"""Starts a training run: checks everything it can in seconds, then hands over to Ray Train.
 
-Everything that a person may have got wrong is found here in seconds, before a cluster is asked for
-anything: the configuration, the view and its shards, the vocabulary, the run folder.
+Checked before any cluster is contacted: the configuration, the view and its shards, the vocabulary,
+and the run folder.
 """
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,32 +15,32 @@ from trainer.config.train import RayConfig, TrainConfig
 from trainer.data.mixture import open_view
 from trainer.data.row_order import count_steps, read_row_table
 from trainer.engine.deepspeed_config import build_deepspeed_config
-from trainer.run.ray_train import RAY_NOTES, make_trainer, ray_cluster
+from trainer.run.ray_train import train_on_ray
 from trainer.run_folder import RunFolder, TrainSummary
 from trainer.tracking.external import check_trackers
 
 TrainWorkers = Callable[[TrainConfig, RunFolder, str, int, Progress], None]
-"""Runs all workers to the end, from the run's folder, the hash of its view and its steps."""
+"""Runs all workers to the end: (config, folder, view hash, number of steps, progress)."""
 
 
 def run_train_job(
     config: TrainConfig, progress: bool = True, train_workers: TrainWorkers | None = None
 ) -> TrainSummary:
-    """Trains the student of a configuration, or goes on where an earlier process stopped.
+    """Trains the student of a configuration, resuming an interrupted run.
 
     Args:
         config: the run.
-        progress: print how far it is to standard error.
-        train_workers: starts ``train_worker`` on every rank and waits; with Ray Train where None.
+        progress: show progress on standard error.
+        train_workers: runs ``train_worker`` on every rank to the end; None: on Ray Train.
 
     Returns:
-        What the run came to; at once where it was finished before.
+        The summary, at once if the run is already finished.
 
     Raises:
-        TutelageError: the one line that says what is wrong.
+        TutelageError: the run cannot start or failed; the message names cause and remedy.
     """
     shown = Progress("train", enabled=progress)
-    # Its contradictions, before anything else.
+    # Only for its errors: contradictions in the configuration come before any input or output.
     build_deepspeed_config(config, num_parameters=1, world_size=config.ray.max_workers)
     check_trackers(config.log)
     view = open_view(config.view)
@@ -49,7 +48,7 @@ def run_train_job(
     label_sets = [label_set.fingerprint for label_set in view.label_sets]
     finished = folder.finished(config, view.view_hash, label_sets)
     if finished is not None:
-        shown.say(f"{config.run} is finished: {finished.steps} steps, {finished.exported}")
+        shown.say(f"{config.run} is finished already: {finished.steps} steps, {finished.exported}")
         return finished
     view.check_shards()
     note = _check_labels(config, view)
@@ -61,7 +60,7 @@ def run_train_job(
         f"{len(rows):,} rows, {int(rows.num_tokens.sum()):,} tokens, {num_steps:,} steps of "
         f"{config.data.sequences_per_step} x {config.data.max_tokens} tokens on "
         f"{_workers(config.ray)} workers"
-        + (f"; {rows.num_dropped:,} longer rows are left out" if rows.num_dropped else ""),
+        + (f"; {rows.num_dropped:,} longer rows are dropped" if rows.num_dropped else ""),
     )
     folder.start(config, view.view_hash, label_sets)
     (train_workers or train_on_ray)(config, folder, view.view_hash, num_steps, shown)
@@ -73,7 +72,7 @@ def run_train_job(
 
 
 def _outcome(config: TrainConfig, summary: TrainSummary) -> str:
-    """The last line that a person sees."""
+    """The last line of a finished run."""
     steps = f"{summary.steps} steps" + (", stopped early" if summary.stopped_early else "")
     loss = f"loss {summary.final_loss:.4f}"
     if config.eval is not None and summary.best_eval is not None:
@@ -83,7 +82,11 @@ def _outcome(config: TrainConfig, summary: TrainSummary) -> str:
 
 
 def _check_labels(config: TrainConfig, view: View) -> str:
-    """Refuses labels that the student or the loss cannot use; says where the loss is not exact."""
+    """Refuses labels that the student or the loss cannot use.
+
+    Returns:
+        A line on how the loss approximates its target; empty if it is exact.
+    """
     from trainer.data.loader import common_record
     from trainer.evaluation.held_out import eval_loss
     from trainer.losses.compatibility import approximation, check_loss
@@ -106,7 +109,7 @@ def _check_labels(config: TrainConfig, view: View) -> str:
 
 
 def _vocab_size(student: StudentConfig, tokenizer: Any) -> int:
-    """Rows of the student's output head, from its configuration alone."""
+    """Rows of the student's output head, without loading its weights."""
     if not student.path:
         given = student.config.get("vocab_size")
         return int(given) if given is not None else 1 + max(tokenizer.get_vocab().values())
@@ -118,59 +121,6 @@ def _vocab_size(student: StudentConfig, tokenizer: Any) -> int:
         reason = " ".join(str(error).split())[:300]
         raise StudentError(f"student.path = {student.path} cannot be used: {reason}") from error
     return int(config.get_text_config().vocab_size)
-
-
-def train_on_ray(
-    config: TrainConfig, folder: RunFolder, view_hash: str, num_steps: int, progress: Progress
-) -> None:
-    """Runs all workers to the end with Ray Train, which starts them again when one is lost.
-
-    Raises:
-        TutelageError: what a worker met; a StudentError for what nobody foresaw.
-    """
-    from ray.exceptions import RayError
-
-    from trainer.run.status import RunStatusActor, StatusDisplay
-    from trainer.run.worker import TrainJob, train_worker
-
-    with ray_cluster(config.ray, progress.say):
-        status = RunStatusActor()
-        job = TrainJob(config, os.getcwd(), folder.claim(), view_hash, num_steps, status)
-        try:
-            with StatusDisplay(status.news, progress):
-                failure = _fit(make_trainer(config, train_worker, job, folder.store))
-            known = status.error()
-        except RayError as error:
-            raise StudentError(f"the Ray cluster was lost: {_unforeseen(error, config)}") from error
-        finally:
-            folder.store.delete(RAY_NOTES)
-    if known is not None:
-        raise known from failure
-    if failure is not None:
-        raise StudentError(_unforeseen(failure, config)) from failure
-
-
-def _fit(trainer: Any) -> Exception | None:
-    """Runs to the end; returns what made training fail for good."""
-    from ray.train import TrainingFailedError
-
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        return error
-    return None
-
-
-def _unforeseen(failure: Exception, config: TrainConfig) -> str:
-    """One line about an error that is not one of ours: the first worker's, without its trace."""
-    causes = getattr(failure, "worker_failures", None) or {0: failure}
-    rank, cause = min(causes.items())
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    reason = lines[-1].strip() if lines else type(cause).__name__
-    return (
-        f"worker {rank} failed: {reason[:500]}. The run continues from its last checkpoint when "
-        f"started again; Ray's logs of this session have the whole trace ({config.run})"
-    )
 
 
 def _workers(ray: RayConfig) -> str:

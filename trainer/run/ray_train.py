@@ -1,6 +1,6 @@
-"""Ray for a training run: a connection to it, and a Ray Train trainer that is set up with care.
+"""Runs the workers of a training run on Ray Train.
 
-The shims for Ray's own behaviour are here, each with the condition for its removal.
+Workarounds for Ray's own behaviour are here, each with the condition for its removal.
 """
 
 import contextlib
@@ -9,34 +9,88 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from schemas.errors import ConfigError
+from schemas.console.progress import Progress
+from schemas.errors import ConfigError, StudentError
 from schemas.storage.store import Store
 from trainer.config.train import RayConfig, TrainConfig
+from trainer.run_folder import RunFolder
 
 START_ATTEMPTS = 10
-"""Times that Ray Train tries to place the workers; each waits a minute for nodes. Its default is to
-try for ever."""
+"""Attempts to place the workers, of a minute each; Ray Train's default is to try forever."""
 
-RAY_NOTES = "ray"
-"""Folder in the run's for what Ray Train writes; ours is beside it."""
+RAY_FILES = "ray"
+"""Subfolder of the run for Ray Train's own files; deleted at the end."""
 
 IDLE_CALLBACKS = ("PlacementGroupCleanerCallback", "DatasetsCallback")
-"""Parts of Ray Train 2.60 that a run on this machine alone is better without. The cleaner asks the
-dashboard, which a Ray of our own does not have, and so delays the end of every run by 12 seconds;
-what it would clean up goes with the local Ray anyway. The other starts a process for data sets,
-of which there are none. Can go when Ray starts neither without need."""
+"""Callbacks of Ray Train 2.60 that a local run omits. The cleaner queries the dashboard, which a
+local Ray does not have, and so delays the end of every run by 12 seconds; its placement groups end
+with the local Ray anyway. The other starts a process for Ray data sets, which are not used. Can go
+when Ray starts neither without need."""
+
+
+def train_on_ray(
+    config: TrainConfig, folder: RunFolder, view_hash: str, num_steps: int, progress: Progress
+) -> None:
+    """Runs all workers to the end; Ray Train restarts them when one is lost.
+
+    Raises:
+        TutelageError: the first error of a worker; a StudentError for any other exception.
+    """
+    from ray.exceptions import RayError
+
+    from trainer.run.status import RunStatusActor, StatusDisplay
+    from trainer.run.worker import TrainJob, train_worker
+
+    with _connected(config.ray, progress.say):
+        status = RunStatusActor()
+        job = TrainJob(config, os.getcwd(), folder.claim(), view_hash, num_steps, status)
+        try:
+            with StatusDisplay(status.news, progress):
+                failure = _fit(_make_trainer(config, train_worker, job, folder.store))
+            error_of_worker = status.error()
+        except RayError as error:
+            raise StudentError(f"the Ray cluster was lost: {_unexpected(error, config)}") from error
+        finally:
+            folder.store.delete(RAY_FILES)
+    if error_of_worker is not None:
+        raise error_of_worker from failure
+    if failure is not None:
+        raise StudentError(_unexpected(failure, config)) from failure
+
+
+def _fit(trainer: Any) -> Exception | None:
+    """Runs to the end; returns the error after which Ray Train gave up."""
+    from ray.train import TrainingFailedError
+
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        return error
+    return None
+
+
+def _unexpected(failure: Exception, config: TrainConfig) -> str:
+    """One line on an exception that is not a TutelageError: that of the lowest rank, no trace."""
+    causes = getattr(failure, "worker_failures", None) or {0: failure}
+    rank, cause = min(causes.items())
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    reason = lines[-1].strip() if lines else type(cause).__name__
+    return (
+        f"worker {rank} failed: {reason[:500]}. {config.run} resumes from its last checkpoint when "
+        "started again; Ray's logs of this session have the traceback"
+    )
 
 
 @contextlib.contextmanager
-def ray_cluster(config: RayConfig, say: Callable[[str], None]) -> Iterator[None]:
-    """A connection to Ray: the one that is there, the cluster's, or an instance of this machine.
+def _connected(config: RayConfig, say: Callable[[str], None]) -> Iterator[None]:
+    """Connects to Ray: an existing connection, the configured cluster, or a new local instance.
 
     Args:
         config: where the workers run.
-        say: shows a line to the person who waits.
+        say: shows a line to the user.
 
     Raises:
-        ConfigError: the cluster is not there, or this machine is too small for the workers.
+        ConfigError: the cluster is unreachable, or this machine is too small for the workers.
     """
     import ray
 
@@ -55,18 +109,20 @@ def ray_cluster(config: RayConfig, say: Callable[[str], None]) -> Iterator[None]
             ray.shutdown()
 
 
-def make_trainer(config: TrainConfig, worker: Callable[[Any], None], job: Any, store: Store) -> Any:
+def _make_trainer(
+    config: TrainConfig, worker: Callable[[Any], None], job: Any, store: Store
+) -> Any:
     """A Ray Train trainer that runs ``worker(job)`` on every rank.
 
     Args:
-        store: the run's folder, where Ray Train keeps notes of its own meanwhile.
+        store: the run's folder, in which Ray Train keeps files of its own during the run.
     """
     from pyarrow.fs import FSSpecHandler, PyFileSystem
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     is_local = not _address(config.ray)
-    notes = store.path(RAY_NOTES)
+    files = store.path(RAY_FILES)
 
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
@@ -91,9 +147,9 @@ def make_trainer(config: TrainConfig, worker: Callable[[Any], None], job: Any, s
             elastic_resize_monitor_interval_s=config.ray.resize_check_s,
         ),
         run_config=RunConfig(
-            # Ray restores a run of a name that it knows; checkpoints here are our own.
+            # A new name every time: Ray would restore a run of a known name from its own files.
             name=f"train-{uuid.uuid4().hex[:12]}",
-            storage_path=os.path.abspath(notes) if store.is_local else notes,
+            storage_path=os.path.abspath(files) if store.is_local else files,
             storage_filesystem=None if store.is_local else PyFileSystem(FSSpecHandler(store.fs)),
             failure_config=FailureConfig(
                 max_failures=config.ray.max_failures,
@@ -118,7 +174,7 @@ def _connect(config: RayConfig) -> None:
 
     address = _address(config)
     if not address:
-        # One actor less to wait for: nobody takes this machine away on short notice.
+        # One actor less to start: a single machine is not preempted node by node.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     local: dict[str, Any] = {"address": "local", "include_dashboard": False}
     try:
@@ -127,24 +183,22 @@ def _connect(config: RayConfig) -> None:
             log_to_driver=False,
             logging_level="ERROR",
         )
-    except Exception as error:  # Ray raises plain exceptions, too
+    except Exception as error:  # Ray's errors have no common base class
         reason = " ".join(str(error).split())[:200]
         where = f"at {address}" if address else "on this machine"
         raise ConfigError(
-            f"no Ray cluster {where} ({reason}); look whether it is up and reachable. Without "
-            "ray.address and RAY_ADDRESS one is started on this machine"
+            f"no Ray cluster {where} ({reason}); check that it is running and reachable. Without "
+            "ray.address and RAY_ADDRESS a local one is started"
         ) from error
 
 
-def _missing_resources(config: RayConfig, there: dict[str, float]) -> str:
-    """What the workers need and the cluster does not have; empty where it has everything."""
-    wanted = {"CPU": config.min_workers * config.cpus_per_worker}
+def _missing_resources(config: RayConfig, available: dict[str, float]) -> str:
+    """The first resource that the cluster has too little of; empty if it has enough."""
+    needed = {"CPU": config.min_workers * config.cpus_per_worker}
     if config.use_gpu:
-        wanted["GPU"] = config.min_workers
-    for name, number in wanted.items():
-        if there.get(name, 0) < number:
-            return (
-                f"ray.num_workers = {config.min_workers} need {number} {name}s, but there are "
-                f"{there.get(name, 0):g}"
-            )
+        needed["GPU"] = config.min_workers
+    for name, number in needed.items():
+        found = available.get(name, 0)
+        if found < number:
+            return f"ray.num_workers = {config.min_workers} needs {number} {name}s, found {found:g}"
     return ""

@@ -1,4 +1,7 @@
-"""One worker of a training run: what Ray Train starts on every rank."""
+"""Trains on one rank: restore, the loop over steps, checkpoints, export.
+
+Knows nothing of Ray: it needs a default process group and a `StatusReceiver`.
+"""
 
 import contextlib
 import os
@@ -26,11 +29,17 @@ from trainer.data.loader import Loader, common_record
 from trainer.data.mixture import open_view
 from trainer.data.row_order import LoaderState, read_row_table
 from trainer.engine.collectives import from_rank_0
+from trainer.engine.deepspeed_engine import build_engine, prepare_process
 from trainer.engine.export import export_student, model_card
 from trainer.engine.guards import BadStep, Guard
 from trainer.engine.learning_rate import LearningRate
+from trainer.engine.train_step import TrainStep
+from trainer.evaluation.held_out import HeldOut
 from trainer.losses.compatibility import approximation
+from trainer.run.bad_batch import BadBatchReport
 from trainer.run_folder import RunFolder, TrainSummary
+from trainer.student.build import StudentWithHead, build_student
+from trainer.student.lora import base_digest, check_base
 from trainer.tracking.learning_curve import Curve
 from trainer.tracking.reporter import Reporter, no_sums, ratio
 from trainer.tracking.run_status import StatusReceiver
@@ -39,14 +48,14 @@ from trainer.tracking.step_lines import RowLog
 
 @dataclass(frozen=True)
 class TrainJob:
-    """What every worker is handed.
+    """The arguments of every worker.
 
     Attributes:
-        folder: where relative paths begin: the driver's working directory.
+        folder: the driver's working directory, to which relative paths refer.
         owner: from ``RunFolder.claim``.
-        view_hash: of the view as the driver saw it.
-        num_steps: global steps of the whole run.
-        status: where the workers report to.
+        view_hash: of the view that the driver opened.
+        num_steps: global steps of the run.
+        status: receives progress, notes and errors.
     """
 
     config: TrainConfig
@@ -58,16 +67,15 @@ class TrainJob:
 
 
 def train_worker(job: TrainJob) -> None:
-    """Trains, or continues training, to the end of the run.
+    """Trains, or resumes training, to the end of the run. Runs on every rank.
 
-    Runs on every rank, in a process whose default process group exists and whose ``LOCAL_RANK``
-    names it on its node. Ray Train starts all workers again when one is lost. An error that the
-    user has to fix would only occur again, so the run's status keeps it and every later attempt
-    ends at once.
+    ``LOCAL_RANK`` is the number of the rank on its node.
     """
+    # Workers are restarted when one is lost. An error that the user has to fix would only occur
+    # again, so it stays in the status and ends every later attempt at once.
     if job.status.error() is not None:
         return
-    with contextlib.suppress(OSError):  # absolute paths need no such folder on this node
+    with contextlib.suppress(OSError):  # the folder may not exist here; absolute paths still work
         os.chdir(job.folder)
     try:
         Worker(job).run()
@@ -80,19 +88,12 @@ class Worker:
     """The state of one rank."""
 
     def __init__(self, job: TrainJob) -> None:
-        from trainer.engine.deepspeed_engine import build_engine, prepare_process
-        from trainer.engine.train_step import TrainStep
-        from trainer.evaluation.held_out import HeldOut
-        from trainer.run.bad_batch import BadBatchReport
-        from trainer.student.build import StudentWithHead, build_student
-        from trainer.student.lora import base_digest
-
         self._started = time.perf_counter()
         self._job, self._config = job, job.config
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         prepare_process(self._config)
         self._folder = RunFolder(self._config.run)
-        self._folder.check_owner(job.owner)
+        self._check_owner()
         self._view = _open_view(job)
         self._label_sets = [label_set.fingerprint for label_set in self._view.label_sets]
         self._rows = read_row_table(self._view, self._config.data)
@@ -101,16 +102,12 @@ class Worker:
         self._base_digest = base_digest(model)
         student = StudentWithHead(model, self._config.deepspeed.gradient_checkpointing)
         self._engine = build_engine(student, self._config)
-        self._last_checkpoint = ""
         self._attempt = from_rank_0(uuid.uuid4().hex[:8])
+        self._last_checkpoint = ""
         self._progress = self._resume()
         self._resumed_from = self._progress.step
-        self._writer = CheckpointWriter(
-            self._folder.store,
-            self._attempt,
-            self._config,
-            lambda: self._folder.check_owner(job.owner),
-        )
+        store = self._folder.store
+        self._writer = CheckpointWriter(store, self._attempt, self._config, self._check_owner)
         self._lr = LearningRate(self._config, job.num_steps)
         self._guard = Guard(self._config.guard, self._progress.recent)
         self._step = TrainStep(self._engine, self._config, self._guard)
@@ -120,9 +117,7 @@ class Worker:
         self._held_out = (
             HeldOut(self._config, self._step, self._vocab_size) if self._config.eval else None
         )
-        self._reporter = Reporter(
-            job.status, self._open_curve(), self._open_row_log(), job.num_steps
-        )
+        self._reporter = self._make_reporter()
 
     def run(self) -> None:
         """Trains to the last step, exports the student, and writes the summary."""
@@ -138,21 +133,21 @@ class Worker:
         try:
             while not self._is_over:
                 self._advance(loader)
-                self._keep()
+                self._save()
             self._writer.wait()
         finally:
             loader.close()
         self._finish()
 
     def _advance(self, loader: Loader) -> None:
-        """One step, and what there is to say of it."""
+        """Runs one step, reports it, and evaluates if an evaluation is due."""
         before = time.perf_counter()
         batch = next(loader)
         step = self._progress.step + 1
         try:
             result = self._step.run(batch, step, self._lr(step))
         except BadStep as bad:
-            self._folder.check_owner(self._job.owner)
+            self._check_owner()
             self._writer.wait()
             checkpoint, store = self._last_checkpoint, self._folder.store
             raise self._bad_batch.write(store, bad, batch, checkpoint) from None
@@ -161,26 +156,30 @@ class Worker:
         self._reporter.send_status(self._progress)
         self._evaluate()
         if step % self._config.log.every_steps == 0 or self._is_over:
-            self._folder.check_owner(self._job.owner)
+            self._check_owner()
             self._progress = self._reporter.add_point(
                 self._progress, self._lr(step), result.grad_norm
             )
 
     @property
     def _is_over(self) -> bool:
-        """Whether the last step is done, or the held-out rows have long got no better."""
+        """Whether the last step is done, or early stopping ends the run."""
         is_early = self._progress.evaluation.is_over(self._config.eval)
         return is_early or self._progress.step >= self._job.num_steps
 
+    def _check_owner(self) -> None:
+        """Raises if another process has taken over the run folder; called before every write."""
+        self._folder.check_owner(self._job.owner)
+
     def _evaluate(self) -> None:
-        """Measures the student on the held-out rows where that is due."""
+        """Measures the student on the held-out rows if an evaluation is due."""
         step, config = self._progress.step, self._config.eval
         if self._held_out is None or config is None:
             return
         if step % config.every_steps and step != self._job.num_steps:
             return
         point = self._held_out.measure(step)
-        self._folder.check_owner(self._job.owner)
+        self._check_owner()
         self._progress = self._reporter.add_evaluation(self._progress, point, config)
         if self._is_over and step < self._job.num_steps:
             best = self._progress.evaluation
@@ -189,13 +188,13 @@ class Worker:
                 f"{best.best_step}, {best.without_improvement} evaluations ago"
             )
 
-    def _keep(self) -> None:
-        """Saves a checkpoint where one is due; stops where the last one could not be written."""
+    def _save(self) -> None:
+        """Saves a checkpoint if one is due; raises the error of the last save."""
         self._writer.check()
         step, every = self._progress.step, self._config.checkpoint.every_steps
         if step % every and not self._is_over:
             return
-        self._folder.check_owner(self._job.owner)
+        self._check_owner()
         self._reporter.flush()
         progress = self._progress.model_copy(update={"recent": self._guard.recent})
         self._writer.save(self._engine, progress, self._label_sets)
@@ -204,7 +203,7 @@ class Worker:
 
     def _finish(self) -> None:
         done = self._progress
-        self._folder.check_owner(self._job.owner)
+        self._check_owner()
         card = model_card(
             self._config,
             self._label_sets,
@@ -248,9 +247,9 @@ class Worker:
         )
 
     def _resume(self) -> TrainProgress:
-        """Brings back the newest good checkpoint; the start of the run where there is none."""
+        """Loads the newest valid checkpoint; without one, the run starts at step 0."""
         store = self._folder.store
-        is_node_leader = os.environ.get("LOCAL_RANK", "0") == "0"  # set by Ray Train
+        is_node_leader = os.environ.get("LOCAL_RANK", "0") == "0"
         cache = Path(tempfile.gettempdir(), f"tutelage-{self._attempt}")
         with local_checkpoint(store, cache, is_node_leader) as (folder, manifest, skipped):
             for line in skipped:
@@ -259,11 +258,9 @@ class Worker:
                 return self._beginning()
             is_leader = self._rank == 0 if store.is_local else is_node_leader
             self._load(folder, manifest, is_leader)
-        was = manifest.world_size
-        self._note(
-            f"going on from step {manifest.progress.step} of {self._job.num_steps}"
-            + (f", now on {self._world_size} workers instead of {was}" * (was != self._world_size))
-        )
+        saved_by, now = manifest.world_size, self._world_size
+        moved = f", now on {now} workers instead of {saved_by}" if now != saved_by else ""
+        self._note(f"resuming from step {manifest.progress.step} of {self._job.num_steps}{moved}")
         return manifest.progress
 
     def _beginning(self) -> TrainProgress:
@@ -280,9 +277,7 @@ class Worker:
         )
 
     def _load(self, folder: Path, manifest: CheckpointManifest, is_leader: bool) -> None:
-        """Loads a checkpoint, which must be of this run's order of rows and frozen weights."""
-        from trainer.student.lora import check_base
-
+        """Loads a checkpoint; its order of rows and its frozen weights must be this run's."""
         self._last_checkpoint = self._folder.store.path(FOLDER, folder.name)
         manifest.progress.loader.check_order(
             self._beginning().loader,
@@ -292,18 +287,15 @@ class Worker:
         check_base(self._config.student, self._base_digest, manifest.progress.base_digest)
         load_checkpoint(self._engine, folder, manifest, is_leader)
 
-    def _open_curve(self) -> Curve | None:
-        """The learning curve, on rank 0."""
-        if self._rank != 0:
-            return None
-        return Curve(self._folder.store, self._config, self._progress.step)
-
-    def _open_row_log(self) -> RowLog | None:
-        """Which rows every step reads, on rank 0, where that is asked for."""
-        if self._rank != 0 or not self._config.log.rows:
-            return None
-        store, data = self._folder.store, self._config.data
-        return RowLog(store, self._view, data, self._progress.step)
+    def _make_reporter(self) -> Reporter:
+        """A reporter, with open files on rank 0."""
+        curve = row_log = None
+        if self._rank == 0:
+            store, done = self._folder.store, self._progress.step
+            curve = Curve(store, self._config, done)
+            if self._config.log.rows:
+                row_log = RowLog(store, self._view, self._config.data, done)
+        return Reporter(self._job.status, curve, row_log, self._job.num_steps)
 
     def _note(self, text: str) -> None:
         if self._rank == 0:
@@ -311,15 +303,15 @@ class Worker:
 
 
 def _open_view(job: TrainJob) -> View:
-    """The view, which must be the one that the driver planned with.
+    """The view of the job.
 
     Raises:
-        ConfigError: it is another one by now.
+        ConfigError: its content differs from what the driver opened.
     """
     view = open_view(job.config.view)
     if view.view_hash != job.view_hash:
         raise ConfigError(
-            f"view {view.url} has hash {view.view_hash} here, {job.view_hash} where the run "
-            "was started; it was replaced meanwhile, or is not on storage that all workers share"
+            f"view {view.url} has hash {view.view_hash} here, {job.view_hash} on the driver; it "
+            "was replaced since the start, or is not on storage that all workers share"
         )
     return view

@@ -35,14 +35,14 @@ NAN = BadStep(LOSS, math.nan, None, 9)
 
 def test_the_row_that_gives_it_is_named() -> None:
     found = text(NAN, row(41, False), row(2, True), row(3, None))
-    assert found.startswith("the loss of step 9 is nan, and so is that of 1 of its rows alone")
+    assert found.startswith("the loss of step 9 is nan, and 1 of its rows fail on their own")
     assert "row 41 of the view (shard shards/x.parquet, row group 1, row 7)" in found
     assert "run/bad_batch.json lists the 3 rows of the step" in found
     assert "the last good checkpoint is run/checkpoints/step_8. " in found
 
 
-def test_spoilt_weights_are_told_from_bad_rows() -> None:
-    assert "every row of it alone: the student's weights are spoilt" in text(
+def test_corrupted_weights_are_distinguished_from_bad_rows() -> None:
+    assert "every row fails on its own: the student's weights are corrupted" in text(
         NAN, row(1, False), row(2, False), row(3, None)
     )
 
@@ -50,7 +50,7 @@ def test_spoilt_weights_are_told_from_bad_rows() -> None:
 def test_a_gradient_blames_no_row() -> None:
     found = text(BadStep(GRADIENT, math.inf, None, 3), row(1, None), checkpoint="")
     assert found.startswith("the gradient norm of step 3 is inf; run/bad_batch.json")
-    assert "there is no checkpoint from before it. Lower optimizer.lr" in found
+    assert "no checkpoint precedes it. Lower optimizer.lr" in found
 
 
 def test_a_spike_says_how_large_it_is_and_how_to_go_on() -> None:
