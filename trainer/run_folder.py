@@ -1,27 +1,28 @@
-"""The folder of one training run: what it trains, how far it is, what came of it.
+"""The folder of one training run: its configuration, its progress, its results.
 
 ```
 RUN/
-  config.toml          the complete configuration, readable back
-  run.json             what the run stands for; another configuration needs another folder
-  owner                the process that may write here: the one that was started last
+  config.toml          the complete configuration, loadable again
+  run.json             identity of the run; another configuration needs another folder
+  owner                the process that may write here: the one started last
   metrics.jsonl        the learning curve
   bad_batch.json       the rows of a step that stopped the run
-  rows.jsonl           with log.rows: which rows every step read
-  tensorboard/         the same for TensorBoard
+  rows.jsonl           with log.rows: the rows of every step
+  tensorboard/         the learning curve for TensorBoard
   checkpoints/         see trainer.checkpoints.store
   student/             the trained student, an ordinary Hugging Face folder
   summary.json         written last: the run is finished
 ```
 
-The folder is any fsspec URL, or a path on a file system that all workers share. On an object store
-there is no appending, so that the learning curve is written anew when a checkpoint is saved.
+The folder is any fsspec URL, or a path on a file system that all workers share. An object store
+cannot append: there the learning curve is written as a new object with every checkpoint.
 """
 
 import json
 import os
 import socket
 import uuid
+from collections.abc import Container, Mapping
 from typing import Any
 
 from schemas.config import StrictModel, dump_toml
@@ -36,7 +37,7 @@ TENSORBOARD, STUDENT = "tensorboard", "student"
 
 _FREE_KEYS = {
     "run",
-    "view",  # its content is pinned by hash, wherever it lies
+    "view",  # its content is identified by its hash, not by its URL
     "loss.chunk_tokens",
     "loss.head_memory_bytes",
     "loss.kernel",
@@ -45,17 +46,16 @@ _FREE_KEYS = {
     "deepspeed.timeout_s",
     "deepspeed.gradient_checkpointing",
 }
-"""Keys that may change between a run and its continuation: none changes what is trained."""
+"""Keys that may change when a run is resumed: none of them changes the result."""
 
 _FREE_SECTIONS = ("ray", "checkpoint", "guard", "eval", "log")
-"""Sections of such keys."""
+"""Sections whose keys may change, except for _BOUND_KEYS."""
 
 _BOUND_KEYS = {"ray.use_gpu"}
-"""Keys in them that do."""
 
 
 class TrainSummary(StrictModel):
-    """What a training run came to.
+    """summary.json: the result of a training run.
 
     Attributes:
         run: its folder.
@@ -63,14 +63,14 @@ class TrainSummary(StrictModel):
         labels: labelled positions among them.
         stopped_early: whether ``eval.patience`` ended it before its last step.
         best_eval: lowest value of ``eval.metric``, nats per label; None without evaluation.
-        best_eval_step: the step that it was measured at.
-        resumed_from_step: step of the checkpoint that the last process went on from; 0: none.
+        best_eval_step: step at which it was measured.
+        resumed_from_step: step of the checkpoint that the last process resumed from; 0: none.
         final_loss: mean loss per label over the last logged steps.
         seconds: of the last process that trained, from its start to the export.
         data_wait_share: share of the training time spent waiting for data.
         checkpoint_wait_share: share of the training time spent waiting for checkpoints, on rank 0.
-        checkpoint_hidden_share: share of the time that checkpoints took which was not waited for.
-        rows_dropped: rows of the view left out because they are longer than data.max_tokens.
+        checkpoint_hidden_share: share of the time spent on checkpoints while training continued.
+        rows_dropped: rows of the view dropped because they are longer than data.max_tokens.
         exported: folder of the trained student.
     """
 
@@ -97,10 +97,10 @@ class TrainSummary(StrictModel):
 
 
 class RunFolder:
-    """The small files of a run, and where the others are.
+    """The identity, owner and summary of a run.
 
     Attributes:
-        url: as it was given.
+        url: as given.
         store: the folder.
         student: path or URL of the trained student.
     """
@@ -113,64 +113,64 @@ class RunFolder:
     def finished(
         self, config: TrainConfig, view_hash: str, label_sets: list[str]
     ) -> TrainSummary | None:
-        """The summary of the run if it is finished.
+        """The summary of the run; None if it is not finished.
 
         Raises:
             ConfigError: the folder holds a run of another configuration or view; names the keys.
         """
         found = self._read_json("run.json")
-        # Where nothing was saved, there is nothing that another configuration could spoil.
+        # A folder without results may be used for any configuration.
         if found is None or not self._has_results():
             return None
         _refuse_another_run(self.url, found, run_identity(config, view_hash, label_sets))
         return self.summary()
 
     def start(self, config: TrainConfig, view_hash: str, label_sets: list[str]) -> None:
-        """Writes down what the run stands for."""
+        """Writes the configuration and the identity of the run."""
         identity = run_identity(config, view_hash, label_sets)
         if not self._has_results():
             self.store.write_bytes("config.toml", dump_toml(config).encode())
         self.store.write_bytes("run.json", _json(identity))
 
     def summary(self) -> TrainSummary | None:
-        """What the run came to; None while it is not finished."""
+        """The result of the run; None while it is not finished."""
         summary = self._read_json("summary.json")
         return None if summary is None else TrainSummary.model_validate(summary)
 
     def claim(self) -> str:
-        """Makes the caller the only one that may write here.
+        """Makes the caller the owner, the only process that may write here.
 
-        Workers of a driver that was killed may live on for a while; they find at their next write
-        that they are not the owner any more.
+        Workers of a killed driver may outlive it for a while; at their next write they find that
+        they are no longer the owner.
 
         Returns:
-            What to show to ``check_owner``.
+            The argument for ``check_owner``.
         """
         owner = f"{uuid.uuid4().hex} {socket.gethostname()} {os.getpid()}"
         self.store.write_bytes("owner", owner.encode())
         return owner
 
     def check_owner(self, owner: str) -> None:
-        """Refuses to go on beside another process.
+        """Refuses to write beside another process.
 
         Raises:
-            StudentError: the folder was claimed by a later start, or is not there on this machine.
+            StudentError: a later start claimed the folder, or it does not exist on this machine.
         """
         try:
             found = self.store.read_bytes("owner").decode()
         except FileNotFoundError as error:
             raise StudentError(
-                f"run folder {self.url} is not there on {socket.gethostname()}; put it on a file "
+                f"run folder {self.url} does not exist on {socket.gethostname()}; put it on a file "
                 "system that all nodes share, or on an object store"
             ) from error
         if found != owner:
             _, host, pid = found.split()
             raise StudentError(
-                f"{self.url} was started again by process {pid} on {host}, so this one stops"
+                f"{self.url} was started again by process {pid} on {host}; this process stops"
             )
 
     def finish(self, summary: TrainSummary) -> None:
-        """Writes the summary, which says that the run is finished."""
+        """Writes the summary, which marks the run as finished."""
         self.store.write_bytes("summary.json", _json(summary.model_dump(mode="json")))
 
     def _has_results(self) -> bool:
@@ -183,14 +183,14 @@ class RunFolder:
             return json.loads(self.store.read_bytes(name))
         except ValueError as error:
             raise DamagedError(
-                f"{self.store.path(name)} is not readable as JSON ({error}); start again in a new "
-                "run folder"
+                f"{self.store.path(name)} is not valid JSON ({error}); start again in a new run "
+                "folder"
             ) from error
 
 
 def run_identity(config: TrainConfig, view_hash: str, label_sets: list[str]) -> RunIdentity:
-    """Everything that decides what a run trains, flat: key to value."""
-    flat = _flatten(config.model_dump(mode="json"))
+    """Everything that determines the result of a run, as flat keys."""
+    flat = flatten(config.model_dump(mode="json"), leaves={"student.config"})
     identity = {key: value for key, value in flat.items() if not _is_free(key)}
     return {**identity, "view hash": view_hash, "label sets": label_sets}
 
@@ -203,22 +203,29 @@ def _is_free(key: str) -> bool:
 def _refuse_another_run(path: str, found: RunIdentity, wanted: RunIdentity) -> None:
     missing = object()
     differing = [
-        f"{key} (there {found.get(key)!r}, now {wanted.get(key)!r})"
+        f"{key} (found {found.get(key)!r}, now {wanted.get(key)!r})"
         for key in sorted(found.keys() | wanted.keys())
         if not _is_free(key) and found.get(key, missing) != wanted.get(key, missing)
     ]
     if differing:
         raise ConfigError(
             f"run folder {path} holds another run; it differs in {', '.join(differing)}. "
-            "Put the values back to go on with it, or choose a new folder: run=..."
+            "Restore these values to resume that run, or choose a new folder: run=..."
         )
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(
+    tree: Mapping[str, Any], leaves: Container[str] = (), prefix: str = ""
+) -> dict[str, Any]:
+    """The values of nested tables by dotted key.
+
+    Args:
+        leaves: keys whose tables stay values; empty tables always do.
+    """
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, dict) and value and prefix + key != "student.config":
-            flat.update(_flatten(value, f"{prefix}{key}."))
+        if isinstance(value, Mapping) and value and prefix + key not in leaves:
+            flat.update(flatten(value, leaves, f"{prefix}{key}."))
         else:
             flat[prefix + key] = value
     return flat

@@ -171,7 +171,7 @@ def test_another_configuration_needs_another_folder(
     reference: tuple[Path, TrainSummary], view: View, tokenizer: Path
 ) -> None:
     changed = config(reference[0], view, tokenizer, optimizer={"lr": 0.5})
-    with pytest.raises(ConfigError, match=r"optimizer\.lr \(there 0\.01, now 0\.5\).*run="):
+    with pytest.raises(ConfigError, match=r"optimizer\.lr \(found 0\.01, now 0\.5\).*run="):
         run_train_job(changed)
 
 

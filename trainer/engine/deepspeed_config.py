@@ -1,19 +1,19 @@
-"""The one place where the DeepSpeed configuration is made.
+"""Builds the DeepSpeed configuration; the only place that does.
 
 DeepSpeed 0.19 changed several defaults (gradient clipping is now 1.0, bfloat16 steps with a
-non-finite gradient are skipped in silence), and the type in which gradients are accumulated
-follows the model's. What matters to the result is therefore always written out here: either
-*fixed*, because another part of the configuration says it, or a *default* that
-``deepspeed.native`` may change.
+non-finite gradient are silently skipped), and the dtype of gradient accumulation follows that of
+the model. Everything that affects the result is therefore set here: *fixed*, because another part
+of the configuration determines it, or a *default* that ``deepspeed.native`` may change.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from schemas.errors import ConfigError
 from trainer.config.train import TrainConfig
 from trainer.data.row_order import num_micro_batches
 from trainer.engine.native_options import check_native_optimizer
+from trainer.run_folder import flatten
 
 _OURS_INSTEAD = {
     "amp": 'deepspeed.precision = "bf16"',
@@ -22,7 +22,7 @@ _OURS_INSTEAD = {
     "curriculum_learning": "[data]",
     "checkpoint.load_universal": "a new run folder",
 }
-"""Native sections that would do a second time what this trainer does."""
+"""Native sections that duplicate a feature of this trainer, and what to use instead."""
 
 _SAID_BY = {
     "train_batch_size": "data.sequences_per_step",
@@ -36,7 +36,7 @@ _SAID_BY = {
     "fp16.enabled": "deepspeed.precision",
     "data_types.grad_accum_dtype": "deepspeed.precision and deepspeed.zero_stage",
 }
-"""Which key of ours fixes a native one; the others are fixed by how the trainer works."""
+"""The key of ours that fixes a native one; the rest follows from how the trainer works."""
 
 
 def build_deepspeed_config(
@@ -46,9 +46,9 @@ def build_deepspeed_config(
 
     Args:
         config: the training run.
-        num_parameters: of the student; no bucket is larger than it, since DeepSpeed allocates
-            buckets of 5e8 elements (2 GB) whatever the model.
-        world_size: data-parallel ranks that there are.
+        num_parameters: of the student, the limit of bucket sizes: DeepSpeed would allocate
+            buckets of 5e8 elements (2 GB) for any model.
+        world_size: number of data-parallel ranks.
 
     Raises:
         ConfigError: ``deepspeed.native`` contradicts another key; names both.
@@ -57,15 +57,16 @@ def build_deepspeed_config(
     check_native_optimizer(config)
     native.pop("scheduler", None)  # trainer.engine.learning_rate evaluates it
     fixed = _fixed(config, world_size)
+    given = {key: value for key, value in flatten(native).items() if value not in (None, {})}
     for key, replacement in _OURS_INSTEAD.items():
-        if _lookup(native, key) not in (None, {}):
+        if any(f"{name}.".startswith(f"{key}.") for name in given):
             raise ConfigError(
-                f"deepspeed.native.{key} is set, but the trainer does this itself; remove it and "
-                f"use {replacement}"
+                f"deepspeed.native.{key} is set, but the trainer does this itself; use "
+                f"{replacement} instead"
             )
-    for key, ours in _leaves(fixed):
-        theirs = _lookup(native, key)
-        if theirs is not None and theirs != "auto" and theirs != ours:
+    for key, ours in flatten(fixed).items():
+        theirs = given.get(key, "auto")
+        if theirs not in ("auto", ours):
             said_by = _SAID_BY.get(key, "the way this trainer computes exact token means")
             raise ConfigError(
                 f"deepspeed.native.{key} = {theirs!r} contradicts {ours!r}, which follows from "
@@ -78,19 +79,19 @@ def _fixed(config: TrainConfig, world_size: int) -> dict[str, Any]:
     micro_batches = num_micro_batches(config.data, world_size)
     micro_batch_size = config.data.micro_batch_size
     bf16 = config.deepspeed.precision == "bf16"
-    # Stage 0 keeps no separate gradient buffer, so it accumulates in the type of the model.
+    # Stage 0 has no separate gradient buffer: it accumulates in the dtype of the model.
     grad_accum_dtype = "bf16" if bf16 and config.deepspeed.zero_stage == 0 else "fp32"
     return {
         "train_batch_size": micro_batch_size * micro_batches * world_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": micro_batches,
         "managed_gradient_accumulation": True,
-        # The loss is divided by the tokens of the whole step, so the mean over ranks must be plain.
+        # The loss is divided by the labels of the global step: the mean over ranks must be plain.
         "gradient_allreduce_op": "mean",
         "prescale_gradients": False,
         "gradient_clipping": config.deepspeed.gradient_clipping,
         "zero_optimization": {"stage": config.deepspeed.zero_stage},
-        # The trainer stops at a gradient that is not finite; DeepSpeed would skip the step instead.
+        # The trainer stops at a non-finite gradient; DeepSpeed would silently skip the step.
         "bf16": {"enabled": bf16, "check_grad_overflow": False},
         "fp16": {"enabled": False},
         "data_types": {"grad_accum_dtype": grad_accum_dtype},
@@ -106,30 +107,13 @@ def _defaults(config: TrainConfig, num_parameters: int) -> dict[str, Any]:
             "stage3_prefetch_bucket_size": min(bucket, 50_000_000),
             "overlap_comm": config.ray.use_gpu,
         },
-        # torch's AdamW needs no compiler on the workers and works with every stage and offload.
+        # torch's AdamW works with every stage and offload, and needs no compiler on the workers.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 31,
         "wall_clock_breakdown": False,
         "checkpoint": {"tag_validation": "Ignore"},
     }
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _lookup(tree: Mapping[str, Any], key: str) -> Any:
-    value: Any = tree
-    for part in key.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            return None
-        value = value[part]
-    return value
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

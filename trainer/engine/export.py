@@ -1,4 +1,4 @@
-"""The trained student as an ordinary Hugging Face folder."""
+"""Exports the trained student as an ordinary Hugging Face folder."""
 
 import shutil
 import tempfile
@@ -32,8 +32,8 @@ A student trained by Tutelage on cached teacher labels.
 | rows, steps | {num_rows:,} rows, {num_steps:,} steps |
 | final loss | {final_loss:.4f} nats per label |
 
-The label sets and the view are named by fingerprint: the labels of the same teacher weights,
-tokenizer, numerics and record have the same one, wherever they lie.
+Label sets and view are identified by fingerprint, which depends on the teacher's weights and
+tokenizer, the numerics and the record, and not on where the labels are stored.
 {note}
 ## Configuration
 
@@ -51,10 +51,10 @@ def model_card(
     final_loss: float,
     note: str = "",
 ) -> str:
-    """README.md of the exported student, which pins what it was trained on.
+    """README.md of the exported student, with the fingerprints of its training data.
 
     Args:
-        note: what a reader has to know of the target, one sentence without its full stop.
+        note: how the loss approximates its target: a sentence without its full stop, or empty.
     """
     return CARD.format(
         name=Path(config.run).name,
@@ -71,10 +71,8 @@ def model_card(
 def export_student(engine: Any, tokenizer: Any, store: Store, card: str) -> None:
     """Writes the student to the run's folder. Collective; rank 0 writes.
 
-    On a local file system all of it or nothing; on an object store file by file, with the summary
-    of the run after it.
-
-    Adapters are merged into the weights, so that the folder is an ordinary model.
+    The write is atomic on a local file system. On an object store it is file by file; only the
+    run's summary, written later, shows that it is complete. Adapters are merged into the weights.
 
     Args:
         engine: the DeepSpeed engine around a ``StudentWithHead``.
@@ -82,7 +80,7 @@ def export_student(engine: Any, tokenizer: Any, store: Store, card: str) -> None
         store: the run's folder.
         card: text of README.md.
     """
-    weights = _whole_weights(engine.module.model)
+    weights = _full_weights(engine.module.model)
     if dist.get_rank() == 0:
         weights = merged(weights, scalings(engine.module.model))
         scratch = None if store.is_local else tempfile.mkdtemp()
@@ -102,7 +100,7 @@ def export_student(engine: Any, tokenizer: Any, store: Store, card: str) -> None
 
 
 def upload(store: Store, folder: Path, rel: str) -> None:
-    """Copies a folder of this machine to a store, in place of what was there, file by file."""
+    """Replaces a folder of a store with one of this machine, file by file."""
     store.delete(rel)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         target = store.path(rel, path.relative_to(folder).as_posix())
@@ -110,26 +108,26 @@ def upload(store: Store, folder: Path, rel: str) -> None:
             store.fs.put_file(str(path), target)
 
 
-def _whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def _full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The state dict on the CPU, gathered where ZeRO-3 has split it; empty on ranks other than 0.
 
-    Parameters are gathered one by one, so that no more than one is ever whole on a device.
+    Parameters are gathered one at a time: a device never holds more than one complete parameter.
     """
     import deepspeed
 
-    mine = dist.get_rank() == 0
+    is_writer = dist.get_rank() == 0
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weights: dict[str, torch.Tensor] = {}
-    whole: dict[int, torch.Tensor] = {}  # tied parameters stay one tensor, which is saved once
+    copies: dict[int, torch.Tensor] = {}  # tied parameters stay one tensor, which is saved once
     for name, value in model.state_dict(keep_vars=True).items():
         parameter = parameters.get(name)
         if parameter is None or not hasattr(parameter, "ds_id"):
-            if mine:
-                whole.setdefault(value.data_ptr(), value.detach().cpu())
-                weights[name] = whole[value.data_ptr()]
+            if is_writer:
+                copies.setdefault(value.data_ptr(), value.detach().cpu())
+                weights[name] = copies[value.data_ptr()]
             continue
         with deepspeed.zero.GatheredParameters([parameter]):
-            if mine:
-                whole.setdefault(id(parameter), parameter.detach().cpu().clone())
-                weights[name] = whole[id(parameter)]
+            if is_writer:
+                copies.setdefault(id(parameter), parameter.detach().cpu().clone())
+                weights[name] = copies[id(parameter)]
     return weights

@@ -1,27 +1,27 @@
-"""What keeps a bad step from spoiling a student: guards over its loss and its gradient."""
+"""Guards against steps that would corrupt the student, by loss and gradient norm."""
 
 import statistics
 
 from trainer.config.train import GuardConfig
 
 Recent = dict[str, list[float]]
-"""Values of the latest steps, by what they are: what spikes are measured against."""
+"""Values of the latest steps, by LOSS or GRADIENT; spikes are measured against their median."""
 
 LOSS, GRADIENT = "loss", "gradient norm"
 
 FEWEST = 10
-"""Steps that have to be there before anything counts as a spike; a run begins with large ones."""
+"""Steps before any value counts as a spike: a run begins with large losses and gradients."""
 
 
 class BadStep(Exception):
-    """A step that must not go on; the same on every rank.
+    """A step whose update must not be kept; raised on every rank alike.
 
     Attributes:
         what: LOSS or GRADIENT.
-        value: what it was, the loss as a mean per label.
-        median: of the steps before, where a spike was found; None where the value is not finite.
+        value: the loss as a mean per label, or the gradient norm.
+        median: of the steps before, for a spike; None for a value that is not finite.
         step: counted from 1.
-        micro_losses: this rank's loss sum of each micro-batch.
+        micro_losses: this rank's loss sum per micro-batch.
     """
 
     def __init__(self, what: str, value: float, median: float | None, step: int) -> None:
@@ -31,33 +31,33 @@ class BadStep(Exception):
 
 
 class Guard:
-    """Looks at the loss and the gradient of every step.
+    """Checks the loss and the gradient norm of every step.
 
-    Both are sums over all ranks, so all ranks come to the same verdict without asking each other.
+    Both are reduced over all ranks, so that all ranks decide alike without communication.
     """
 
     def __init__(self, config: GuardConfig, recent: Recent) -> None:
         """
         Args:
-            recent: where the run stands, from ``recent`` of an earlier guard, so that a run that
-                was interrupted is guarded as one that was not.
+            recent: from ``recent`` of the guard at the checkpoint, so that a resumed run is guarded
+                like an uninterrupted one.
         """
         self._config = config
         self._recent = {what: list(recent.get(what, [])) for what in (LOSS, GRADIENT)}
 
     @property
     def recent(self) -> Recent:
-        """A copy of the values that the next step is measured against."""
+        """A copy of the latest values."""
         return {what: list(values) for what, values in self._recent.items()}
 
     def check_loss(self, step: int, loss: float, weight: float) -> str:
-        """Looks at a step's loss sum (nats) over labels of a total weight.
+        """Checks a step's loss sum (nats) over labels of a total weight.
 
         Returns:
-            A warning; mostly nothing.
+            A warning, usually empty.
 
         Raises:
-            BadStep: it is not finite, or a spike and ``guard.spikes`` is "stop".
+            BadStep: the loss is not finite, or is a spike and ``guard.spikes`` is "stop".
         """
         return self._check(LOSS, step, loss / weight if weight else loss)
 
@@ -71,7 +71,7 @@ class Guard:
         recent = self._recent[what]
         median = statistics.median(recent) if len(recent) >= FEWEST else 0.0
         self._recent[what] = [*recent, value][-self._config.window_steps :]
-        # A median of zero or less, which unbiased losses can have, gives nothing to compare with.
+        # Unbiased losses can be negative; a median of zero or less is no scale for a spike.
         is_spike = 0.0 < median * self._config.spike_factor < value
         if not is_spike or self._config.spikes == "off":
             return ""

@@ -1,7 +1,6 @@
 """The learning rate as a pure function of the step.
 
-DeepSpeed's and torch's schedulers keep a counter of their own, which is one thing more to save and
-to bring back; a function of the step needs nothing.
+The schedulers of DeepSpeed and torch keep a step counter that checkpoints would have to hold.
 """
 
 import logging
@@ -13,7 +12,7 @@ from trainer.config.train import ScheduleConfig, TrainConfig
 from trainer.engine.native_options import native_section, peak_lr
 
 _NEED_THE_END = ("WarmupDecayLR", "WarmupCosineLR")
-"""DeepSpeed's schedulers that are told how many steps there are."""
+"""DeepSpeed's schedulers that take the number of steps."""
 
 
 def num_warmup_steps(schedule: ScheduleConfig, num_steps: int) -> int:
@@ -26,19 +25,19 @@ def lr_factor(schedule: ScheduleConfig, step: int, num_steps: int) -> float:
     """Factor on the peak learning rate.
 
     Args:
-        step: number of the step, counted from 0, whose update it is for.
-        num_steps: steps of the whole run.
+        step: counted from 0.
+        num_steps: steps of the run.
 
     Returns:
-        (step + 1) / W in a warm-up of W steps. After it, 1 falls to ``min_lr_ratio``, which the
-        last step has, along half a cosine or a line; "constant" stays at 1.
+        (step + 1) / W in a warm-up of W steps; then, along half a cosine or a line, from 1 to
+        ``min_lr_ratio`` at the last step; "constant" stays at 1.
     """
     warmup = num_warmup_steps(schedule, num_steps)
     if step < warmup:
         return (step + 1) / warmup
     if schedule.kind == "constant":
         return 1.0
-    # The last step of the warm-up is the peak; without one, the first step is.
+    # The peak is the last step of the warm-up, or the first step without one.
     peak = max(warmup - 1, 0)
     done = min((step - peak) / max(num_steps - 1 - peak, 1), 1.0)
     falling = (1.0 - done) if schedule.kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
@@ -51,7 +50,7 @@ class LearningRate:
     def __init__(self, config: TrainConfig, num_steps: int) -> None:
         """
         Raises:
-            ConfigError: DeepSpeed's scheduler does not take its parameters.
+            ConfigError: DeepSpeed's scheduler refuses its parameters.
         """
         self._schedule, self._num_steps = config.schedule, num_steps
         self._peak = peak_lr(config)
@@ -59,7 +58,7 @@ class LearningRate:
         self._native = _NativeSchedule(section, self._peak, num_steps) if section else None
 
     def __call__(self, step: int) -> float:
-        """For the update of a step, counted from 1."""
+        """The learning rate of a step, counted from 1."""
         if self._native is not None:
             return self._native(step - 1)
         return self._peak * lr_factor(self._schedule, step - 1, self._num_steps)
@@ -75,11 +74,11 @@ class _NativeSchedule:
         params = dict(section.get("params", {}))
         if section["type"] in _NEED_THE_END and params.get("total_num_steps", "auto") == "auto":
             params["total_num_steps"] = num_steps
-        # It writes its value into an optimizer; this one has nothing else to do.
+        # The scheduler writes its value into an optimizer; this one only receives it.
         self._optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
         logger = logging.getLogger("DeepSpeed")
         level = logger.level
-        logger.setLevel(logging.ERROR)  # they warn of being asked before they start
+        logger.setLevel(logging.ERROR)  # they warn when queried before their first step
         try:
             self._scheduler = getattr(lr_schedules, section["type"])(self._optimizer, **params)
         except (TypeError, ValueError) as error:

@@ -1,7 +1,7 @@
 """Optimizers and schedulers of DeepSpeed: ``deepspeed.native.optimizer`` and ``.scheduler``.
 
-Each takes the place of a table of ours, ``[optimizer]`` or ``[schedule]``, which must then be left
-out: two sources of one value are an error, not a matter of which comes last.
+Each replaces a table of ours, ``[optimizer]`` or ``[schedule]``, which must then be absent: two
+sources of one value are an error.
 """
 
 from typing import Any
@@ -14,8 +14,8 @@ from trainer.config.train import OptimizerConfig, ScheduleConfig, TrainConfig
 OPTIMIZERS = (
     "Adam", "AdamW", "Adagrad", "Lamb", "Lion", "SGD", "RMSprop", "NAdam", "RAdam",
 )  # fmt: skip
-"""What DeepSpeed makes from a name without more ado. Its 1-bit optimizers reduce gradients in a way
-of their own, so that token means would not be exact; its Muon needs marks on parameters."""
+"""DeepSpeed optimizers that need only a name. Its 1-bit optimizers reduce gradients in a way that
+would make token means inexact; its Muon needs marks on parameters."""
 
 SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "LRRangeTest", "OneCycle")
 """All of DeepSpeed's schedulers; each is a function of the step."""
@@ -24,7 +24,7 @@ _KEYS = frozenset({"type", "params"})
 
 
 def native_section(config: TrainConfig, name: str) -> dict[str, Any]:
-    """``deepspeed.native.optimizer`` or ``.scheduler``; empty where it is not given."""
+    """``deepspeed.native.optimizer`` or ``.scheduler``; empty if absent."""
     return config.deepspeed.native.get(name) or {}
 
 
@@ -35,10 +35,10 @@ def peak_lr(config: TrainConfig) -> float:
 
 
 def check_native_optimizer(config: TrainConfig) -> None:
-    """Refuses native sections that this trainer cannot follow, and those that say a thing twice.
+    """Refuses native sections that are unsupported or contradict a table of ours.
 
     Raises:
-        ConfigError: names both sides.
+        ConfigError: names both keys.
     """
     optimizer = native_section(config, "optimizer")
     if optimizer:
@@ -54,7 +54,7 @@ def check_native_optimizer(config: TrainConfig) -> None:
     if scheduler:
         _check_section("scheduler", scheduler, SCHEDULERS)
         _refuse_both("scheduler", "[schedule]", config.schedule, ScheduleConfig())
-        # On by default; it would change the optimizer's betas, which are said elsewhere.
+        # cycle_momentum is on by default and would change the optimizer's betas.
         if scheduler["type"] == "OneCycle" and scheduler.get("params", {}).get(
             "cycle_momentum", True
         ):
@@ -83,6 +83,6 @@ def _refuse_both(name: str, table: str, ours: BaseModel, default: BaseModel) -> 
     ]
     if changed:
         raise ConfigError(
-            f"deepspeed.native.{name} takes the place of {table}, which sets {', '.join(changed)} "
-            "as well; remove one of them"
+            f"deepspeed.native.{name} replaces {table}, which sets {', '.join(changed)} as well; "
+            "remove one of them"
         )

@@ -1,10 +1,10 @@
-"""One optimizer step of one rank: exact token means, whatever the split.
+"""One optimizer step of one rank, with exact means over the labels for any split of the batch.
 
 The loss of a global step is the mean over the labels of all ranks and micro-batches. Their number N
-is summed before the first backward pass; then every micro-batch gives ``backward(W * loss_sum /
-N)``, where W, the number of ranks, undoes the mean that DeepSpeed takes over them, and
-``scale_wrt_gas=False`` keeps it from dividing again. So neither the split into micro-batches nor
-the number of workers changes the gradient.
+is summed before the first backward pass. Each micro-batch then runs ``backward(W * loss_sum / N)``:
+the number of ranks W undoes DeepSpeed's mean over ranks, and ``scale_wrt_gas=False`` prevents a
+second division by the number of micro-batches. The gradient depends neither on the split into
+micro-batches nor on the number of workers.
 
 Needs a process group and an engine, but no Ray.
 """
@@ -25,13 +25,13 @@ from trainer.engine.guards import BadStep, Guard
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one global step came to, over all ranks.
+    """The result of one global step, over all ranks.
 
     Attributes:
         loss, ce, kl: weighted sums over the labels, nats; see `trainer.head.fused_head`.
-        weight: of the labels.
+        weight: total weight of the labels.
         grad_norm: global gradient norm before clipping.
-        warning: what the guard has to say of the step; mostly nothing.
+        warning: of the guard, usually empty.
     """
 
     loss: float
@@ -49,13 +49,13 @@ class TrainStep:
         """
         Args:
             engine: from ``trainer.engine.deepspeed_engine.build_engine``.
-            guard: says whether a step is fit to change the student.
+            guard: checks the loss and the gradient of every step.
         """
         self._engine, self._config, self._guard = engine, config, guard
         self._world_size = dist.get_world_size()
 
     def run(self, batch: StepBatch, step: int, lr: float) -> StepResult:
-        """Forward, backward, and the optimizer's step.
+        """Runs forward, backward, and the optimizer's step.
 
         Args:
             batch: this rank's part.
@@ -64,7 +64,7 @@ class TrainStep:
 
         Raises:
             BadStep: on all ranks alike: the loss or the gradient is not finite, or the guard stops
-                at a spike. The loss is looked at before the optimizer's step, the gradient too
+                at a spike. The loss is checked before the optimizer's step; so is the gradient
                 where its norm is known by then (float32 without ZeRO).
         """
         engine = self._engine
@@ -78,7 +78,7 @@ class TrainStep:
             engine.backward(loss_sum * scale, scale_wrt_gas=False)
             parts.append(torch.stack([sums["loss"], sums["ce"], sums["kl"]]).double())
             if number < len(batch.micro_batches):
-                engine.step()
+                engine.step()  # only counts: DeepSpeed updates at the last micro-batch
         loss, ce, kl = self.sum_over_ranks(torch.stack(parts).sum(0))
         try:
             warning = self._guard.check_loss(step, loss, weight)
@@ -94,7 +94,7 @@ class TrainStep:
         """The loss of one micro-batch and its parts; see ``StudentWithHead.forward``.
 
         Args:
-            loss: the target; None: the one that is trained on.
+            loss: the target; None: that of the training.
         """
         device = self._engine.device
         input_ids = batch.input_ids.to(device, non_blocking=True)
@@ -110,7 +110,7 @@ class TrainStep:
 
     @contextlib.contextmanager
     def without_dropout(self) -> Iterator[None]:
-        """The student as it is used, not as it is trained."""
+        """Puts the student into evaluation mode for the block."""
         self._engine.eval()
         try:
             yield
@@ -118,7 +118,7 @@ class TrainStep:
             self._engine.train()
 
     def _update(self, step: int) -> tuple[float, str]:
-        """Steps the optimizer. Returns the gradient norm, and what the guard says of it."""
+        """Steps the optimizer. Returns the gradient norm and the guard's warning."""
         norm = gradient_norm(self._engine)
         if norm is not None:
             warning = self._guard.check_gradient(step, norm)

@@ -72,7 +72,7 @@ def test_the_same_run_goes_on_and_is_known_to_be_finished(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "view_hash", "named"),
     [
-        ({"optimizer": {"lr": 0.5}}, "hash", r"optimizer\.lr \(there 0\.01, now 0\.5\)"),
+        ({"optimizer": {"lr": 0.5}}, "hash", r"optimizer\.lr \(found 0\.01, now 0\.5\)"),
         ({"data": {"seed": 3}}, "hash", r"data\.seed"),
         ({"student": {"seed": 3}}, "hash", r"student\.seed"),
         ({"deepspeed": {"native": {"x": 1}}}, "hash", r"deepspeed\.native"),
