@@ -1,6 +1,6 @@
-"""What one comparison is: the model behind ``evaluate.toml``, and what comes out of it.
+"""The configuration of an evaluation, ``evaluate.toml``, and its result.
 
-Needs no torch, so that a configuration is checked before anything heavy is imported.
+Imports no torch, so that a configuration is checked before anything heavy is loaded.
 """
 
 from typing import Literal
@@ -14,25 +14,23 @@ TEACHER = "teacher"
 
 
 class EvaluateConfig(StrictModel):
-    """One comparison of students and their teacher: ``tutelage evaluate evaluate.toml``."""
+    """One comparison of students with their teacher: ``tutelage evaluate evaluate.toml``."""
 
     view: str = Field(description="URL of the view with the held-out rows")
     teacher: str = Field(description="checkpoint folder or hub name of the teacher")
-    students: dict[str, str] = Field(description="name -> checkpoint folder or hub name")
+    students: dict[str, str] = Field(description="name = checkpoint folder or hub name")
     max_rows: int = Field(
         0, ge=0, description="rows to use, spread evenly over the view; 0: all of them"
     )
-    batch_tokens: int = Field(
-        8192, ge=1, description="tokens of one forward pass, padding included"
-    )
+    batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass, padding included")
     chunk_tokens: int = Field(
-        512, ge=1, description="positions whose logits are held at once, for every model"
+        512, ge=1, description="positions whose logits are in memory at a time, per model"
     )
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="type of the weights of every model, the teacher included"
+        "float32", description="dtype of all models, the teacher included"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: the GPU if there is one"
+        "auto", description="auto: a GPU if torch sees one, else the CPU"
     )
 
     @field_validator("students")
@@ -46,17 +44,17 @@ class EvaluateConfig(StrictModel):
 
 
 class ModelMetrics(StrictModel):
-    """One model on the held-out rows.
+    """Metrics of one model on the held-out rows.
 
     Attributes:
-        cross_entropy: with the text, nats a label.
+        cross_entropy: with the text, nats per label.
         perplexity: its exponential.
-        kl_to_teacher: KL(teacher || model) of full distributions, nats a label.
+        kl_to_teacher: KL(teacher || model) of full distributions, nats per label.
         top1_agreement: share of labels where model and teacher have the same most probable token.
-        top1_accuracy: share of labels where the model's most probable token stands in the text.
+        top1_accuracy: share of labels where the model's most probable token is that of the text.
         ece: expected calibration error of that token, 15 bins of equal width, 0 to 1.
-        parameters: of the model, tied ones once.
-        tokens_per_s: forward passes to logits at the labels, on the machine of this run.
+        parameters: of the model, tied ones counted once.
+        tokens_per_s: forward passes up to the logits of the labels, on the machine of this run.
     """
 
     cross_entropy: float
@@ -70,7 +68,7 @@ class ModelMetrics(StrictModel):
 
 
 class EvaluateSummary(StrictModel):
-    """The outcome of one comparison; `models` has the teacher first."""
+    """The result of one comparison; the teacher is first in `models`."""
 
     view: str
     view_hash: str

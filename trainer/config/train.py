@@ -1,7 +1,7 @@
-"""What one training run is: the model behind ``train.toml``.
+"""The configuration of a training run, ``train.toml``.
 
-Needs neither torch, Ray nor DeepSpeed, so that a configuration is checked before anything heavy is
-imported. Every default of the trainer is on a field here and nowhere else.
+Imports neither torch, Ray nor DeepSpeed, so that a configuration is checked before any of them is
+loaded. Every default of the trainer is on a field here and nowhere else.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -23,57 +23,61 @@ LossKind = Literal[
     "tvd",
 ]
 
-# The kinds of loss that a field means something for; the other fields of it mean it for all.
+# Fields that apply to one kind of loss only; all other fields of LossConfig apply to every kind.
 _OWN_LOSS_FIELDS: dict[str, str] = {"beta": "jsd", "skew": "skew_kl"}
 
 
 class LossConfig(StrictModel):
-    """Which training target the labels become, per position (1 - alpha) * CE + alpha * T^2 * KL."""
+    """Training loss per labelled position: (1 - alpha) * CE + alpha * T^2 * divergence."""
 
     kind: LossKind = Field(
         "forward_kl",
-        description="hard uses the tokens alone, never the teacher; forward_kl is the unbiased "
-        "target of labels with draws (sampled, threshold); reverse_kl, jsd, skew_kl and tvd "
+        description="training target; hard uses only the tokens, not the teacher; forward_kl is "
+        "unbiased for labels with draws (sampled, threshold); reverse_kl, jsd, skew_kl and tvd "
         "compare the cached ids and one bucket for all others",
     )
     mix: dict[LossKind, float] = Field(
         default_factory=dict,
-        description="shares of further targets in the distillation term, for example {reverse_kl = "
-        "0.3}; `kind` has the rest",
+        description="further targets and their shares of the distillation term, for example "
+        "{reverse_kl = 0.3}; the rest is `kind`; empty: `kind` alone",
     )
-    alpha: float = Field(1.0, ge=0.0, le=1.0, description="weight of the distillation term")
-    temperature: float = Field(1.0, gt=0.0, description="distillation temperature T")
+    alpha: float = Field(
+        1.0, ge=0.0, le=1.0, description="weight of the distillation term; 1: no CE"
+    )
+    temperature: float = Field(
+        1.0, gt=0.0, description="distillation temperature T; 1: the logits as they are"
+    )
     beta: float = Field(
         0.5,
         gt=0.0,
         lt=1.0,
-        description="jsd: the teacher's share of the mixture, and the weight of its side",
+        description="jsd only: share of the teacher in the mixture, and weight of its KL",
     )
     skew: float = Field(
-        0.1, gt=0.0, lt=1.0, description="skew_kl: the teacher's share of the mixture"
+        0.1, gt=0.0, lt=1.0, description="skew_kl only: share of the teacher in the mixture"
     )
     approximate_temperature: bool = Field(
         False,
-        description="forward_kl: where T is above the temperature that draws were made at, take "
-        "the ghost target instead of refusing",
+        description="forward_kl only: if T is above the temperature of the draws, use the ghost "
+        "target; false: refuse to train",
     )
     head_memory_bytes: int | None = Field(
         None,
         ge=1,
-        description="memory for the logits of one chunk of the fused head and all arrays of their "
-        "size; unset: 64 MiB on a CPU (512 positions at most), a 64th of a GPU's memory. Changes "
+        description="bytes for the logits of one chunk of the fused head and all arrays of that "
+        "size; unset: 64 MiB on a CPU (at most 512 positions), 1/64 of a GPU's memory. Changes "
         "results within rounding",
     )
     chunk_tokens: int | None = Field(
         None,
         ge=1,
-        description="positions per chunk of the fused head; unset: what head_memory_bytes holds",
+        description="positions per chunk of the fused head; unset: as many as head_memory_bytes "
+        "holds",
     )
-
     kernel: Literal["torch", "triton"] = Field(
         "torch",
-        description="what walks over the head's logits; triton is for GPUs, walks less often, and "
-        "has been checked in Triton's interpreter only",
+        description="implementation of the passes over the head's logits; triton makes fewer "
+        "passes, needs a GPU, and has been tested in Triton's interpreter only",
     )
 
     @model_validator(mode="after")
@@ -90,7 +94,7 @@ class LossConfig(StrictModel):
         if self.chunk_tokens is not None and self.head_memory_bytes is not None:
             raise ValueError(
                 f"loss.chunk_tokens = {self.chunk_tokens} and loss.head_memory_bytes = "
-                f"{self.head_memory_bytes} both say how large a chunk is: give one of them"
+                f"{self.head_memory_bytes} both set the chunk size: give one of them"
             )
         return self
 
@@ -101,8 +105,8 @@ class LossConfig(StrictModel):
             named = (self.kind, *self.mix)
             if kind not in named and value != LossConfig.model_fields[name].default:
                 raise ValueError(
-                    f'loss.{name} = {value} means something for loss.kind = "{kind}" only, but '
-                    f'loss.kind is "{self.kind}"; remove it'
+                    f'loss.{name} = {value} applies to loss.kind = "{kind}" only, but loss.kind is '
+                    f'"{self.kind}"; remove it'
                 )
         return self
 
@@ -110,19 +114,19 @@ class LossConfig(StrictModel):
     def _mix_leaves_some(self) -> Self:
         if self.mix and (self.kind == "hard" or "hard" in self.mix):
             raise ValueError(
-                "loss.mix is of targets that use the teacher; the share of hard labels is 1 - "
+                "loss.mix takes targets that use the teacher; the share of hard labels is 1 - "
                 "loss.alpha"
             )
         shares = list(self.mix.values())
         if self.kind in self.mix or min(shares, default=1.0) <= 0.0 or sum(shares) >= 1.0:
             raise ValueError(
-                f"loss.mix = {self.mix} beside loss.kind = {self.kind}: shares are of other "
-                "targets, above 0, and sum to less than 1, so that `kind` has the rest"
+                f"loss.mix = {self.mix} with loss.kind = {self.kind}: expected shares of other "
+                "targets, above 0, with a sum below 1; the rest is `kind`"
             )
         return self
 
     def targets(self) -> list[tuple[float, "LossConfig"]]:
-        """The distillation term taken apart: shares that sum to 1, and losses of one target."""
+        """The parts of the distillation term: shares that sum to 1, and losses of one target."""
         shares = {self.kind: 1.0 - sum(self.mix.values()), **self.mix}
         return [
             (share, self.model_copy(update={"kind": kind, "mix": {}}))
@@ -131,26 +135,26 @@ class LossConfig(StrictModel):
 
 
 class DataConfig(StrictModel):
-    """How rows become global steps. The order depends on these values and the view alone."""
+    """How rows become global steps; their order depends only on these values and the view."""
 
-    max_tokens: int = Field(ge=2, description="tokens of one packed sequence: the context length")
+    max_tokens: int = Field(ge=2, description="tokens per packed sequence: the context length")
     sequences_per_step: int = Field(
-        ge=1, description="packed sequences (lanes) in one global step, over all workers"
+        ge=1, description="packed sequences (lanes) per global step, over all workers"
     )
-    micro_batch_size: int = Field(1, ge=1, description="packed sequences in one forward pass")
+    micro_batch_size: int = Field(1, ge=1, description="packed sequences per forward pass")
     seed: int = Field(0, ge=0, description="seed of the order of rows")
-    epochs: int | None = Field(None, ge=1, description="passes over the view; or give `steps`")
+    epochs: int | None = Field(None, ge=1, description="passes over the view; set this or `steps`")
     steps: int | None = Field(
-        None, ge=1, description="global steps, over as many epochs as they need; or give `epochs`"
+        None, ge=1, description="global steps, in as many epochs as needed; set this or `epochs`"
     )
     window_row_groups: int = Field(
-        4, ge=1, description="row groups (or pieces of one) a lane shuffles rows within"
+        4, ge=1, description="row groups, or pieces of one, within which a lane shuffles its rows"
     )
     long_rows: Literal["error", "drop"] = Field(
-        "error", description="what to do with rows longer than max_tokens"
+        "error", description="rows longer than max_tokens: refuse the view, or drop them"
     )
     cache_bytes: int = Field(
-        1 << 30, ge=0, description="decoded row groups kept in memory, per worker"
+        1 << 30, ge=0, description="bytes of decoded row groups kept in memory, per worker"
     )
     prefetch_steps: int = Field(2, ge=1, description="global steps prepared ahead of the training")
 
@@ -158,31 +162,34 @@ class DataConfig(StrictModel):
     def _one_length(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(
-                "data.epochs and data.steps: exactly one of them says how long to train, found "
+                "data.epochs and data.steps: give exactly one of them, found "
                 f"{'neither' if self.epochs is None else 'both'}"
             )
         return self
 
 
 class OptimizerConfig(StrictModel):
-    """AdamW. Weight decay is applied to matrices only, not to norms and biases."""
+    """AdamW; weight decay applies to matrices only, not to norms and biases."""
 
-    lr: float = Field(1e-4, gt=0.0, description="peak learning rate")
+    lr: float = Field(1e-4, gt=0.0, description="peak learning rate of the schedule")
     betas: tuple[float, float] = Field(
-        (0.9, 0.95), description="decay rates of the averages of the gradient and of its square"
+        (0.9, 0.95),
+        description="decay rates of the moving averages of gradient and squared gradient",
     )
     eps: float = Field(1e-8, gt=0.0, description="added to the denominator of the update")
-    weight_decay: float = Field(0.1, ge=0.0, description="decoupled weight decay")
+    weight_decay: float = Field(0.1, ge=0.0, description="decoupled weight decay, multiplied by lr")
 
 
 class ScheduleConfig(StrictModel):
-    """Learning rate by step: a linear warm-up, then the named decay to min_lr_ratio of the peak."""
+    """Learning rate by step: a linear warm-up, then a decay to min_lr_ratio of the peak."""
 
     kind: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="shape of the decay after the warm-up"
+        "cosine", description="shape of the decay; constant: none"
     )
-    warmup_steps: int = Field(0, ge=0, description="steps of the warm-up; or warmup_ratio")
-    warmup_ratio: float = Field(0.0, ge=0.0, lt=1.0, description="of all steps; or warmup_steps")
+    warmup_steps: int = Field(0, ge=0, description="steps of the warm-up; set this or warmup_ratio")
+    warmup_ratio: float = Field(
+        0.0, ge=0.0, lt=1.0, description="warm-up as a share of all steps; set this or warmup_steps"
+    )
     min_lr_ratio: float = Field(
         0.1, ge=0.0, le=1.0, description="final learning rate as a share of the peak"
     )
@@ -198,27 +205,27 @@ class ScheduleConfig(StrictModel):
 
 
 class DeepSpeedConfig(StrictModel):
-    """What the DeepSpeed engine does."""
+    """The DeepSpeed engine."""
 
     zero_stage: Literal[0, 1, 2, 3] = Field(
         0,
-        description="what the ranks shard: 0: nothing; 1: optimizer state; 2: gradients too; "
+        description="state sharded over the ranks; 0: none; 1: optimizer; 2: gradients too; "
         "3: weights too",
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="arithmetic of the training; bf16 keeps float32 master weights"
+        "fp32", description="dtype of the training; bf16 keeps float32 master weights"
     )
     gradient_clipping: float = Field(
-        1.0, ge=0.0, description="global gradient norm; 0: no clipping"
+        1.0, ge=0.0, description="largest global gradient norm; 0: no clipping"
     )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass, to save memory"
     )
-    timeout_s: int = Field(1800, ge=1, description="a collective that takes longer is an error")
+    timeout_s: int = Field(1800, ge=1, description="seconds after which a collective fails")
     native: dict[str, Any] = Field(
         default_factory=dict,
-        description="DeepSpeed configuration passed through, optimizer and scheduler too; "
-        "contradictions with ours are errors",
+        description="DeepSpeed configuration to pass through, optimizer and scheduler included; "
+        "a value that contradicts another key here is an error",
     )
 
 
@@ -231,13 +238,13 @@ class RayConfig(StrictModel):
         "to max; the order of rows and the losses do not depend on it",
     )
     resize_check_s: float = Field(
-        60.0, gt=0.0, description="with {min, max}: how often the cluster is asked for more room"
+        60.0, gt=0.0, description="with {min, max}: seconds between checks for more room"
     )
-    cpus_per_worker: int = Field(1, ge=1, description="CPUs and torch threads of one worker")
-    use_gpu: bool = Field(False, description="one GPU for every worker")
-    address: str = Field("", description="Ray address; empty: RAY_ADDRESS, else this machine alone")
+    cpus_per_worker: int = Field(1, ge=1, description="CPUs and torch threads per worker")
+    use_gpu: bool = Field(False, description="true: one GPU per worker; false: CPUs only")
+    address: str = Field("", description="Ray address; empty: RAY_ADDRESS, else a local Ray")
     max_failures: int = Field(
-        3, ge=0, description="lost workers to recover from; each resumes from the last checkpoint"
+        3, ge=0, description="worker failures to recover from, by resuming from the last checkpoint"
     )
 
     @property
@@ -252,75 +259,79 @@ class RayConfig(StrictModel):
 
 
 class CheckpointConfig(StrictModel):
-    """What is kept so that a killed run goes on where it was."""
+    """Checkpoints, from which an interrupted run resumes."""
 
-    every_steps: int = Field(200, ge=1, description="steps from one checkpoint to the next")
-    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    every_steps: int = Field(200, ge=1, description="global steps between checkpoints")
+    keep: int = Field(2, ge=1, description="number of newest checkpoints to keep")
     keep_best: int = Field(
-        0, ge=0, description="checkpoints kept besides for the best values of best_metric"
+        0, ge=0, description="number of best checkpoints by best_metric to keep in addition"
     )
     best_metric: Literal["loss", "ce", "kl", "eval_ce", "eval_kl"] = Field(
         "loss",
-        description="what was measured last when a checkpoint was saved: loss, ce or kl of the "
-        "training, or the held-out values of [eval]",
+        description="latest value at the time of a checkpoint: loss, ce or kl of the training, or "
+        "a held-out value of [eval]",
     )
     best_is: Literal["lowest", "highest"] = Field(
-        "lowest", description="which value of best_metric is best"
+        "lowest", description="the better direction of best_metric"
     )
     asynchronous: bool = Field(
         True,
-        description="train on while a checkpoint is written, at the price of host memory for a "
-        "copy of weights and optimizer",
+        description="continue training while a checkpoint is written; needs host memory for a "
+        "copy of weights and optimizer state",
     )
 
 
 class GuardConfig(StrictModel):
-    """What is done about a step that would spoil the student.
+    """Guards against steps that would corrupt the student.
 
-    A loss or gradient that is not finite always stops the run, before the step is kept.
+    A loss or gradient norm that is not finite always stops the run before the step is saved.
     """
 
     spikes: Literal["off", "warn", "stop"] = Field(
-        "warn", description="what a sudden jump of the loss or the gradient norm leads to"
+        "warn", description="reaction to a spike of the loss or the gradient norm"
     )
     spike_factor: float = Field(
-        5.0, gt=1.0, description="a jump: this many times the median of the steps before"
+        5.0, gt=1.0, description="a spike is more than this many times the median before it"
     )
-    window_steps: int = Field(50, ge=10, description="steps that the median is taken over")
+    window_steps: int = Field(50, ge=10, description="latest steps in the median")
 
 
 class EvalConfig(StrictModel):
-    """Measuring the student on held-out rows while it trains."""
+    """Evaluation of the student on held-out rows during training."""
 
     view: str = Field(description="URL of the view with the held-out rows")
-    every_steps: int = Field(200, ge=1, description="and after the last step")
+    every_steps: int = Field(
+        200, ge=1, description="global steps between evaluations; one follows the last step"
+    )
     max_rows: int = Field(
         256, ge=0, description="rows to use, spread evenly over the view; 0: all of them"
     )
     metric: Literal["ce", "kl"] = Field(
-        "ce", description="what early stopping looks at; kl: the lower bound of KL to the teacher"
+        "ce", description="value for early stopping; kl: a lower bound of KL(teacher || student)"
     )
     patience: int = Field(
-        0, ge=0, description="evaluations without an improvement that end the run; 0: none do"
+        0, ge=0, description="evaluations without improvement that end the run; 0: never"
     )
     min_improvement: float = Field(
-        0.0, ge=0.0, description="nats per label by which a value has to be lower to count"
+        0.0, ge=0.0, description="nats per label by which a value must fall to be an improvement"
     )
 
 
 class LogConfig(StrictModel):
-    """The learning curve."""
+    """The learning curve and its copies."""
 
-    every_steps: int = Field(10, ge=1, description="steps averaged in one line of metrics.jsonl")
+    every_steps: int = Field(
+        10, ge=1, description="global steps averaged per line of metrics.jsonl"
+    )
     wandb_project: str = Field(
-        "", description="Weights & Biases project to log to as well; needs the package wandb"
+        "", description="Weights & Biases project to log to; empty: none; needs the package wandb"
     )
     mlflow_uri: str = Field(
-        "", description="MLflow tracking URI to log to as well; needs the package mlflow"
+        "", description="MLflow tracking URI to log to; empty: none; needs the package mlflow"
     )
-    tensorboard: bool = Field(True, description="also write TensorBoard events where installed")
+    tensorboard: bool = Field(True, description="write TensorBoard events if it is installed")
     rows: bool = Field(
-        False, description="also write rows.jsonl: the keys of the rows of every step, in order"
+        False, description="write rows.jsonl: the keys of the rows of every step, in order"
     )
 
 
@@ -328,10 +339,10 @@ class WeightedView(StrictModel):
     """One view of a mixture."""
 
     view: str = Field(description="URL of the view")
-    weight: float = Field(gt=0.0, description="its share of the tokens, relative to the others'")
+    weight: float = Field(gt=0.0, description="share of the tokens, relative to the other views")
 
 
-# Told apart before either is checked, so that an error is about the one that is meant.
+# Discriminated before validation, so that an error refers to the form that was given.
 _OneOrMore = Annotated[
     Annotated[str, Tag("url")] | Annotated[list[WeightedView], Tag("mixture")],
     Discriminator(lambda value: "mixture" if isinstance(value, list) else "url"),
@@ -341,9 +352,9 @@ _OneOrMore = Annotated[
 class TrainConfig(StrictModel):
     """One training run: ``tutelage train train.toml``."""
 
-    run: str = Field(description="folder of checkpoints, metrics and the exported student")
+    run: str = Field(description="folder or URL for checkpoints, metrics and the student")
     view: _OneOrMore = Field(
-        description="URL of the view that holds the rows to train on, or several with weights"
+        description="URL of the view to train on, or several views with weights"
     )
     student: StudentConfig
     loss: LossConfig = LossConfig()
@@ -354,7 +365,7 @@ class TrainConfig(StrictModel):
     ray: RayConfig = RayConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
-    eval: EvalConfig | None = Field(None, description="no evaluation where it is left out")
+    eval: EvalConfig | None = Field(None, description="unset: no evaluation during training")
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
@@ -362,8 +373,8 @@ class TrainConfig(StrictModel):
         wanted = self.checkpoint.best_metric
         if wanted.startswith("eval_") and self.eval is None:
             raise ValueError(
-                f'checkpoint.best_metric = "{wanted}" is measured by [eval], which is left out; '
-                "give it a view of held-out rows"
+                f'checkpoint.best_metric = "{wanted}" needs [eval], which is missing; give it a '
+                "view of held-out rows"
             )
         return self
 
