@@ -249,7 +249,7 @@ class Worker:
     def _resume(self) -> TrainProgress:
         """Loads the newest valid checkpoint; without one, the run starts at step 0."""
         store = self._folder.store
-        is_node_leader = os.environ.get("LOCAL_RANK", "0") == "0"
+        is_node_leader = os.environ["LOCAL_RANK"] == "0"
         cache = Path(tempfile.gettempdir(), f"tutelage-{self._attempt}")
         with local_checkpoint(store, cache, is_node_leader) as (folder, manifest, skipped):
             for line in skipped:

@@ -85,7 +85,9 @@ def test_configurations_cannot_be_changed() -> None:
 
 
 def test_the_best_by_a_held_out_value_needs_an_evaluation(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"best_metric = \"eval_ce\" is measured by \[eval\]"):
+    with pytest.raises(
+        ConfigError, match=r"best_metric = \"eval_ce\" needs \[eval\], which is missing"
+    ):
         load(tmp_path, "checkpoint.best_metric=eval_ce")
     load(tmp_path, "checkpoint.best_metric=eval_ce", "eval.view=v")
     with pytest.raises(ConfigError, match=r"checkpoint\.best_metric: expected 'loss', 'ce'"):

@@ -72,7 +72,7 @@ def test_every_target_of_a_mix_has_to_be_served():
         ({"kind": "hard", "mix": {"ghost": 0.5}}, r"1 - loss\.alpha"),
         ({"kind": "ghost", "mix": {"hard": 0.5}}, r"1 - loss\.alpha"),
         ({"kind": "ghost", "mix": {"ghost": 0.5}}, "shares of other targets"),
-        ({"kind": "ghost", "mix": {"tvd": 1.0}}, "sum to less than 1"),
+        ({"kind": "ghost", "mix": {"tvd": 1.0}}, "with a sum below 1"),
         ({"kind": "ghost", "mix": {"tvd": 0.0}}, "above 0"),
         ({"kind": "ghost", "mix": {"tvd": 0.5}, "beta": 0.3}, r"loss\.beta"),
     ],
