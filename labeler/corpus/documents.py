@@ -1,23 +1,22 @@
-"""From rows of the corpus to documents: token ids, and the spans of them to be labelled.
+"""Rows of the corpus as documents: token ids, and the spans of them to label.
 
 =====  =======================================  =============================================
 kind   a row                                    what is labelled
 =====  =======================================  =============================================
-text   a string                                 every token but the first
+text   a string                                 every token except the first
 chat   messages (or a JSON string of them)      what the assistant says
 pair   a prompt and a response                  the response
-ids    ready token ids, optionally with spans   the spans, else every token but the first
+ids    token ids, optionally with spans         the spans, else every token except the first
 =====  =======================================  =============================================
 
-Where responses are to be generated, a row is a prompt and has no spans yet: the text without EOS,
-the messages with the template's opening of an assistant turn, or the ready ids.
+If responses are to be generated, a row is a prompt without spans: the text without EOS, the
+messages with the template's opening of an assistant turn, or the token ids.
 
-A row that is no document becomes a ``RowFailure`` and does not disturb the others.
+A row that does not give a document becomes a ``RowFailure`` and does not affect the others.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,32 +24,17 @@ import numpy as np
 from labeler.config import CorpusConfig, TextConfig
 from labeler.corpus.chat_template import ChatTokenizer
 from labeler.corpus.readers import SourceRow
-from labeler.corpus.windows import Int32Array, all_but_first
+from labeler.corpus.windows import Document, all_but_first
 from schemas.errors import ConfigError, RowFailure
 from schemas.record.spans import span_problem, unknown_token_problem
 from schemas.spec import TextSpec
 
 
-@dataclass(frozen=True)
-class Document:
-    """One document before it is cut into windows.
-
-    Attributes:
-        token_ids: int32 [L].
-        spans: int32 [2 * spans], flat half-open [start, end) pairs of target indices, start >= 1;
-            empty for a prompt.
-    """
-
-    token_ids: Int32Array
-    spans: Int32Array
-
-
 def text_spec(text: TextConfig, tokenizer: Any, kind: str) -> TextSpec:
-    """The policy of a run, with ``add_bos`` decided where the configuration leaves it to the
-    tokenizer.
+    """The text policy of a run; an unset ``add_bos`` follows the tokenizer.
 
     Raises:
-        ConfigError: A token is asked for that the tokenizer does not have.
+        ConfigError: A requested token is missing from the tokenizer.
     """
     add_bos = text.add_bos
     if add_bos is None:
@@ -74,7 +58,7 @@ def text_spec(text: TextConfig, tokenizer: Any, kind: str) -> TextSpec:
 
 
 class RowTokenizer:
-    """Turns rows into documents."""
+    """Turns rows of one corpus into documents."""
 
     def __init__(
         self,
@@ -84,17 +68,17 @@ class RowTokenizer:
         vocab_size: int,
         prompts: bool = False,
     ) -> None:
-        """Prepares for the rows of one corpus.
+        """Prepares the tokenizer for a corpus.
 
         Args:
             tokenizer: A transformers tokenizer.
-            corpus: Says the kind and the columns.
+            corpus: Its kind and columns.
             text: The BOS and EOS policy.
             vocab_size: Ids are in [0, vocab_size).
             prompts: Rows are prompts to generate from.
 
         Raises:
-            ConfigError: The corpus is of chats, but the tokenizer has no chat template.
+            ConfigError: The corpus holds chats, but the tokenizer has no chat template.
         """
         self._tokenizer = tokenizer
         self._corpus = corpus
@@ -105,19 +89,23 @@ class RowTokenizer:
         self._chat = ChatTokenizer(tokenizer) if corpus.kind == "chat" else None
 
     def documents(self, rows: Sequence[SourceRow]) -> list[Document | RowFailure]:
-        """One document, or the reason why not, for each row."""
-        make: dict[str, Callable[[list[SourceRow]], list[Document | RowFailure]]] = {
-            "text": self._texts,
-            "pair": self._pairs,
-            "chat": self._chats,
-            "ids": self._ids,
-        }
-        good = [row for row in rows if row.failure is None]
-        made = iter(make[self._corpus.kind](good))
-        return [row.failure or self._checked(next(made)) for row in rows]
+        """One document per row, or why there is none."""
+        readable = [row.values for row in rows if row.failure is None]
+        kind, text_column = self._corpus.kind, self._corpus.text_column()
+        made: Iterable[Document | RowFailure]
+        if kind == "pair":
+            made = self._pairs(readable)
+        elif kind == "text":
+            made = self._texts([values[text_column] for values in readable])
+        elif kind == "chat":
+            made = [self._chat_document(values[text_column]) for values in readable]
+        else:
+            made = [self._ids_document(values) for values in readable]
+        documents = iter(made)
+        return [row.failure or self._check(next(documents)) for row in rows]
 
-    def _checked(self, document: Document | RowFailure) -> Document | RowFailure:
-        """The document, or why the teacher cannot be asked about it."""
+    def _check(self, document: Document | RowFailure) -> Document | RowFailure:
+        """The document, or why a teacher cannot label it."""
         if isinstance(document, RowFailure):
             return document
         ids = document.token_ids
@@ -125,26 +113,23 @@ class RowTokenizer:
         if problem:
             return RowFailure("unknown_token", problem)
         if ids.size == 0 or (document.spans.size == 0 and not self._prompts):
-            return RowFailure(
-                "nothing_to_label", f"{ids.size} tokens, none of which is to be labelled"
-            )
+            return RowFailure("nothing_to_label", f"none of {ids.size} tokens is to be labelled")
         return document
 
-    def _texts(self, rows: list[SourceRow]) -> list[Document | RowFailure]:
-        encoded = self._encode([row.values[self._corpus.text_column()] for row in rows])
+    def _texts(self, texts: list[Any]) -> list[Document | RowFailure]:
         return [
             ids if isinstance(ids, RowFailure) else self._document([*self._bos, *ids, *self._eos])
-            for ids in encoded
+            for ids in self._encode(texts)
         ]
 
-    def _document(self, ids: list[int]) -> Document:
+    def _document(self, ids: Sequence[int] | np.ndarray) -> Document:
         spans = np.empty(0, np.int32) if self._prompts else all_but_first(len(ids))
         return Document(np.array(ids, np.int32), spans)
 
-    def _pairs(self, rows: list[SourceRow]) -> list[Document | RowFailure]:
-        corpus = self._corpus
-        prompts = self._encode([row.values[corpus.prompt_column] for row in rows], empty=True)
-        responses = self._encode([row.values[corpus.response_column] for row in rows])
+    def _pairs(self, rows: list[dict[str, Any]]) -> list[Document | RowFailure]:
+        columns = self._corpus.prompt_column, self._corpus.response_column
+        prompts = self._encode([values[columns[0]] for values in rows], empty=True)
+        responses = self._encode([values[columns[1]] for values in rows])
         documents: list[Document | RowFailure] = []
         for prompt, response in zip(prompts, responses, strict=True):
             if isinstance(prompt, RowFailure):
@@ -159,7 +144,7 @@ class RowTokenizer:
         return documents
 
     def _encode(self, texts: list[Any], empty: bool = False) -> list[list[int] | RowFailure]:
-        """Token ids of each text, nothing added around them."""
+        """Token ids of each text, without special tokens."""
         problems = [_text_problem(text, empty) for text in texts]
         good = [text for text, problem in zip(texts, problems, strict=True) if problem is None]
         if good:
@@ -170,49 +155,34 @@ class RowTokenizer:
             )
         return [next(encoded) if problem is None else problem for problem in problems]
 
-    def _chats(self, rows: list[SourceRow]) -> list[Document | RowFailure]:
+    def _chat_document(self, messages: Any) -> Document | RowFailure:
         assert self._chat is not None
-        documents: list[Document | RowFailure] = []
-        for row in rows:
-            messages = row.values[self._corpus.text_column()]
-            if isinstance(messages, str):
-                try:
-                    messages = json.loads(messages)
-                except (ValueError, RecursionError) as error:
-                    documents.append(RowFailure("bad_json", str(error)))
-                    continue
-            if self._prompts:
-                chat = self._chat.prompt(messages)
-            else:
-                chat = self._chat.conversation(messages)
-            documents.append(chat if isinstance(chat, RowFailure) else Document(*chat))
-        return documents
+        if isinstance(messages, str):
+            try:
+                messages = json.loads(messages)
+            except (ValueError, RecursionError) as error:
+                return RowFailure("bad_json", str(error))
+        return self._chat.document(messages, as_prompt=self._prompts)
 
-    def _ids(self, rows: list[SourceRow]) -> list[Document | RowFailure]:
-        return [self._ready(row) for row in rows]
-
-    def _ready(self, row: SourceRow) -> Document | RowFailure:
-        ids = _integers(row.values[self._corpus.text_column()])
+    def _ids_document(self, values: dict[str, Any]) -> Document | RowFailure:
+        ids = _integers(values[self._corpus.text_column()])
         if ids is None:
-            return RowFailure("wrong_type", "token ids are no list of integers")
+            return RowFailure("wrong_type", "token ids are not a list of integers")
         if ids.size == 0:
             return RowFailure("empty", "no token ids")
         problem = unknown_token_problem(ids, self._vocab_size)  # before narrowing to 32 bits
         if problem:
             return RowFailure("unknown_token", problem)
-        token_ids = ids.astype(np.int32)
-        if self._prompts:
-            return Document(token_ids, np.empty(0, np.int32))
-        if not self._corpus.spans_column:
-            return Document(token_ids, all_but_first(len(token_ids)))
-        spans = _integers(row.values[self._corpus.spans_column])
+        if self._prompts or not self._corpus.spans_column:
+            return self._document(ids)
+        found = values[self._corpus.spans_column]
+        spans = _integers(found)
         if spans is None:
-            found = row.values[self._corpus.spans_column]
             return RowFailure("bad_spans", f"spans are {found}; expected a list of integers")
-        problem = span_problem(spans, len(token_ids))
+        problem = span_problem(spans, len(ids))
         if problem:
             return RowFailure("bad_spans", problem)
-        return Document(token_ids, spans.astype(np.int32))
+        return Document(ids.astype(np.int32), spans.astype(np.int32))
 
 
 def _text_problem(text: Any, empty: bool) -> RowFailure | None:
@@ -228,7 +198,7 @@ def _text_problem(text: Any, empty: bool) -> RowFailure | None:
 
 
 def _integers(values: Any) -> np.ndarray | None:
-    """int64 array of a list of integers; None if it is something else."""
+    """A list of integers as int64; None for anything else."""
     if isinstance(values, np.ndarray) and values.dtype.kind in "iu":
         return values.astype(np.int64)
     if not isinstance(values, list) or not all(type(value) is int for value in values):

@@ -1,4 +1,4 @@
-"""Lines of a file and the byte offsets at which they begin, plain or compressed."""
+"""Lines of a plain or compressed file, with the byte offsets at which they begin."""
 
 import os
 from collections.abc import Iterator
@@ -11,15 +11,14 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
 def file_compression(name: str) -> str | None:
-    """The compression that a file's name tells, as pyarrow calls it."""
+    """pyarrow's name of a file's compression, by its suffix; None for plain files."""
     return COMPRESSIONS.get(os.path.splitext(name)[1])
 
 
 def iter_lines(url: str, start: int = 0, end: int = -1) -> Iterator[tuple[int, bytes]]:
     """Yields (byte offset, line without its newline) of the lines that **begin** in [start, end).
 
-    Offsets count decompressed bytes. Every line of a file therefore belongs to exactly one of its
-    ranges.
+    So every line of a file belongs to exactly one of its ranges. Offsets count decompressed bytes.
     """
     with fsspec.open(url, "rb") as stream:
         compression = file_compression(url)
@@ -27,7 +26,7 @@ def iter_lines(url: str, start: int = 0, end: int = -1) -> Iterator[tuple[int, b
             stream = pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), compression)
         position, rest = 0, b""
         skip_first = start > 0
-        if skip_first:  # from the byte before, so that a line that begins at start is not skipped
+        if skip_first:  # starts one byte early, so that a line beginning at start is kept
             stream.seek(start - 1)
             position = start - 1
         while chunk := stream.read(READ_BYTES):

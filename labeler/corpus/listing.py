@@ -1,9 +1,8 @@
-"""The corpus: which files it has, how they are cut into pieces, and what is wrong with it.
+"""Lists the files of a corpus, checks them, and divides them into pieces.
 
-All of this runs on the driver before Ray starts, so that a corpus that cannot be read fails in a
-second and with one line. A *piece* is what one tokenising task reads (see ``readers``). A row is
-known by its source (the path of its file, as the configuration names it) and its place in that
-source:
+This runs on the driver before Ray starts, so that an unreadable corpus fails within a second and
+with one line. A *piece* is what one tokenising task reads (see ``readers``). A row is identified by
+its source (the path of its file, as the configuration names it) and its place in that source:
 
 ========  =======================================  ==========================================
 format    place of a row                           piece
@@ -18,8 +17,8 @@ hf        row number in the Arrow file             adjacent record batches
 import json
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import fsspec
@@ -38,12 +37,12 @@ DEFAULT_GLOBS = {
     "jsonl": ("**/*.jsonl", "**/*.jsonl.gz", "**/*.jsonl.zst"),
     "text": ("**/*",),
 }
-HEAD_BYTES = 1 << 18  # of a JSONL file, searched for the columns
+HEAD_BYTES = 1 << 18  # of a JSONL file, in which the columns must appear
 
 
 @dataclass(frozen=True)
 class CorpusFile:
-    """One file: where to open it and what rosters call it."""
+    """One file: its URL, its name in rosters, its size."""
 
     url: str
     source: str
@@ -52,61 +51,49 @@ class CorpusFile:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one task reads.
+    """The part of a corpus that one task reads.
 
     Attributes:
-        index: Order of the piece in the corpus; rows of a piece come after those of lower pieces.
         files: One file, or several for ``text``.
+        size_bytes: For progress.
         start, end: Half-open range within the only file: bytes (jsonl), row groups (parquet),
-            record batches (hf); 0 and -1 for "all of it".
+            record batches (hf); 0 and -1: all.
         first_row: Row number of the first row in its file (parquet, hf).
-        size_bytes: Share of the corpus, for progress.
+        index: Order in the corpus; the rows of a piece come after those of lower pieces.
     """
 
-    index: int
     files: tuple[CorpusFile, ...]
+    size_bytes: int
     start: int = 0
     end: int = -1
     first_row: int = 0
-    size_bytes: int = 0
-
-
-@dataclass
-class _Cutter:
-    """Numbers pieces while they are cut."""
-
-    pieces: list[Piece] = field(default_factory=list)
-
-    def add(self, files: tuple[CorpusFile, ...], **fields: int) -> None:
-        self.pieces.append(Piece(index=len(self.pieces), files=files, **fields))
+    index: int = 0
 
 
 def list_corpus(corpus: CorpusConfig) -> list[Piece]:
-    """Lists the corpus as pieces, after checking that the columns asked for are there.
+    """Lists the corpus as pieces, after checking that it has the configured columns.
 
     Returns:
-        Pieces in the order of the corpus: by path, then by place.
+        Pieces ordered by path, then by place.
 
     Raises:
-        CorpusError: Nothing is there, a file cannot be opened, or a column is missing or of the
+        CorpusError: The corpus is empty, a file cannot be opened, or a column is missing or of the
             wrong type.
-        StoreError: The store of the corpus lets nobody in, or does not answer.
+        StoreError: The store of the corpus denies access or does not answer.
     """
     with store_errors(corpus.path):
         files = find_files(corpus)
-    cutter = _Cutter()
-    if corpus.format == "text":
-        _cut_text(cutter, files, corpus)
+    pieces = list(_cut_text(files, corpus)) if corpus.format == "text" else []
     for file in files if corpus.format != "text" else ():
         try:
-            _CUT[corpus.format](cutter, file, corpus)
+            pieces += _CUT[corpus.format](file, corpus)
         except CorpusError:
             raise
         except (OSError, pa.ArrowException) as error:
             raise CorpusError(f"cannot read {file.source} as {corpus.format}: {error}") from error
-    if not cutter.pieces:
-        raise CorpusError(f"corpus.path {corpus.path} has {len(files)} files, but no row in them")
-    return cutter.pieces
+    if not pieces:
+        raise CorpusError(f"corpus.path {corpus.path} has {len(files)} files, but no rows")
+    return [replace(piece, index=index) for index, piece in enumerate(pieces)]
 
 
 def find_files(corpus: CorpusConfig) -> list[CorpusFile]:
@@ -151,13 +138,13 @@ def _matching(fs: Any, root: str, corpus: CorpusConfig) -> dict[str, int]:
     if not found:
         raise CorpusError(
             f"no file in corpus.path {corpus.path} matches {' or '.join(globs)} "
-            f"({len(listing)} files are there); set corpus.glob"
+            f"({len(listing)} files found); set corpus.glob"
         )
     return found
 
 
 def _hf_files(fs: Any, root: str, corpus: CorpusConfig) -> dict[str, int]:
-    """The Arrow files of a dataset that ``datasets`` saved with ``save_to_disk``."""
+    """The Arrow files of a dataset saved by ``datasets`` with ``save_to_disk``."""
     root = root.rstrip("/")
     if fs.exists(f"{root}/dataset_dict.json"):
         splits = json.loads(fs.cat_file(f"{root}/dataset_dict.json"))["splits"]
@@ -167,7 +154,7 @@ def _hf_files(fs: Any, root: str, corpus: CorpusConfig) -> dict[str, int]:
         )
     if not fs.exists(f"{root}/state.json"):
         raise CorpusError(
-            f"corpus.path {corpus.path} is no dataset saved to disk: it has no state.json"
+            f"corpus.path {corpus.path} is not a dataset saved to disk: it has no state.json"
         )
     state = json.loads(fs.cat_file(f"{root}/state.json"))
     paths = [f"{root}/{entry['filename']}" for entry in state["_data_files"]]
@@ -175,7 +162,7 @@ def _hf_files(fs: Any, root: str, corpus: CorpusConfig) -> dict[str, int]:
 
 
 def _source_name(fs: Any, path: str, given: str) -> str:
-    """What rosters call a file: its path, relative if the configured one is."""
+    """The name of a file in rosters: its path, relative if the configured path is relative."""
     if "file" not in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
         name = str(fs.unstrip_protocol(path))
     else:
@@ -183,34 +170,34 @@ def _source_name(fs: Any, path: str, given: str) -> str:
     return os.fsencode(name).decode(errors="backslashreplace")  # names need not be UTF-8
 
 
-def _cut_text(cutter: _Cutter, files: list[CorpusFile], corpus: CorpusConfig) -> None:
+def _cut_text(files: list[CorpusFile], corpus: CorpusConfig) -> Iterator[Piece]:
     group: list[CorpusFile] = []
     size = 0
     for file in files:
         if group and size + file.size_bytes > corpus.piece_bytes:
-            cutter.add(tuple(group), size_bytes=size)
+            yield Piece(tuple(group), size)
             group, size = [], 0
         group.append(file)
         size += file.size_bytes
     if group:
-        cutter.add(tuple(group), size_bytes=size)
+        yield Piece(tuple(group), size)
 
 
-def _cut_jsonl(cutter: _Cutter, file: CorpusFile, corpus: CorpusConfig) -> None:
+def _cut_jsonl(file: CorpusFile, corpus: CorpusConfig) -> Iterator[Piece]:
     _check_jsonl(file, corpus)
     if file_compression(file.url) is not None:
-        cutter.add((file,), size_bytes=file.size_bytes)
+        yield Piece((file,), file.size_bytes)
         return
     for start in range(0, file.size_bytes, corpus.piece_bytes):
         end = min(start + corpus.piece_bytes, file.size_bytes)
-        cutter.add((file,), start=start, end=end, size_bytes=end - start)
+        yield Piece((file,), end - start, start, end)
 
 
 def _check_jsonl(file: CorpusFile, corpus: CorpusConfig) -> None:
-    """Checks that the rows at the start of a file have the columns asked for.
+    """Checks that some row at the start of a file has each configured column.
 
     Raises:
-        CorpusError: Rows were found, and one of the columns is in none of them.
+        CorpusError: Rows were found, but none of them has one of the columns.
     """
     found: dict[str, None] = {}
     seen = 0
@@ -225,97 +212,97 @@ def _check_jsonl(file: CorpusFile, corpus: CorpusConfig) -> None:
         if seen > HEAD_BYTES:
             break
     if found:
-        wanted = (*wanted_columns(corpus), *corpus.keep_columns)
-        check_names(list(found), file.source, wanted)
+        _check_names(list(found), file.source, corpus)
 
 
-def _cut_parquet(cutter: _Cutter, file: CorpusFile, corpus: CorpusConfig) -> None:
+def _cut_parquet(file: CorpusFile, corpus: CorpusConfig) -> Iterator[Piece]:
     with fsspec.open(file.url, "rb") as stream:
         parquet = pq.ParquetFile(stream)
-        check_columns(parquet.schema_arrow, file.source, corpus)
+        _check_columns(parquet.schema_arrow, file.source, corpus)
         groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
     sizes = [(group.num_rows, group.total_byte_size) for group in groups]
-    for start, end, first_row, size in _grouped(iter(sizes), corpus.piece_bytes):
-        cutter.add((file,), start=start, end=end, first_row=first_row, size_bytes=size)
+    yield from _cut_at_rows(file, sizes, corpus.piece_bytes)
 
 
-def _cut_hf(cutter: _Cutter, file: CorpusFile, corpus: CorpusConfig) -> None:
-    if not file.url.startswith("file://"):  # its batches can be found only by reading all of it
+def _cut_hf(file: CorpusFile, corpus: CorpusConfig) -> Iterator[Piece]:
+    if not file.url.startswith("file://"):  # finding its batches would mean downloading it
         with fsspec.open(file.url, "rb") as stream:
-            check_columns(pa.ipc.open_stream(stream).schema, file.source, corpus)
-        cutter.add((file,), size_bytes=file.size_bytes)
+            _check_columns(pa.ipc.open_stream(stream).schema, file.source, corpus)
+        yield Piece((file,), file.size_bytes)
         return
     with pa.memory_map(file.url.removeprefix("file://")) as stream:
         reader = pa.ipc.open_stream(stream)
-        check_columns(reader.schema, file.source, corpus)
+        _check_columns(reader.schema, file.source, corpus)
         sizes = ((batch.num_rows, batch.nbytes) for batch in reader)
-        for start, end, first_row, size in _grouped(sizes, corpus.piece_bytes):
-            cutter.add((file,), start=start, end=end, first_row=first_row, size_bytes=size)
+        yield from _cut_at_rows(file, sizes, corpus.piece_bytes)
 
 
 _CUT = {"jsonl": _cut_jsonl, "parquet": _cut_parquet, "hf": _cut_hf}
 
 
-def _grouped(
-    sizes: Iterator[tuple[int, int]], limit_bytes: int
-) -> Iterator[tuple[int, int, int, int]]:
-    """Groups adjacent (rows, bytes) into (start, end, first row, bytes)."""
+def _cut_at_rows(
+    file: CorpusFile, sizes: Iterable[tuple[int, int]], limit_bytes: int
+) -> Iterator[Piece]:
+    """Pieces of adjacent row groups or record batches, given as (rows, bytes)."""
     start = first_row = row = total = index = 0
     for rows, size in sizes:
         if index > start and total + size > limit_bytes:
-            yield start, index, first_row, total
+            yield Piece((file,), total, start, index, first_row)
             start, first_row, total = index, row, 0
         row += rows
         total += size
         index += 1
     if index > start and row > first_row:
-        yield start, index, first_row, total
+        yield Piece((file,), total, start, index, first_row)
 
 
-def wanted_columns(corpus: CorpusConfig) -> tuple[str, ...]:
-    """The columns whose absence makes a row useless, by the kind of the corpus."""
+def required_columns(corpus: CorpusConfig) -> tuple[str, ...]:
+    """The columns without which a row is useless, by the kind of the corpus."""
     if corpus.kind == "pair":
         return (corpus.prompt_column, corpus.response_column)
     spans = (corpus.spans_column,) if corpus.spans_column else ()
     return (corpus.text_column(), *spans)
 
 
-def check_columns(schema: pa.Schema, source: str, corpus: CorpusConfig) -> None:
-    """Checks that a table has the columns asked for, of a type that can be read.
+def all_columns(corpus: CorpusConfig) -> tuple[str, ...]:
+    """The required columns and those to keep, each once."""
+    return tuple(dict.fromkeys((*required_columns(corpus), *corpus.keep_columns)))
+
+
+def _check_columns(schema: pa.Schema, source: str, corpus: CorpusConfig) -> None:
+    """Checks that a table has the configured columns, of readable types.
 
     Raises:
-        CorpusError: Names the file, the column, and the columns that exist.
+        CorpusError: A column is missing or of another type.
     """
-    check_names(schema.names, source, (*wanted_columns(corpus), *corpus.keep_columns))
-    for name in wanted_columns(corpus):
+    _check_names(schema.names, source, corpus)
+    for name in required_columns(corpus):
         found = schema.field(name).type
-        if not _readable(found, name, corpus):
-            wanted = "lists of integers" if corpus.kind == "ids" else "strings"
-            wanted = "lists of messages or JSON strings" if corpus.kind == "chat" else wanted
+        if not _is_readable(found, corpus.kind):
+            expected = {"ids": "lists of integers", "chat": "lists of messages or JSON strings"}
             raise CorpusError(
-                f'column "{name}" of {source} holds {found}, but corpus.kind "{corpus.kind}" wants '
-                f"{wanted}"
+                f'column "{name}" of {source} holds {found}; corpus.kind = "{corpus.kind}" expects '
+                f"{expected.get(corpus.kind, 'strings')}"
             )
 
 
-def check_names(names: list[str], source: str, wanted: tuple[str, ...]) -> None:
-    """Checks that all columns wanted are among the names found."""
-    for name in wanted:
+def _check_names(names: list[str], source: str, corpus: CorpusConfig) -> None:
+    for name in all_columns(corpus):
         if name not in names:
             raise CorpusError(
                 f'{source} has no column "{name}"; its columns are {", ".join(names) or "none"}'
             )
 
 
-def _readable(found: pa.DataType, name: str, corpus: CorpusConfig) -> bool:
+def _is_readable(found: pa.DataType, kind: str) -> bool:
     if pa.types.is_dictionary(found):
         found = found.value_type
     is_text = pa.types.is_string(found) or pa.types.is_large_string(found)
     is_text = is_text or pa.types.is_string_view(found)
     is_list = pa.types.is_list(found) or pa.types.is_large_list(found)
     is_list = is_list or pa.types.is_fixed_size_list(found)
-    if corpus.kind == "ids":
+    if kind == "ids":
         return is_list and pa.types.is_integer(found.value_type)
-    if corpus.kind == "chat":
+    if kind == "chat":
         return is_text or (is_list and pa.types.is_nested(found.value_type))
     return is_text

@@ -1,44 +1,42 @@
-"""The work of one tokenising task: a piece of the corpus becomes the requests that are still
-missing.
+"""One tokenising task: a piece of the corpus becomes the requests that are not labelled yet.
 
-Every row that is read ends in the roster part of its piece, whatever becomes of it. Rows that are
-no documents are quarantined at once, as a unit of their own: no teacher has to see them.
+Every row read goes into the roster part of its piece, whatever becomes of it. Rows that give
+no document are quarantined at once, as a unit of their own, without a teacher.
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from labeler.config import CorpusConfig
-from labeler.corpus.documents import Document, RowTokenizer
+from labeler.corpus.documents import RowTokenizer
 from labeler.corpus.listing import Piece
 from labeler.corpus.readers import SourceRow, read_piece
 from labeler.corpus.requests import NOT_GENERATED, Request, label_request, sample_requests
-from labeler.corpus.windows import cut_windows
+from labeler.corpus.windows import Document, cut_windows
 from schemas.errors import RowFailure
 from schemas.keys import Keys, SortedKeys, contains, place_key, stack_keys
 from schemas.label_set.label_set import QuarantineRow
-from schemas.label_set.tables import first_occurrences
 from schemas.spec import GenerationSpec, TextSpec
 
 CHUNK_ROWS = 256
-"""Rows tokenised together."""
+"""Rows tokenised in one call."""
 
 DETAIL_CHARACTERS = 300
-"""What is kept of the detail of a bad row, which may quote it."""
+"""Length to which the detail of a bad row is cut, because it may quote the row."""
 
 Claim = Callable[[Keys], npt.NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
 class KeySnapshot:
-    """What the label set had when the run began; decisions do not change while it runs."""
+    """Keys of the label set at the start of the run, so that decisions do not change during it."""
 
     committed: SortedKeys
     quarantined: SortedKeys
@@ -52,8 +50,7 @@ class KeySnapshot:
         return missing
 
 
-@dataclass(frozen=True)
-class RosterRow:
+class RosterRow(NamedTuple):
     """One row that was read; ``columns`` is JSON of the kept source columns."""
 
     row_key: bytes
@@ -66,19 +63,18 @@ class RosterRow:
 
 @dataclass
 class PieceResult:
-    """What is known when a piece was read to its end."""
+    """The outcome of a piece, complete once the piece has been read to its end."""
 
     roster: list[RosterRow] = field(default_factory=list)
     quarantined: list[QuarantineRow] = field(default_factory=list)
     rows_sent: int = 0
 
     def roster_part(self) -> pa.Table:
-        """What was read, as the store wants it."""
-        names = [item.name for item in fields(RosterRow)]
-        return pa.table({name: [getattr(row, name) for row in self.roster] for name in names})
+        """All rows that were read, at least one, as a table to store."""
+        return pa.table(dict(zip(RosterRow._fields, zip(*self.roster, strict=True), strict=True)))
 
     def newly_quarantined(self, frozen: KeySnapshot) -> list[QuarantineRow]:
-        """The quarantined rows that no earlier run has put there, each once."""
+        """The rows that no earlier run quarantined, each once."""
         rows = {row.row_key: row for row in self.quarantined}
         if not rows:
             return []
@@ -87,7 +83,7 @@ class PieceResult:
 
 
 class PieceReader:
-    """Reads pieces of one corpus; made once in a process."""
+    """Reads pieces of one corpus; created once per process."""
 
     def __init__(
         self,
@@ -104,13 +100,13 @@ class PieceReader:
     def requests(
         self, piece: Piece, frozen: KeySnapshot, claim: Claim, result: PieceResult
     ) -> Iterator[list[Request]]:
-        """Yields the requests that have to be labelled, and fills in ``result`` on the way.
+        """Yields the requests to label, and fills in ``result`` on the way.
 
         Args:
             piece: What to read.
-            frozen: What is labelled already.
-            claim: Says for keys, each once, whether this piece is the one to label them.
-            result: Complete when the iteration is.
+            frozen: Keys that are labelled already.
+            claim: Decides for distinct keys which of them this piece labels.
+            result: Complete once the iteration is.
 
         Raises:
             CorpusError: A file cannot be read any further.
@@ -120,7 +116,7 @@ class PieceReader:
             requests = self._make_requests(chunk, result)
             if not requests:
                 continue
-            wanted = _wanted(requests, frozen, seen)
+            wanted = _first_missing(requests, frozen, seen)
             if wanted:
                 claimed = claim(stack_keys([request.row_key for request in wanted]))
                 wanted = [request for request, mine in zip(wanted, claimed, strict=True) if mine]
@@ -131,7 +127,7 @@ class PieceReader:
     def _make_requests(self, chunk: Sequence[SourceRow], result: PieceResult) -> list[Request]:
         requests = []
         for row, document in zip(chunk, self._rows.documents(chunk), strict=True):
-            columns = self._kept(row)
+            columns = self._kept_columns(row)
             made = document if isinstance(document, RowFailure) else self._cut(document, row)
             if isinstance(made, RowFailure):
                 key = place_key(row.source, row.place, 0)
@@ -163,9 +159,9 @@ class PieceReader:
             for w in cut_windows(len(ids), spans, self._text.max_tokens, self._text.overlap)
         ]
 
-    def _kept(self, row: SourceRow) -> str:
+    def _kept_columns(self, row: SourceRow) -> str:
         kept = {name: row.values.get(name) for name in self._corpus.keep_columns}
-        return json.dumps(kept, default=_plain) if kept else ""
+        return json.dumps(kept, default=_json_value) if kept else ""
 
 
 def _chunks(rows: Iterable[SourceRow]) -> Iterator[list[SourceRow]]:
@@ -175,22 +171,21 @@ def _chunks(rows: Iterable[SourceRow]) -> Iterator[list[SourceRow]]:
 
 
 def _printable(detail: str) -> str:
-    """A detail that can be stored: not too long, and without halves of surrogate pairs."""
+    """A detail to store: cut, and without unpaired surrogates, which UTF-8 cannot encode."""
     return detail[:DETAIL_CHARACTERS].encode(errors="backslashreplace").decode()
 
 
-def _plain(value: Any) -> Any:
-    """A JSON value for what JSON cannot say: arrays as lists, dates and the rest as text."""
+def _json_value(value: Any) -> Any:
+    """A JSON value for other types: arrays as lists, dates and the rest as text."""
     return value.tolist() if isinstance(value, np.ndarray) else str(value)
 
 
-def _wanted(requests: list[Request], frozen: KeySnapshot, seen: set[bytes]) -> list[Request]:
-    """The requests that are missing and stand for the first time in their piece."""
-    keys = stack_keys([request.row_key for request in requests])
-    wanted = []
-    for index in np.flatnonzero(frozen.missing(keys) & first_occurrences(keys)):
-        request = requests[index]
-        if request.row_key not in seen:
+def _first_missing(requests: list[Request], frozen: KeySnapshot, seen: set[bytes]) -> list[Request]:
+    """The requests that are not labelled yet and occur for the first time in their piece."""
+    found = []
+    missing = frozen.missing(stack_keys([request.row_key for request in requests]))
+    for request, is_missing in zip(requests, missing, strict=True):
+        if is_missing and request.row_key not in seen:
             seen.add(request.row_key)
-            wanted.append(request)
-    return wanted
+            found.append(request)
+    return found

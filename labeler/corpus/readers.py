@@ -1,9 +1,8 @@
-"""Reading a piece of the corpus row by row.
+"""Reads a piece of the corpus row by row.
 
-The readers are our own because each input row must be accounted for by its place, and one bad row
-(invalid UTF-8, bad JSON, a missing value) must become one quarantined row and not the end of the
-job. What is wrong with a whole file (it cannot be opened, a page is damaged) does end the job, with
-one line.
+No library reader serves, because each input row must be accounted for by its place, and a bad row
+(invalid UTF-8, bad JSON, a missing value) must become one quarantined row instead of failing the
+job. Damage to a file (it cannot be opened, a page is corrupt) does fail the job, with one line.
 """
 
 import itertools
@@ -20,7 +19,7 @@ import pyarrow.parquet as pq
 
 from labeler.config import CorpusConfig
 from labeler.corpus.jsonl_lines import iter_lines
-from labeler.corpus.listing import CorpusFile, Piece, wanted_columns
+from labeler.corpus.listing import Piece, all_columns, required_columns
 from schemas.errors import CorpusError, RowFailure
 
 BATCH_ROWS = 256
@@ -28,12 +27,11 @@ BATCH_ROWS = 256
 
 @dataclass(frozen=True)
 class SourceRow:
-    """One row of the corpus, or why it is none.
+    """One row of the corpus, or why it cannot be read.
 
     Attributes:
-        source, place: Where it stands; see ``sources``.
-        values: By column name, the wanted and the kept columns. Lists of integers come as integer
-            arrays.
+        source, place: Where the row is; see ``listing``.
+        values: Required and kept columns by name. Lists of integers come as integer arrays.
         failure: Why the row cannot be used; None if it can.
     """
 
@@ -62,21 +60,16 @@ def read_piece(piece: Piece, corpus: CorpusConfig) -> Iterator[SourceRow]:
 def _read_text(piece: Piece, corpus: CorpusConfig) -> Iterator[SourceRow]:
     for file in piece.files:
         try:
-            data = _read_all(file)
+            with fsspec.open(file.url, "rb") as stream:
+                data = stream.read()
         except (FileNotFoundError, PermissionError) as error:
             yield _failed(file.source, 0, "unreadable_file", str(error))
             continue
         yield _row(file.source, 0, {corpus.text_column(): _decode(data, first=True)})
 
 
-def _read_all(file: CorpusFile) -> bytes:
-    with fsspec.open(file.url, "rb") as stream:
-        data: bytes = stream.read()
-    return data
-
-
 def _decode(data: bytes, first: bool = False) -> str | RowFailure:
-    """Text of bytes; at the start of a file a byte order mark is dropped."""
+    """Decodes bytes; drops a byte order mark at the start of a file."""
     try:
         return data.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
@@ -97,7 +90,7 @@ def _failed(source: str, place: int, reason: str, detail: str) -> SourceRow:
 def _read_jsonl(piece: Piece, corpus: CorpusConfig) -> Iterator[SourceRow]:
     (file,) = piece.files
     for place, line in iter_lines(file.url, piece.start, piece.end):
-        if line.strip():  # blank lines are no rows
+        if line.strip():  # blank lines are not rows
             yield _parse_line(file.source, place, line, corpus)
 
 
@@ -112,13 +105,12 @@ def _parse_line(source: str, place: int, line: bytes, corpus: CorpusConfig) -> S
     if not isinstance(found, dict):
         detail = f"expected an object, found {type(found).__name__}"
         return _failed(source, place, "wrong_type", detail)
-    wanted = wanted_columns(corpus)
+    wanted = required_columns(corpus)
     missing = [name for name in wanted if name not in found]
     if missing:
         detail = f'no "{missing[0]}"; found {", ".join(map(str, found)) or "nothing"}'
         return _failed(source, place, "missing_column", detail)
-    names = (*wanted, *corpus.keep_columns)
-    return SourceRow(source, place, {name: found.get(name) for name in names})
+    return SourceRow(source, place, {name: found.get(name) for name in all_columns(corpus)})
 
 
 def _read_parquet(piece: Piece, corpus: CorpusConfig) -> Iterator[SourceRow]:
@@ -128,7 +120,7 @@ def _read_parquet(piece: Piece, corpus: CorpusConfig) -> Iterator[SourceRow]:
         batches = parquet.iter_batches(
             batch_size=BATCH_ROWS,
             row_groups=list(range(piece.start, piece.end)),
-            columns=list(_columns(corpus)),
+            columns=list(all_columns(corpus)),
         )
         yield from _table_rows(batches, file.source, piece.first_row, corpus)
 
@@ -145,14 +137,10 @@ def _read_hf(piece: Piece, corpus: CorpusConfig) -> Iterator[SourceRow]:
         yield from _table_rows(inside, file.source, piece.first_row, corpus)
 
 
-def _columns(corpus: CorpusConfig) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((*wanted_columns(corpus), *corpus.keep_columns)))
-
-
 def _table_rows(
     batches: Iterator[pa.RecordBatch], source: str, place: int, corpus: CorpusConfig
 ) -> Iterator[SourceRow]:
-    names = _columns(corpus)
+    names = all_columns(corpus)
     for batch in batches:
         columns = [_values(batch.column(batch.schema.get_field_index(name))) for name in names]
         for values in zip(*columns, strict=True):
@@ -175,7 +163,7 @@ def _values(column: pa.Array) -> Sequence[Any]:
 
 
 def _integer_lists(column: pa.Array) -> list[Any] | None:
-    """Lists of integers without a Python object for each; None where a list has nulls in it."""
+    """Lists of integers as arrays, avoiding Python integers; None if a list contains nulls."""
     flat = column.values
     if flat.null_count:
         return None

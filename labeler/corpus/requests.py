@@ -1,7 +1,7 @@
-"""Requests: what the tokenising tasks hand to the teacher, as Arrow.
+"""Requests from the tokenising tasks to the teachers, as Arrow.
 
-One request is one window to be labelled, or one sample to be generated and then labelled. Its key
-says whether its label is already there; its place says which row of the corpus it came from.
+A request is one window to label, or one sample to generate and then label. Its key decides whether
+it is labelled already; its place identifies its row of the corpus.
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,17 @@ import pyarrow as pa
 from labeler.corpus.windows import Int32Array
 from schemas.keys import generated_row_key, place_key, row_key, stack_keys, unit_key
 from schemas.label_set.label_set import QuarantineRow
+from schemas.record.spans import offsets_of
 from schemas.spec import GenerationSpec
 
 NOT_GENERATED = -1
 """The sample index of rows that are not generated."""
 
+_INT32_LIST = pa.list_(pa.field("element", pa.int32(), nullable=False))
 _FIELDS = (
     ("row_key", pa.binary(16)),
-    ("token_ids", pa.list_(pa.field("element", pa.int32(), nullable=False))),
-    ("label_spans", pa.list_(pa.field("element", pa.int32(), nullable=False))),
+    ("token_ids", _INT32_LIST),
+    ("label_spans", _INT32_LIST),
     ("source", pa.string()),
     ("place", pa.int64()),
     ("window", pa.int32()),
@@ -33,14 +35,14 @@ REQUEST_SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One sequence to be labelled, or one prompt to be continued and then labelled.
+    """One sequence to label, or one prompt to continue and then label.
 
     Attributes:
         row_key: 16 bytes.
-        token_ids: int32 [L]; of the prompt alone while its response is not there.
+        token_ids: int32 [L]; of the prompt alone until its response is generated.
         label_spans: int32, flat [start, end) pairs of target indices; empty for a prompt.
-        source, place, window: Where it comes from; see ``sources`` and ``windows``.
-        sample: Which response to the prompt; -1 where nothing is generated.
+        source, place, window: Its origin; see ``listing`` and ``windows``.
+        sample: Index of the response to the prompt; -1 if nothing is generated.
     """
 
     row_key: bytes
@@ -52,7 +54,7 @@ class Request:
     sample: int = NOT_GENERATED
 
     def with_response(self, response: Int32Array) -> "Request":
-        """The request to label a response: prompt and response, of which the response is labelled.
+        """The request to label a response, after its prompt.
 
         Args:
             response: int32 [at least 1], without the prompt.
@@ -62,7 +64,7 @@ class Request:
         return replace(self, token_ids=ids, label_spans=np.array([start, len(ids)], np.int32))
 
     def quarantined(self, reason: str, detail: str) -> QuarantineRow:
-        """What is written where this request cannot be labelled."""
+        """The quarantine row of a request that cannot be labelled."""
         return QuarantineRow(self.row_key, self.source, self.place, self.window, reason, detail)
 
     def seed(self) -> int:
@@ -73,81 +75,61 @@ class Request:
 def label_request(
     token_ids: Int32Array, spans: Int32Array, source: str, place: int, window: int
 ) -> Request:
-    """A request to label a sequence, under the key of its content."""
+    """A request to label a sequence, keyed by its content."""
     return Request(row_key(token_ids, spans), token_ids, spans, source, place, window)
 
 
 def sample_requests(
     prompt_ids: Int32Array, generation: GenerationSpec, source: str, place: int
 ) -> list[Request]:
-    """The requests for all samples of a prompt, each under the key of how it is generated."""
-    none = np.empty(0, np.int32)
+    """The requests for all samples of a prompt, keyed by how each is generated."""
+    keys = [generated_row_key(prompt_ids, generation, n) for n in range(generation.n)]
+    no_spans = np.empty(0, np.int32)
     return [
-        Request(
-            generated_row_key(prompt_ids, generation, sample),
-            prompt_ids,
-            none,
-            source,
-            place,
-            0,
-            sample,
-        )
-        for sample in range(generation.n)
+        Request(key, prompt_ids, no_spans, source, place, sample=sample)
+        for sample, key in enumerate(keys)
     ]
 
 
 def to_table(requests: Sequence[Request]) -> pa.Table:
     """Requests as Arrow, in order."""
-    columns: list[Any] = [
-        pa.array([request.row_key for request in requests], pa.binary(16)),
-        _lists([request.token_ids for request in requests]),
-        _lists([request.label_spans for request in requests]),
-        *(
-            pa.array([getattr(request, name) for request in requests], kind)
-            for name, kind in _FIELDS[3:]
-        ),
-    ]
+    columns = []
+    for name, kind in _FIELDS:
+        values = [getattr(request, name) for request in requests]
+        columns.append(_list_array(values) if kind == _INT32_LIST else pa.array(values, kind))
     return pa.Table.from_arrays(columns, schema=REQUEST_SCHEMA)
 
 
 def from_table(table: pa.Table) -> list[Request]:
-    """The requests of a table, chunked or not; their arrays share its memory where they can."""
+    """The requests of a table; their arrays are views of its memory."""
     columns: list[Any] = []
     for name, kind in _FIELDS:
         column = table.column(name)
-        if pa.types.is_list(kind):
-            chunks = column.chunks
-            columns.append([row for chunk in chunks for row in _list_rows(chunk)])
+        if kind == _INT32_LIST:
+            columns.append([row for chunk in column.chunks for row in _list_rows(chunk)])
         else:
             columns.append(column.to_pylist())
     return [Request(*values) for values in zip(*columns, strict=True)]
 
 
 def requests_unit_key(requests: Sequence[Request], salt: str = "") -> str:
-    """The key of the unit that these requests make, whatever becomes of each of them.
+    """The key of the unit of these requests, whatever becomes of each of them.
 
     Args:
         requests: One or more.
-        salt: Not empty where the same rows have to make another unit than before: rows of a unit
-            that are tried again would otherwise find that unit committed, with them in quarantine.
+        salt: Not empty if the rows must form another unit than before: rows that are tried again
+            would otherwise find their unit committed, with them in quarantine.
     """
     keys = [request.row_key for request in requests]
     return unit_key(stack_keys([*keys, place_key(salt, 0, 0)] if salt else keys))
 
 
-def _flat(arrays: Sequence[Int32Array]) -> tuple[Int32Array, np.ndarray]:
-    """int32 values of all arrays, and int64 offsets [R + 1] into them."""
-    offsets = np.zeros(len(arrays) + 1, np.int64)
-    np.cumsum([len(array) for array in arrays], out=offsets[1:])
+def _list_array(arrays: Sequence[Int32Array]) -> pa.ListArray:
     values = np.concatenate(arrays) if arrays else np.empty(0, np.int32)
-    return values.astype(np.int32, copy=False), offsets
-
-
-def _lists(arrays: Sequence[Int32Array]) -> pa.Array:
-    values, offsets = _flat(arrays)
-    kind = pa.list_(pa.field("element", pa.int32(), nullable=False))
     return pa.ListArray.from_arrays(
-        pa.array(offsets, pa.int32()), pa.array(values, pa.int32()), type=kind
+        pa.array(offsets_of(np.array([len(array) for array in arrays], np.int64)), pa.int32()),
+        pa.array(values.astype(np.int32, copy=False)),
+        type=_INT32_LIST,
     )
 
 

@@ -1,15 +1,15 @@
-"""Windows: how a document longer than the teacher's context is cut.
+"""Cuts documents longer than the teacher's context into windows.
 
-Every token of a document but its first is a target exactly once; a later window repeats the last
-``overlap`` tokens of what came before as context, and never less than one, since a label needs a
-token before it::
+Every token of a document except the first is a target exactly once. Later windows repeat the last
+``overlap`` tokens before them as context, and at least one, because a label needs a token before
+it::
 
     document  0 1 2 3 4 5 6 7 8 9        max_tokens 5, overlap 2
     window 0  0[1 2 3 4]                 [..] are the targets
     window 1        3 4[5 6 7]
     window 2              6 7[8 9]
 
-BOS, where the policy adds one, is a document's first token.
+BOS, if the policy adds it, is the first token of a document.
 """
 
 from dataclasses import dataclass
@@ -21,12 +21,26 @@ Int32Array = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
+class Document:
+    """One document before it is cut into windows.
+
+    Attributes:
+        token_ids: int32 [L].
+        spans: int32 [2 * spans], flat half-open [start, end) pairs of target indices, start >= 1;
+            empty for a prompt.
+    """
+
+    token_ids: Int32Array
+    spans: Int32Array
+
+
+@dataclass(frozen=True)
 class Window:
     """Tokens [start, end) of a document.
 
     Attributes:
-        index: Number of the window in its document. Windows without a target are left out, so
-            numbers may have gaps.
+        index: Number of the window in its document; with gaps, because windows without a target
+            are left out.
         start, end: Half-open range in the document's tokens.
         spans: int32 [2 * spans], half-open [start, end) pairs of target indices **in the window**.
     """
@@ -43,7 +57,7 @@ def all_but_first(num_tokens: int) -> Int32Array:
 
 
 def clip_spans(spans: Int32Array, start: int, end: int) -> Int32Array:
-    """The part of flat [start, end) pairs that lies in a range of the document."""
+    """Flat [start, end) pairs cut to a range of the document; pairs outside are dropped."""
     pairs = np.clip(spans.reshape(-1, 2), start, end)
     return np.ascontiguousarray(pairs[pairs[:, 0] < pairs[:, 1]]).reshape(-1)
 
@@ -55,15 +69,15 @@ def cut_windows(num_tokens: int, spans: Int32Array, max_tokens: int, overlap: in
         num_tokens: Length of the document.
         spans: int32 flat pairs, sorted and disjoint, 1 <= start < end <= num_tokens.
         max_tokens: At least 2.
-        overlap: Context that a later window repeats; less than ``max_tokens - 1`` (one token at
-            least is repeated, whatever it says).
+        overlap: Tokens that later windows repeat, below ``max_tokens - 1``; at least one token is
+            repeated in any case.
 
     Returns:
         The windows that have a target, in order.
     """
     context = max(overlap, 1)
     windows = []
-    new, index = 1, 0  # the first index that no window has as a target yet
+    new, index = 1, 0  # new: the first index that is not a target yet
     while new < num_tokens:
         start = 0 if index == 0 else new - context
         end = min(start + max_tokens, num_tokens)

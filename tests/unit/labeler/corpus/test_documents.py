@@ -8,8 +8,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from labeler.config import CorpusConfig, TextConfig
-from labeler.corpus.documents import Document, RowTokenizer, text_spec
+from labeler.corpus.documents import RowTokenizer, text_spec
 from labeler.corpus.readers import SourceRow
+from labeler.corpus.windows import Document
 from schemas.errors import ConfigError, RowFailure
 from schemas.spec import TextSpec
 

@@ -215,7 +215,7 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
         list_corpus(CorpusConfig(path=str(tmp_path / "none")))
     with pytest.raises(CorpusError, match=r"no file matches corpus\.path"):
         list_corpus(CorpusConfig(path=str(tmp_path / "*.parquet")))
-    with pytest.raises(CorpusError, match=r"matches \*\*/\*\.parquet .0 files are there"):
+    with pytest.raises(CorpusError, match=r"matches \*\*/\*\.parquet .0 files found"):
         list_corpus(CorpusConfig(path=str(tmp_path)))
     (tmp_path / "a.parquet").write_bytes(b"nonsense")
     with pytest.raises(CorpusError, match=r"cannot read .*a\.parquet as parquet"):
@@ -229,7 +229,7 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r'a\.jsonl has no column "text"; its columns are body'):
         list_corpus(CorpusConfig(path=str(tmp_path), format="jsonl"))
     (tmp_path / "a.jsonl").write_bytes(b"")
-    with pytest.raises(CorpusError, match="1 files, but no row in them"):
+    with pytest.raises(CorpusError, match="1 files, but no rows"):
         list_corpus(CorpusConfig(path=str(tmp_path), format="jsonl"))
 
 
