@@ -31,7 +31,7 @@ from typing import Any
 
 from benchmarks.label_cases import MODELS, records
 from benchmarks.label_host import host_us_per_label
-from labeler.run.openmp_env import cpu_environment
+from labeler.run.openmp_env import openmp_env
 
 HOST_REPEATS = 5
 
@@ -76,7 +76,7 @@ def _measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
         for name, value in sizes.items():
             command += [f"--{name}", str(value)]
         # The floor travels as a function, also to an engine in a process of its own.
-        environment = {**cpu_environment(), "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+        environment = {**openmp_env(), "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
         subprocess.run(command, check=True, env={**os.environ, **environment})
         out = Path(folder)
         figures: dict[str, Any] = json.loads((out / f"{model}.json").read_text(encoding="utf-8"))

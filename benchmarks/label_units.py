@@ -10,7 +10,7 @@ from labeler.corpus.requests import Request, sample_requests
 from labeler.quality.gates import Gates
 from labeler.run.unit_labeller import UnitLabeller
 from labeler.supervision.attempts import Attempts
-from labeler.supervision.supervisor import Survivor
+from labeler.supervision.supervisor import EngineSupervisor
 from labeler.teachers.protocol import Teacher
 from schemas.label_set.label_set import LabelSet
 from schemas.spec import GenerationSpec, LabelSetSpec, RecordSpec, TeacherIdentity, TextSpec
@@ -44,8 +44,8 @@ def label_units(
     """What a teacher actor has, around a teacher that is there already."""
     label_set = make_label_set(folder, record, vocab_size, generation)
     attempts = Attempts(label_set.store, "benchmark")
-    survivor = Survivor(lambda: teacher, attempts, generation, _GATES.audit_rate)
-    return UnitLabeller(label_set, survivor, "", Gates(label_set, _GATES, lambda: None))
+    supervisor = EngineSupervisor(lambda: teacher, attempts, generation, _GATES.audit_rate)
+    return UnitLabeller(label_set, supervisor, "", Gates(label_set, _GATES, lambda: None))
 
 
 def make_requests(rows: TokenRows) -> list[Request]:

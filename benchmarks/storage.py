@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from benchmarks.demo_labels import TokenRows, label, real_rows
-from labeler.quality.fidelity import partition_kl
+from benchmarks.rounding_kl import rounding_kl
 from labeler.teachers.protocol import RowLabels
 from labeler.units.assemble import assemble_rows
 from schemas.keys import content_key, stack_keys
@@ -174,7 +174,7 @@ def _written(
 def _kl_added(kind: Kind, rows: TokenRows, bits: int) -> float:
     """Mean nats a label of KL(before rounding, after it) on the partition that is stored."""
     stored = _assembled(kind, rows, kind.record.model_copy(update={"logprob_bits": bits}))
-    return float(partition_kl(kind.labels, stored, kind.record).mean())
+    return float(rounding_kl(kind.labels, stored, kind.record).mean())
 
 
 def _entropy_bytes(rows: LabelRows) -> float:

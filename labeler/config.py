@@ -1,4 +1,4 @@
-"""What a ``label.toml`` may say, and the only place where its defaults live.
+"""The model behind ``label.toml``; every default of the labeler is on a field here.
 
 Importing this module costs pydantic and nothing else, so that help and configuration errors are
 instant.
@@ -13,31 +13,39 @@ from schemas.spec import GenerationSpec, RecordSpec
 
 
 class CorpusConfig(StrictModel):
-    """Where the corpus is and what a row of it holds."""
+    """Where the corpus is and what one row of it holds."""
 
-    path: str = Field(description="file, folder or glob pattern; any fsspec URL")
+    path: str = Field(description="file, folder or glob pattern, as a path or any fsspec URL")
     format: Literal["parquet", "jsonl", "text", "hf"] = Field(
         default="parquet",
-        description="file format; text: one document per file, hf: a saved Hugging Face dataset",
+        description="file format; text: one document per file; hf: a saved Hugging Face dataset",
     )
-    glob: str = Field(default="", description="which files of a folder; empty: by the format")
+    glob: str = Field(
+        default="", description="file name pattern within a folder; empty: that of the format"
+    )
     kind: Literal["text", "chat", "pair", "ids"] = Field(
         default="text",
-        description="contents of a row: plain text, chat messages, a prompt with its response, or "
-        "token ids",
+        description="content of a row: a text, a chat, a prompt with its response, or token ids",
     )
     column: str = Field(
         default="",
-        description="the column to read; empty: text (text), messages (chat), token_ids (ids)",
+        description="column to read; empty: text for kind text, messages for chat, token_ids for "
+        "ids",
     )
-    prompt_column: str = Field(default="prompt", description="kind pair")
-    response_column: str = Field(default="response", description="kind pair")
+    prompt_column: str = Field(default="prompt", description="kind pair: column of the prompt")
+    response_column: str = Field(
+        default="response", description="kind pair: column of the response"
+    )
     spans_column: str = Field(
-        default="", description="kind ids: flat [start, end) pairs; empty: all but the first token"
+        default="",
+        description="kind ids: column of flat [start, end) pairs of the tokens to label; empty: "
+        "all but the first token",
     )
-    keep_columns: tuple[str, ...] = Field(default=(), description="kept in the roster, for views")
+    keep_columns: tuple[str, ...] = Field(
+        default=(), description="further columns to keep in the roster, for filters of views"
+    )
     piece_bytes: int = Field(
-        default=4 * 2**20, ge=1, description="what one tokenising task reads, about"
+        default=4 * 2**20, ge=1, description="bytes that one tokenising task reads, about"
     )
 
     @model_validator(mode="after")
@@ -61,14 +69,17 @@ class CorpusConfig(StrictModel):
 class TextConfig(StrictModel):
     """How documents become token sequences; part of the identity of a label set."""
 
-    max_tokens: int = Field(default=1024, ge=2, description="the longest sequence, in tokens")
+    max_tokens: int = Field(default=1024, ge=2, description="maximum sequence length, in tokens")
     overlap: int = Field(
-        default=128, ge=0, description="tokens of context that a later window repeats"
+        default=128, ge=0, description="tokens of context that each further window repeats"
     )
     add_bos: bool | None = Field(
-        default=None, description="BOS before each document; unset: as the tokenizer does"
+        default=None,
+        description="put BOS before each document; unset: as the tokenizer does by default",
     )
-    add_eos: bool = Field(default=True, description="EOS after each document (text, pair)")
+    add_eos: bool = Field(
+        default=True, description="kinds text and pair: put EOS after each document"
+    )
     split_long: bool = Field(
         default=True, description="cut long documents into windows; false: quarantine them"
     )
@@ -84,23 +95,24 @@ class TextConfig(StrictModel):
 
 
 class RemoteConfig(StrictModel):
-    """How a vLLM server that somebody else runs is asked; none of it changes a label."""
+    """How requests are sent to a running vLLM server; none of it changes a label."""
 
     served_model: str = Field(
-        default="", description="the server's name of the model; empty: the only one it serves"
+        default="",
+        description="name under which the server serves the model; empty: the only one it serves",
     )
     api_key_env: str = Field(
         default="",
-        description="environment variable of the teacher's processes that holds the key; the key "
-        "itself is in no file; empty: none is sent",
+        description="environment variable, in the teacher's processes, that holds the API key; the "
+        "key itself is in no file; empty: no key is sent",
     )
-    requests_in_flight: int = Field(default=64, ge=1, description="rows sent at the same time")
-    timeout_s: float = Field(default=600.0, gt=0, description="of one answer")
+    requests_in_flight: int = Field(default=64, ge=1, description="rows in flight at the same time")
+    timeout_s: float = Field(default=600.0, gt=0, description="seconds to wait for one response")
     patience_s: float = Field(
         default=300.0,
         ge=0,
-        description="how long a server that is overloaded or does not answer is asked again, with "
-        "growing pauses, before the run ends",
+        description="seconds to retry, with growing pauses, while the server is overloaded or does "
+        "not respond; then the run ends",
     )
 
 
@@ -109,28 +121,36 @@ class TeacherConfig(StrictModel):
 
     backend: Literal["vllm", "transformers", "remote", "none"] = Field(
         default="vllm",
-        description='"remote": a running vLLM server; "none": tokenise only, for hard labels',
+        description="engine; remote: a running vLLM server; none: tokenise only, for hard labels",
     )
     model: str = Field(
         default="",
-        description="folder or hub name; needed unless backend is none; of a remote teacher, its "
-        "config.json and tokenizer are enough",
+        description="folder or hub name of the model, required unless backend is none; a remote "
+        "teacher only needs its config.json and tokenizer",
     )
-    url: str = Field(default="", description="backend remote: of the server, http://HOST:PORT")
+    url: str = Field(default="", description="backend remote: the server, http://HOST:PORT")
     weights_digest: str = Field(
         default="",
-        description="backend remote: what identifies the weights that the server runs, e.g. the "
-        "hub's commit; empty: they are those in the folder teacher.model",
+        description="backend remote: identity of the weights that the server runs, such as the "
+        "hub's commit; empty: those in the folder teacher.model",
     )
-    remote: RemoteConfig = RemoteConfig()
-    tokenizer: str = Field(default="", description="folder or hub name; empty: the model's own")
+    remote: RemoteConfig = Field(
+        default=RemoteConfig(), description="backend remote: how requests are sent"
+    )
+    tokenizer: str = Field(
+        default="", description="folder or hub name of the tokenizer; empty: the model's own"
+    )
     dtype: str = Field(
         default="auto",
-        description="auto, float32, bfloat16, float16; of a remote teacher, that of the server",
+        description="auto, float32, bfloat16 or float16; for a remote teacher, the server's dtype",
     )
-    head_dtype: str = Field(default="auto", description="of the lm_head's product; auto: as dtype")
+    head_dtype: str = Field(
+        default="auto", description="dtype of the lm_head's matrix product; auto: as dtype"
+    )
     max_model_len: int | None = Field(
-        default=None, ge=2, description="the engine's context; unset: what text.max_tokens needs"
+        default=None,
+        ge=2,
+        description="context length of the engine, in tokens; unset: text.max_tokens + 1",
     )
     replicas: Count = Field(
         default=1,
@@ -146,11 +166,11 @@ class TeacherConfig(StrictModel):
     label_path: Literal["auto", "head", "flat"] = Field(
         default="auto",
         description="backend vllm: head: the label head in the engine's workers; flat: vLLM's own "
-        "log-probabilities, slower and only for topk without entropy and temperatures; auto: the "
-        "head, or flat where the head does not fit this vLLM and the record can be had so",
+        "log-probabilities, slower, and only for kind topk without entropy and temperatures; auto: "
+        "the head, or flat where the head does not fit this vLLM and the record allows it",
     )
     engine: dict[str, Any] = Field(
-        default_factory=dict, description="options passed to the engine as they are"
+        default_factory=dict, description="options passed to the engine unchanged"
     )
 
     @model_validator(mode="after")
@@ -164,7 +184,7 @@ class TeacherConfig(StrictModel):
 
     @property
     def replica_range(self) -> tuple[int, int]:
-        """The least and the most teacher actors."""
+        """Fewest and most teacher actors."""
         return count_bounds(self.replicas)
 
     @property
@@ -181,14 +201,14 @@ class TeacherConfig(StrictModel):
             )
         if remote and self.dtype == "auto":
             raise ValueError(
-                "teacher.dtype is auto, but a server does not tell what it runs in; say it "
-                "(float32, bfloat16, float16), because labels are identified by it"
+                "teacher.dtype is auto, but a server does not report its dtype; set it to float32, "
+                "bfloat16 or float16, because it is part of the identity of the labels"
             )
         for name in ("url", "weights_digest", "remote"):
             if not remote and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(
-                    f'teacher.{name} means something for teacher.backend = "remote" only, but it '
-                    f'is "{self.backend}"; remove it'
+                    f'teacher.{name} only applies to teacher.backend = "remote", but backend is '
+                    f'"{self.backend}"; remove it'
                 )
 
 
@@ -196,74 +216,83 @@ class RunConfig(StrictModel):
     """How the job runs; none of it changes a label."""
 
     unit_tokens: int = Field(
-        default=2**17, ge=1, description="tokens of one commit, and of one shard, about"
+        default=2**17, ge=1, description="tokens per commit, and per shard, about"
     )
-    unit_rows: int = Field(default=4096, ge=1, description="rows of one commit at most")
+    unit_rows: int = Field(default=4096, ge=1, description="rows per commit, at most")
     address: str = Field(
-        default="", description="of the Ray cluster; empty: RAY_ADDRESS, else one is started here"
+        default="",
+        description="address of a Ray cluster; empty: RAY_ADDRESS, or else a Ray started here",
     )
     num_cpus: int | None = Field(
-        default=None, ge=1, description="of a Ray started here; unset: all of them"
+        default=None, ge=1, description="CPUs of a Ray started here; unset: all"
     )
     cpus_per_replica: float | None = Field(
         default=None,
         gt=0,
-        description="of a teacher actor; unset: of half of each node, where no GPU is",
+        description="CPUs of a teacher actor; unset: 1 on GPUs, else a share of half of each node",
     )
     gpus_per_replica: float | None = Field(
         default=None,
         ge=0,
-        description="of a teacher actor; unset: what its engine shares, where the cluster has GPUs",
+        description="GPUs of a teacher actor; unset: what its engine shares, where the cluster has "
+        "GPUs",
     )
     threads_per_replica: int | None = Field(
-        default=None, ge=1, description="OMP threads of a teacher actor; unset: the host's CPUs"
+        default=None,
+        ge=1,
+        description="OpenMP threads of a teacher actor; unset: on CPUs an equal share of the node, "
+        "on GPUs Ray's choice",
     )
     waiting_bytes: int = Field(
         default=2**30,
         ge=2**24,
-        description="of Ray's object store: token ids that wait for a teacher, about",
+        description="bytes of token ids that may wait for a teacher in Ray's object store, about",
     )
     max_restarts: int = Field(
         default=30,
         ge=0,
-        description="of a teacher actor that died; finding one row that kills engines takes about "
+        description="restarts of a teacher actor; finding one row that crashes engines takes about "
         "4 + log2(unit_rows)",
     )
-    max_task_retries: int = Field(default=30, ge=0, description="of a task whose worker died")
+    max_task_retries: int = Field(
+        default=30, ge=0, description="retries of a task whose worker process crashed"
+    )
     retry_quarantined: bool = Field(
-        default=False, description="try rows again that earlier runs put in quarantine"
+        default=False, description="retry rows that earlier runs quarantined"
     )
     stall_s: float = Field(
         default=1800.0,
         gt=0.0,
-        description="an engine that gives nothing back for so long, or does not start, is ended, "
-        "and counts as having died",
+        description="seconds without a result after which an engine, also one that is starting, is "
+        "ended and counts as crashed",
     )
     drain_s: float = Field(
         default=300.0,
         gt=0.0,
-        description="what units in work have to be finished and committed after SIGTERM or Ctrl-C",
+        description="seconds for units in work to be committed after SIGTERM or Ctrl-C",
     )
     store_patience_s: float = Field(
         default=900.0,
         ge=0.0,
-        description="how long a store that is full or answers errors is tried again, all in all",
+        description="seconds to retry one operation of a store that is full or returns errors; 0: "
+        "no retries",
     )
 
 
 class GatesConfig(StrictModel):
-    """What labels have to pass before anyone is given them; none of it changes a label."""
+    """Checks that labels pass before they are published; none of it changes a label."""
 
     audit_rate: float = Field(
         default=1 / 256,
         ge=0.0,
         le=1.0,
-        description="share of labels that are compared with the full distribution; 0: none",
+        description="share of labels compared with the full distribution; 0: none",
     )
     max_kl: float = Field(
         default=1e-3,
         gt=0.0,
-        description="mean nats a label that storing may cost a unit; above, it is quarantined",
+        description="mean nats per label that storing may cost a unit; above it, the unit is "
+        "quarantined",
     )
     max_missed_mass: float = Field(
         default=1e-3,
@@ -273,31 +302,43 @@ class GatesConfig(StrictModel):
     parity_rows: int = Field(
         default=2,
         ge=0,
-        description="rows that a second implementation of the teacher scores, once a label set; "
+        description="rows that a second implementation of the teacher scores, once per label set; "
         "0: none",
     )
     parity_tokens: int = Field(
-        default=256, ge=2, description="labels of each of these rows that are compared"
+        default=256, ge=2, description="labels compared in each of these rows, at most"
     )
     max_parity_kl: float | None = Field(
         default=None,
         gt=0.0,
-        description="mean nats a label between both; unset: 1e-4 in float32, else 1e-2",
+        description="mean nats per label by which the two implementations may differ; unset: 1e-4 "
+        "in float32, else 1e-2",
     )
 
 
 class LabelConfig(StrictModel):
-    """A whole ``label.toml``."""
+    """A complete ``label.toml``."""
 
     labels: str = Field(description="URL of the label set")
-    view: str = Field(default="", description="URL of a view of all rows of this run; empty: none")
-    corpus: CorpusConfig
-    text: TextConfig = TextConfig()
-    teacher: TeacherConfig
-    record: RecordSpec = RecordSpec()
-    generate: GenerationSpec | None = None
-    gates: GatesConfig = GatesConfig()
-    run: RunConfig = RunConfig()
+    view: str = Field(
+        default="", description="URL of a view of all rows of this run; empty: no view"
+    )
+    corpus: CorpusConfig = Field(description="the rows to label")
+    text: TextConfig = Field(
+        default=TextConfig(), description="how documents become token sequences"
+    )
+    teacher: TeacherConfig = Field(description="the model that labels, and its engine")
+    record: RecordSpec = Field(
+        default=RecordSpec(), description="what is stored of each distribution"
+    )
+    generate: GenerationSpec | None = Field(
+        default=None,
+        description="sample responses to the rows first, then label these; unset: label the rows",
+    )
+    gates: GatesConfig = Field(
+        default=GatesConfig(), description="checks that labels pass before they are published"
+    )
+    run: RunConfig = Field(default=RunConfig(), description="how the job runs")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -305,10 +346,10 @@ class LabelConfig(StrictModel):
         if (self.teacher.backend == "none") != tokens_only:
             raise ValueError(
                 f'record.kind is "{self.record.kind}", teacher.backend "{self.teacher.backend}"; '
-                'kind "tokens" goes with backend "none", and only with it'
+                'kind "tokens" and backend "none" only work together'
             )
         if self.record.teacher_context:
-            # Can go when something in the labeler writes the column.
+            # Remove once the labeler writes the column.
             raise ValueError(
                 "record.teacher_context is true, but a label job cannot write that column yet; "
                 "remove it (label sets that have the column can be read)"
@@ -340,7 +381,7 @@ class LabelConfig(StrictModel):
             raise ValueError('[generate] needs a teacher, but teacher.backend is "none"')
         if self.corpus.kind == "pair":
             raise ValueError(
-                '[generate] wants prompts, but corpus.kind is "pair"; use text, chat or ids'
+                '[generate] needs prompts, but corpus.kind is "pair"; use text, chat or ids'
             )
         if generate.max_tokens >= self.text.max_tokens:
             raise ValueError(
@@ -349,7 +390,7 @@ class LabelConfig(StrictModel):
             )
 
     def teacher_with_context(self) -> TeacherConfig:
-        """The teacher with ``max_model_len`` filled in: the longest sequence and one more token."""
+        """The teacher with ``max_model_len`` filled in: the longest sequence plus one token."""
         if self.teacher.max_model_len is not None:
             return self.teacher
         return self.teacher.model_copy(update={"max_model_len": self.text.max_tokens + 1})

@@ -1,6 +1,6 @@
-"""How fast the real teacher labels, and how many bytes its labels take: a few units, thrown away.
+"""Measures how fast the real teacher labels and how many bytes its labels take.
 
-The units go the whole way that a run's would, up to committed Parquet, but into a label set in a
+A few units take the same path as those of a run, up to committed Parquet, but into a label set in a
 temporary folder of the teacher's machine.
 """
 
@@ -10,29 +10,29 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 
 import pyarrow as pa
 
 from labeler.config import LabelConfig, TeacherConfig
-from labeler.corpus.requests import Request, from_table
+from labeler.corpus.requests import from_table
 from labeler.quality.gates import Gates
-from labeler.run.unit_labeller import UnitDone, UnitLabeller
+from labeler.run.unit_labeller import UnitLabeller
 from labeler.supervision.attempts import Attempts
-from labeler.supervision.supervisor import Survivor
+from labeler.supervision.supervisor import EngineSupervisor
 from labeler.teachers.protocol import Teacher
+from labeler.units.sizing import cut_units
 from schemas.label_set.label_set import LabelSet
 from schemas.label_set.manifest import Manifest, manifest_path
 from schemas.spec import LabelSetSpec, RecordSpec
 from schemas.storage.store import Store
 
 WARM_ROWS = 8
-"""Rows that are labelled first: engines compile and fill their caches over them."""
+"""Rows labelled first, untimed: engines compile and fill their caches over them."""
 
 TIMED_S = 30.0
-"""How long the timed units take together, about."""
+"""Seconds that the timed units take together, about."""
 
-_UNITS = 6
+_TIMED_UNITS = 6
 _CALLS = 3  # units at the same time, as in a run
 
 MakeTeacher = Callable[[TeacherConfig, RecordSpec], Teacher]
@@ -43,33 +43,37 @@ class Calibration:
     """What a teacher did with a few units.
 
     Attributes:
-        start_s: Until it had labelled its first rows.
-        seconds: Of the timed units together.
-        timed_tokens: Of the timed units together, responses included.
-        intervals_s: Between the ends of timed units.
-        unit_labels, unit_bytes: Of each unit, timed or not: labels, and what it left on the disk.
-        rows, tokens: Of all units, responses included.
-        rows_bad: Rows that could not be labelled.
+        start_s: seconds until the first rows were labelled.
+        tokens_per_s: end to end, responses included.
+        rows, tokens, labels: of the timed units, responses included.
+        size_bytes: of the timed units in the label set: data, keys and manifests.
     """
 
     start_s: float
-    seconds: float
-    timed_tokens: int
-    intervals_s: tuple[float, ...]
-    unit_labels: tuple[int, ...]
-    unit_bytes: tuple[int, ...]
+    tokens_per_s: float
     rows: int
     tokens: int
-    rows_bad: int
+    labels: int
+    size_bytes: int
 
 
 class Calibrator:
-    """A teacher and a temporary label set; runs as one Ray actor, with a replica's resources."""
+    """A teacher and a temporary label set; runs as one Ray actor with the resources of a replica.
+
+    ``progress`` may be called while ``run`` is in work.
+    """
 
     def __init__(self, config: LabelConfig, spec: LabelSetSpec, make_teacher: MakeTeacher) -> None:
         self._config = config
         self._spec = spec
         self._make_teacher = make_teacher
+        self._rows_total = 0
+        self._rows_done: dict[str, tuple[int, int]] = {}
+
+    def progress(self) -> tuple[int, int, int]:
+        """Rows finished, rows of all units so far, tokens finished."""
+        rows, tokens = map(sum, zip((0, 0), *self._rows_done.values(), strict=True))
+        return rows, self._rows_total, tokens
 
     def run(self, requests: pa.Table) -> Calibration:
         """Labels some of the requests.
@@ -78,82 +82,79 @@ class Calibrator:
             requests: of ``labeler.corpus.requests.REQUEST_SCHEMA``, in random order; at least one.
 
         Raises:
-            TeacherError: The teacher cannot be loaded or does not work.
+            TeacherError: the teacher cannot be loaded or does not work.
         """
+        generation = self._config.generate
+        generated_tokens = 0 if generation is None else generation.max_tokens
         with tempfile.TemporaryDirectory(prefix="tutelage-plan-") as folder:
             label_set = LabelSet.create_or_open(folder, self._spec)
-            units = self._labeller(label_set)
-            return _calibrate(units, label_set, from_table(requests), self._config.run.unit_tokens)
+            units = self._make_labeller(label_set)
+            warm, probe, rest = (
+                requests.slice(start, length)
+                for start, length in (
+                    (0, WARM_ROWS),
+                    (WARM_ROWS, 2 * WARM_ROWS),
+                    (3 * WARM_ROWS, None),
+                )
+            )
+            done, start_s = self._label(units, [warm])
+            seconds = start_s  # of a corpus that has no more rows than these
+            if probe.num_rows:
+                done, seconds = self._label(units, [probe])
+            if rest.num_rows:
+                # Units as large as a run's, unless those would take too long here.
+                in_time = int(_tokens_per_s(done, seconds) * TIMED_S / _TIMED_UNITS)
+                unit_tokens = max(1, min(self._config.run.unit_tokens, in_time))
+                timed = cut_units(rest, unit_tokens, generated_tokens)[:_TIMED_UNITS]
+                done, seconds = self._label(units, timed)
+            return Calibration(
+                start_s=start_s,
+                tokens_per_s=_tokens_per_s(done, seconds),
+                rows=sum(unit.num_rows for unit in done),
+                tokens=sum(unit.num_tokens for unit in done),
+                labels=sum(unit.num_labels for unit in done),
+                size_bytes=sum(unit_bytes(label_set.store, unit) for unit in done),
+            )
 
-    def _labeller(self, label_set: LabelSet) -> UnitLabeller:
+    def _make_labeller(self, label_set: LabelSet) -> UnitLabeller:
         config = self._config
         if config.teacher.backend == "none":
             return UnitLabeller(label_set, None)
-        make = functools.partial(self._make_teacher, config.teacher, self._spec.record)
-        attempts = Attempts(label_set.store, "plan")
-        teacher = Survivor(make, attempts, config.generate, config.gates.audit_rate)
-        gates = config.gates.model_copy(update={"parity_rows": 0})
-        return UnitLabeller(label_set, teacher, "", Gates(label_set, gates, lambda: None))
+        teacher = EngineSupervisor(
+            functools.partial(self._make_teacher, config.teacher, self._spec.record),
+            Attempts(label_set.store, "plan"),
+            config.generate,
+            config.gates.audit_rate,
+        )
+        gates_config = config.gates.model_copy(update={"parity_rows": 0})
+        gates = Gates(label_set, gates_config, lambda: None)
+        return UnitLabeller(label_set, teacher, gates=gates, report=self._report)
+
+    def _report(self, unit_key: str, rows: int, tokens: int, _: int) -> None:
+        self._rows_done[unit_key] = rows, tokens
+
+    def _label(
+        self, units: UnitLabeller, tables: Sequence[pa.Table]
+    ) -> tuple[list[Manifest], float]:
+        """Labels units at the same time; returns their manifests and the seconds of all."""
+        self._rows_total += sum(table.num_rows for table in tables)
+        started = time.monotonic()
+
+        def label(table: pa.Table) -> Manifest:
+            unit = units.label(from_table(table))
+            self._report(unit.unit_key, table.num_rows, unit.num_tokens, 0)
+            return unit
+
+        with ThreadPoolExecutor(_CALLS) as pool:
+            done = list(pool.map(label, tables))
+        return done, time.monotonic() - started
 
 
-def _calibrate(
-    units: UnitLabeller, label_set: LabelSet, requests: list[Request], unit_tokens: int
-) -> Calibration:
-    first, rest = requests[:WARM_ROWS], requests[WARM_ROWS:]
-    ends, start_s = _timed(units, [first])
-    seconds = start_s  # of a corpus that has no more rows than these
-    probe, rest = rest[: 2 * WARM_ROWS], rest[2 * WARM_ROWS :]
-    if probe:
-        ends, seconds = _timed(units, [probe])
-        speed = ends[0][0].num_tokens / max(seconds, 1e-6)
-        unit_tokens = min(unit_tokens, max(int(speed * TIMED_S / _UNITS), 1))
-    timed = _cut(rest, unit_tokens)[:_UNITS]
-    if timed:
-        ends, seconds = _timed(units, timed)
-    times = [0.0, *(end for _, end in ends)]
-    manifests = label_set.manifests()
-    return Calibration(
-        start_s=start_s,
-        seconds=seconds,
-        timed_tokens=sum(done.num_tokens for done, _ in ends),
-        intervals_s=tuple(end - start for start, end in pairwise(times)),
-        unit_labels=tuple(manifest.num_labels for manifest in manifests),
-        unit_bytes=tuple(unit_bytes(label_set.store, manifest) for manifest in manifests),
-        rows=sum(manifest.num_rows for manifest in manifests),
-        tokens=sum(manifest.num_tokens for manifest in manifests),
-        rows_bad=sum(manifest.num_quarantined for manifest in manifests),
-    )
-
-
-def _timed(
-    units: UnitLabeller, timed: Sequence[list[Request]]
-) -> tuple[list[tuple[UnitDone, float]], float]:
-    """Each unit and when it ended, by that; and how long all took, in seconds."""
-    started = time.monotonic()
-
-    def label(requests: list[Request]) -> tuple[UnitDone, float]:
-        return units.label(requests), time.monotonic() - started
-
-    with ThreadPoolExecutor(_CALLS) as pool:
-        ends = sorted(pool.map(label, timed), key=lambda end: end[1])
-    return ends, time.monotonic() - started
+def _tokens_per_s(units: Sequence[Manifest], seconds: float) -> float:
+    return sum(unit.num_tokens for unit in units) / max(seconds, 1e-6)
 
 
 def unit_bytes(store: Store, manifest: Manifest) -> int:
-    """What a unit takes in its label set: data, keys and manifest."""
+    """Bytes of a unit in its label set: data, keys and manifest."""
     files = (manifest.shard, manifest.keys, manifest_path(manifest.unit_key))
     return sum(store.size(rel) for rel in files if rel)
-
-
-def _cut(requests: list[Request], unit_tokens: int) -> list[list[Request]]:
-    """Units of at least so many tokens; a smaller rest is left out."""
-    units: list[list[Request]] = []
-    unit: list[Request] = []
-    size = 0
-    for request in requests:
-        unit.append(request)
-        size += len(request.token_ids)
-        if size >= unit_tokens:
-            units.append(unit)
-            unit, size = [], 0
-    return units or ([unit] if unit else [])

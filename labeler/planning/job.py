@@ -1,23 +1,29 @@
-"""Making a plan: the corpus is sampled here, the teacher calibrates where a replica would run."""
+"""Plans a label job: samples the corpus here, calibrates the teacher where a replica would run."""
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+import time
 from typing import Any
 
 import numpy as np
 
 from labeler.config import LabelConfig
-from labeler.corpus.requests import Request
+from labeler.corpus.piece_reader import KeySnapshot
 from labeler.planning.calibration import Calibration, Calibrator
-from labeler.planning.estimate import SEED, LabelPlan, make_plan, say
-from labeler.run.job import everywhere, wanted_label_set
-from labeler.run.openmp_env import cpu_environment
-from labeler.run.progress import Progress
+from labeler.planning.corpus_sample import CorpusSample, sample_corpus
+from labeler.planning.estimate import LabelPlan, describe, make_plan
+from labeler.run.job import label_set_spec, with_absolute_paths
+from labeler.run.openmp_env import openmp_env
 from labeler.run.resources import Resources
-from labeler.run.startup_notice import TeacherWait
+from labeler.run.startup_notice import StartupNotice
+from schemas.console.progress import Progress
 from schemas.label_set.description import LABEL_SET_FILE
 from schemas.label_set.label_set import LabelSet
 from schemas.spec import LabelSetSpec
 from schemas.storage.store import Store
+
+SEED = 0
+"""Decides which pieces of a corpus are read and which rows calibrate."""
 
 _POLL_S = 1.0
 
@@ -25,68 +31,66 @@ _POLL_S = 1.0
 def plan_label_job(
     config: LabelConfig, progress: bool = True, price_per_hour: float | None = None
 ) -> LabelPlan:
-    """Says what a label job would take; changes nothing in the label set.
+    """Says what a label job would take; writes nothing to the label set.
 
     Args:
-        config: the run.
-        progress: say on the standard error stream what is found.
+        config: of the run.
+        progress: show progress and the plan on standard error.
         price_per_hour: of one replica, in any currency.
 
     Raises:
         ConfigError, CorpusError, TeacherError, VocabularyError, StoreError: as the run would.
     """
-    from labeler.corpus.documents import RowTokenizer
-    from labeler.corpus.listing import list_corpus
-    from labeler.corpus.piece_reader import KeySnapshot, PieceReader
-    from labeler.planning.corpus_sample import sample_corpus
     from labeler.run.ray_session import cluster_size, ray_session
     from labeler.run.resources import plan_resources
-    from labeler.teacher_model.identity import load_tokenizer
 
-    shown = Progress(enabled=progress)
-    pieces = list_corpus(config.corpus)
-    spec, _ = wanted_label_set(config)
-    spec, committed, quarantined = _there(config, spec)
-    rows = RowTokenizer(
-        load_tokenizer(config.teacher),
-        config.corpus,
-        spec.text,
-        spec.teacher.vocab_size,
-        prompts=config.generate is not None,
-    )
-    reader = PieceReader(config.corpus, spec.text, config.generate, rows)
-    frozen = KeySnapshot(committed, quarantined, config.run.retry_quarantined)
-    shown.say(f"reading {config.corpus.path} to count its tokens")
-    sample = sample_corpus(pieces, reader, frozen, SEED)
-    with ray_session(config.run):
+    spec, frozen = _label_set_state(config)
+    with Progress("plan", enabled=progress) as shown:
+        sample = _sample(config, spec, frozen, shown)
+    with ray_session(config.run), Progress("plan", enabled=progress) as shown:
         cpus, gpus = cluster_size()
         resources = plan_resources(config, cpus, gpus)
         calibration = None
         if sample.requests:
             shown.say("labelling a few units, which are thrown away")
-            calibration = _calibrated(config, spec, resources, sample.requests, shown.say)
-    cluster = (sum(cpus), sum(gpus))
-    plan = make_plan(config, sample, calibration, resources, cluster, price_per_hour)
-    sizes = {"corpus_bytes": sum(piece.size_bytes for piece in pieces), "pieces": len(pieces)}
-    plan = plan.model_copy(update=sizes)
-    say(plan, shown)
+            calibration = _calibrate(config, spec, resources, sample, shown)
+    plan = make_plan(config, sample, calibration, resources, (sum(cpus), sum(gpus)), price_per_hour)
+    for line in describe(plan):
+        shown.say(line)
     return plan
 
 
-def _there(config: LabelConfig, spec: LabelSetSpec) -> tuple[LabelSetSpec, Any, Any]:
-    """Spec and keys of the label set, where there is one; else the spec that it would have."""
-    if not Store(config.labels).exists(LABEL_SET_FILE):
-        return spec, np.empty(0, "S16"), np.empty(0, "S16")
-    label_set = LabelSet.create_or_open(config.labels, spec)
-    return label_set.spec, label_set.committed_keys(), label_set.quarantined_keys()
+def _label_set_state(config: LabelConfig) -> tuple[LabelSetSpec, KeySnapshot]:
+    """Spec and keys of the label set; where none exists, the spec that it would get."""
+    spec, _ = label_set_spec(config)
+    committed = quarantined = np.empty(0, "S16")
+    if Store(config.labels).exists(LABEL_SET_FILE):
+        label_set = LabelSet.create_or_open(config.labels, spec)
+        spec = label_set.spec
+        committed, quarantined = label_set.committed_keys(), label_set.quarantined_keys()
+    return spec, KeySnapshot(committed, quarantined, config.run.retry_quarantined)
 
 
-def _calibrated(
+def _sample(
+    config: LabelConfig, spec: LabelSetSpec, frozen: KeySnapshot, progress: Progress
+) -> CorpusSample:
+    from labeler.corpus.listing import list_corpus
+    from labeler.run.corpus_tasks import make_reader
+
+    def show(pieces_read: int, pieces: int, tokens: int) -> None:
+        what = f"read {pieces_read:,} of {pieces:,} pieces of {config.corpus.path}"
+        progress.show(pieces_read, pieces, what, tokens=tokens)
+
+    pieces = list_corpus(config.corpus)
+    return sample_corpus(pieces, make_reader(config, spec), frozen, SEED, show)
+
+
+def _calibrate(
     config: LabelConfig,
     spec: LabelSetSpec,
     resources: Resources,
-    requests: list[Request],
-    say_line: Callable[[str], None],
+    sample: CorpusSample,
+    progress: Progress,
 ) -> Calibration:
     import ray
 
@@ -94,36 +98,49 @@ def _calibrated(
     from labeler.run.ray_session import user_error
     from labeler.run.replicas import Replicas, make_replica
 
-    environment = cpu_environment(resources.actor_threads)
+    environment = openmp_env(resources.actor_threads) if resources.actor_threads else {}
+    notice = StartupNotice(resources, 1, progress.say, ray.available_resources)
     with Replicas(resources) as replicas:
-        options: dict[str, Any] = {
-            "num_cpus": resources.actor_cpus,
-            "num_gpus": resources.actor_gpus or None,
-            "max_restarts": 0,
-            "runtime_env": {"env_vars": environment if resources.actor_threads else {}},
-        }
-        options |= replicas.remote_args()
         actor = (
-            ray.remote(Calibrator).options(**options).remote(everywhere(config), spec, make_replica)
+            ray.remote(Calibrator)
+            .options(
+                num_cpus=resources.actor_cpus,
+                num_gpus=resources.actor_gpus or None,
+                max_restarts=0,
+                max_concurrency=2,  # the second call asks for progress
+                runtime_env={"env_vars": environment},
+                **replicas.remote_args(),
+            )
+            .remote(with_absolute_paths(config), spec, make_replica)
         )
-        wait = TeacherWait(resources, 1, say_line, ray.available_resources)
         try:
-            _wait_until_up(actor, wait)
-            calibration: Calibration = ray.get(actor.run.remote(to_table(requests)))
-        except Exception as error:  # everything that the teacher raised comes out here
+            return _watch(actor, to_table(sample.requests), notice, progress)
+        except Exception as error:  # everything that the teacher raised arrives here
             known = user_error(error)
             if known is None:
                 raise
             raise known from None
         finally:
             ray.kill(actor)
-    return calibration
 
 
-def _wait_until_up(actor: Any, wait: TeacherWait) -> None:
-    """Or until it cannot be any more, which the next call to it says."""
+def _watch(actor: Any, requests: Any, notice: StartupNotice, progress: Progress) -> Calibration:
+    """Runs the calibration and shows its progress; its start includes that of the process."""
     import ray
 
+    started = time.monotonic()
     is_up = actor.__ray_ready__.remote()
-    while not wait.is_over:
-        wait.look(bool(ray.wait([is_up], timeout=_POLL_S)[0]))
+    result = actor.run.remote(requests)
+    up_s = 0.0
+    while not ray.wait([result], timeout=_POLL_S)[0]:
+        if not ray.wait([is_up], timeout=0)[0]:
+            up_s = time.monotonic() - started
+            notice.update(is_up=False)
+            continue
+        notice.update(is_up=True)
+        with contextlib.suppress(ray.exceptions.GetTimeoutError):
+            rows, total, tokens = ray.get(actor.progress.remote(), timeout=_POLL_S)
+            what = f"labelled {rows:,} of {total:,} rows"
+            progress.show(rows, max(total, 1), what, tokens=tokens)
+    calibration: Calibration = ray.get(result)
+    return dataclasses.replace(calibration, start_s=up_s + calibration.start_s)

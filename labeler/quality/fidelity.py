@@ -1,4 +1,4 @@
-"""How much of the teacher's distribution the stored labels have lost.
+"""Fidelity: the divergence between the teacher's distribution and the stored labels.
 
 Measured as the forward KL from the teacher to what a trainer reads back, on the partition of the
 vocabulary that a record stores: each exact entry by itself, everything else in one bucket. (On the
@@ -15,8 +15,8 @@ from schemas.label_set.manifest import Fidelity
 from schemas.record import LabelRows
 from schemas.spec import RecordSpec
 
-# A bucket is never emptier than this: of a head that is the whole vocabulary, the teacher's own
-# bucket is what rounding leaves, and the other side's may be nothing.
+# Floor of a bucket's mass: where a head is the whole vocabulary, the teacher's bucket holds what
+# rounding leaves, and the other side's may be exactly 0.
 _NO_MASS = 1e-12
 
 Float64s = npt.NDArray[np.float64]
@@ -26,12 +26,12 @@ def measure(labels: Sequence[RowLabels], stored: LabelRows, record: RecordSpec) 
     """Compares the audited labels of a unit, as they are stored, with the full distribution.
 
     Args:
-        labels: one a row, with their audits.
+        labels: one per row, with their audits.
         stored: the same rows in the stored form, rounded.
         record: of both.
 
     Returns:
-        None where no label was audited.
+        None if no label was audited.
     """
     places = [
         stored.label_offsets[row] + one.audit.labels
@@ -53,9 +53,7 @@ def measure(labels: Sequence[RowLabels], stored: LabelRows, record: RecordSpec) 
     kept = stored.entry_logprobs[np.minimum(starts[:, None] + slots, last)]
     lengths = stored.head_len[at] if record.kind != "sampled" else ends - starts
     tail = np.concatenate([audit.tail for audit in audits]).astype(np.float64)
-    kl = kl_of_partition(
-        true, tail, kept, stored.tail_logmass[at], slots < lengths[:, None], record
-    )
+    kl = partition_kl(true, tail, kept, stored.tail_logmass[at], slots < lengths[:, None], record)
     best = np.concatenate([audit.best for audit in audits])
     return Fidelity(
         labels=len(at),
@@ -66,35 +64,7 @@ def measure(labels: Sequence[RowLabels], stored: LabelRows, record: RecordSpec) 
     )
 
 
-def partition_kl(labels: Sequence[RowLabels], stored: LabelRows, record: RecordSpec) -> Float64s:
-    """What rounding alone costs: labels before it against the rows assembled from them.
-
-    Args:
-        labels: one a row, as the teacher gave them.
-        stored: the same rows in the stored form.
-        record: of both.
-
-    Returns:
-        float64 [sum N], nats a label.
-    """
-    lengths = np.concatenate([row.head_len.astype(np.int64) + row.tail_len for row in labels])
-    width = max(row.entry_ids.shape[1] for row in labels)
-    true = np.concatenate([_wide(row.entry_logprobs, width) for row in labels])
-    used = np.arange(width) < lengths[:, None]
-    assert stored.entry_logprobs is not None
-    assert stored.tail_logmass is not None
-    kept = np.zeros(true.shape)
-    kept[used] = stored.entry_logprobs
-    tail = np.concatenate([row.tail_logmass for row in labels])
-    if record.kind != "sampled":
-        heads = np.concatenate([row.head_len for row in labels])
-        used = np.arange(width) < heads[:, None]
-    return kl_of_partition(
-        true, np.exp(tail.astype(np.float64)), kept, stored.tail_logmass, used, record
-    )
-
-
-def kl_of_partition(
+def partition_kl(
     true_logprobs: npt.NDArray[np.floating],
     true_tail: Float64s,
     stored_logprobs: npt.NDArray[np.floating],
@@ -102,18 +72,18 @@ def kl_of_partition(
     used: npt.NDArray[np.bool_],
     record: RecordSpec,
 ) -> Float64s:
-    """KL(teacher, stored) on entries and bucket, the stored side read as a trainer reads it.
+    """KL(teacher, stored) on entries and bucket, the stored side as a trainer reads it.
 
     Heads are rescaled to 1 - exp(tail_logmass). Draws of kind ``sampled`` have no stored mass of
-    their own; they are compared at the teacher's.
+    their own and are compared at the teacher's.
 
     Args:
-        true_logprobs: [A, K], of the teacher at the entries.
-        true_tail: [A], its probability outside the head; unused for kind ``sampled``.
+        true_logprobs: [A, K], the teacher's at the entries.
+        true_tail: [A], the teacher's probability outside the head; unused for kind ``sampled``.
         stored_logprobs: [A, K].
         stored_tail_logmass: [A].
-        used: [A, K], which slots are entries of the partition.
-        record: says which kind.
+        used: [A, K], whether a slot is an entry of the partition.
+        record: of the labels.
 
     Returns:
         float64 [A], nats.
@@ -135,12 +105,3 @@ def kl_of_partition(
     bucket[some] = true_tail[some] * np.log(true_tail[some] / floor[some])
     result: Float64s = (weights * ratio).sum(1) + bucket
     return result
-
-
-def _wide(values: npt.NDArray[np.float32], width: int) -> npt.NDArray[np.float32]:
-    """The same rows with zeros at their ends, to a common width."""
-    if values.shape[1] == width:
-        return values
-    padded = np.zeros((len(values), width), np.float32)
-    padded[:, : values.shape[1]] = values
-    return padded

@@ -1,4 +1,4 @@
-"""What a unit's labels pass before they are committed; a unit that fails is kept from everyone."""
+"""Gates that a unit's labels pass before they are committed; a unit that fails is quarantined."""
 
 import threading
 import time
@@ -6,10 +6,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 from labeler.config import GatesConfig
-from labeler.corpus.requests import Request
 from labeler.quality.fidelity import measure
 from labeler.quality.parity import Reference, check_parity
-from labeler.teachers.protocol import RowLabels
 from labeler.units.unit_labels import UnitLabels
 from schemas.label_set.label_set import LabelSet
 from schemas.label_set.manifest import Fidelity
@@ -22,7 +20,7 @@ Claim = Callable[[], AbstractContextManager[bool]]
 _POLL_S = 1.0
 
 
-def _unshared() -> AbstractContextManager[bool]:
+def _claim_unshared() -> AbstractContextManager[bool]:
     return nullcontext(True)
 
 
@@ -34,44 +32,43 @@ class Gates:
         label_set: LabelSet,
         config: GatesConfig,
         make_reference: MakeReference,
-        claim: Claim = _unshared,
+        claim: Claim = _claim_unshared,
     ) -> None:
-        """Prepares.
-
+        """
         Args:
-            label_set: where units go.
+            label_set: where units are committed.
             config: the bounds.
-            make_reference: a second implementation of the teacher; None where the teacher is it.
-            claim: tells whether this process is the one that may compare labels with the reference,
-                for as long as the context is open; of the others none may meanwhile.
+            make_reference: a second implementation of the teacher; None if the teacher is it.
+            claim: a context that says whether this process, and no other while it is open, may
+                check parity.
         """
         self._label_set = label_set
         self._config = config
         self._make_reference = make_reference
         self._claim = claim
-        self._parity_known = config.parity_rows == 0
+        self._is_checked = config.parity_rows == 0
         self._checking = threading.Lock()
 
     def check_parity(self, found: UnitLabels) -> None:
-        """Once per label set: the teacher's labels are those of another implementation.
+        """Checks once per label set that another implementation gives the same labels.
 
         Raises:
-            TeacherError: They are not, so nothing may be published.
+            TeacherError: it does not, so that nothing may be published.
         """
-        if self._parity_known or not found.labels:
+        if self._is_checked or not found.labels:
             return
-        # The reference may be as large as the teacher: there is room for one, and one is enough.
+        # One at a time: the reference may be as large as the teacher.
         with self._checking:
-            while not self._parity_known:
+            while not self._is_checked:
                 with self._claim() as is_mine:
-                    self._parity_known = self._label_set.store.exists(PARITY_FILE)
-                    if is_mine and not self._parity_known:
-                        self._compare(found.requests, found.labels)
-                        self._parity_known = True
-                if not self._parity_known:
+                    self._is_checked = self._label_set.store.exists(PARITY_FILE)
+                    if is_mine and not self._is_checked:
+                        self._compare(found)
+                        self._is_checked = True
+                if not self._is_checked:
                     time.sleep(_POLL_S)
 
-    def _compare(self, requests: list[Request], labels: list[RowLabels]) -> None:
+    def _compare(self, found: UnitLabels) -> None:
         reference = self._make_reference()
         if reference is not None:
             check_parity(
@@ -79,25 +76,26 @@ class Gates:
                 self._label_set.spec,
                 self._config,
                 reference,
-                requests,
-                labels,
+                found.requests,
+                found.labels or [],
             )
 
     def audit(self, found: UnitLabels, rows: LabelRows | None) -> tuple[Fidelity | None, str]:
         """Compares the audited labels, as they would be stored, with the full distribution.
 
         Returns:
-            What was found, None where nothing was audited; and what is wrong with it, empty where
-            the unit may be published.
+            The result, None if nothing was audited; and why the unit may not be published, empty
+            if it may.
         """
         if rows is None or not found.labels:
             return None, ""
         fidelity = measure(found.labels, rows, self._label_set.spec.record)
         if fidelity is None:
             return None, ""
+        # Written so that a NaN fails.
         if not fidelity.mean_kl <= self._config.max_kl:
             return fidelity, (
-                f"storing the labels costs {fidelity.mean_kl:.2e} nats a label, "
+                f"storing the labels costs {fidelity.mean_kl:.2e} nats per label, "
                 f"gates.max_kl allows {self._config.max_kl:.0e}"
             )
         if not fidelity.missed_mass <= self._config.max_missed_mass:

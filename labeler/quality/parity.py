@@ -1,20 +1,20 @@
-"""The parity gate: once per label set, a second implementation of the teacher scores a few rows.
+"""The parity check: once per label set, a second implementation of the teacher scores a few rows.
 
-An engine can be wrong in ways that look like labels: a kernel, a quantisation, a RoPE setting that
-it reads in another way. Rows of the set's first unit are scored again by transformers; where the
-two disagree by more than a bound, nothing is published. What was found stays in ``parity.json``.
+An engine can be wrong in ways that still look like labels: a kernel, a quantisation, a RoPE setting
+read differently. Rows of the set's first unit are scored again; if the two disagree by more than a
+bound, nothing is published. The result is stored in ``parity.json``.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from labeler.config import GatesConfig
 from labeler.corpus.requests import Request
 from labeler.corpus.windows import clip_spans
-from labeler.quality.fidelity import kl_of_partition
+from labeler.quality.fidelity import partition_kl
 from labeler.teachers.protocol import RowLabels
 from schemas.errors import TeacherError
 from schemas.label_set.parity_result import PARITY_FILE, Parity
@@ -25,23 +25,28 @@ from schemas.storage.store import Store
 _MAX_KL = {"float32": 1e-4}
 _MAX_KL_HALF = 1e-2
 
-# Of less probable entries the log-probabilities may differ by much that nobody will notice.
+# Log-probabilities of less probable entries may differ a lot without any effect on training.
 _PROBABLE = 1e-3
 
 
-class Reference(Protocol):
-    """A second implementation of the teacher."""
+Scorer = Callable[
+    [Sequence[np.ndarray], Sequence[np.ndarray], Sequence[np.ndarray]], list[np.ndarray]
+]
+"""Token ids, label spans and entry ids [N, K] of rows -> float64 [N, K] per row, nats; NaN where
+unknown."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A second implementation of the teacher.
+
+    Attributes:
+        name: for messages and ``parity.json``.
+        logprobs: log-probabilities of given ids at each target.
+    """
 
     name: str
-
-    def logprobs(
-        self,
-        token_ids: Sequence[np.ndarray],
-        label_spans: Sequence[np.ndarray],
-        entry_ids: Sequence[np.ndarray],
-    ) -> list[np.ndarray]:
-        """Log-probabilities, float64 [N, K] a row, of given ids [N, K] at each target; NaN where
-        it cannot tell."""
+    logprobs: Scorer
 
 
 def check_parity(
@@ -52,17 +57,17 @@ def check_parity(
     requests: Sequence[Request],
     labels: Sequence[RowLabels],
 ) -> Parity:
-    """Compares the labels of a few rows with a reference, and notes that they agree.
+    """Compares the labels of a few rows with a reference, and records that they agree.
 
     Args:
         store: of the label set.
         spec: of the label set.
-        gates: how many rows and labels, and the bound.
+        gates: number of rows and labels, and the bound.
         reference: scores the same rows.
         requests, labels: of one unit; at least one.
 
     Raises:
-        TeacherError: the two differ by more than the bound; nothing is noted then.
+        TeacherError: the two differ by more than the bound; nothing is recorded then.
     """
     some = [
         _first_labels(request, row, gates.parity_tokens)
@@ -90,18 +95,18 @@ def check_parity(
     )
     if not found.mean_kl <= bound:
         raise TeacherError(
-            f"the teacher's labels are not those of {reference.name}: KL {found.mean_kl:.2e} nats "
-            f"a label on {found.labels} labels of {found.rows} rows, log-probabilities differ by "
+            f"the teacher's labels differ from those of {reference.name}: KL {found.mean_kl:.2e} "
+            f"nats per label on {found.labels} labels of {found.rows} rows, log-probabilities by "
             f"up to {found.max_logprob_difference:.2g}; at most {bound:.0e} is allowed "
             "(gates.max_parity_kl). Nothing was published; compare the engine's options with the "
-            "model's configuration, or allow more if the difference is meant"
+            "model's configuration, or raise the bound if the difference is intended"
         )
     store.create_exclusive(PARITY_FILE, found.model_dump_json(indent=1).encode())
     return found
 
 
 def _first_labels(request: Request, row: RowLabels, most: int) -> tuple[Request, RowLabels]:
-    """The row up to its label number `most`, and the labels until there."""
+    """The row up to its label number `most`, and its labels up to there."""
     if row.num_labels <= most:
         return request, row
     end = int(span_targets(request.label_spans)[most - 1]) + 1
@@ -126,7 +131,7 @@ def _compare(row: RowLabels, true: np.ndarray, spec: LabelSetSpec) -> tuple[np.n
     mine = np.where(used, np.exp(row.entry_logprobs.astype(np.float64)), 0.0)
     with np.errstate(divide="ignore"):
         own_tail = np.log(np.maximum(1.0 - mine.sum(1), 0.0))
-    kl = kl_of_partition(true, tail, row.entry_logprobs, own_tail, used, record)
+    kl = partition_kl(true, tail, row.entry_logprobs, own_tail, used, record)
     probable = used & (weights > _PROBABLE)
     difference = np.abs(true - row.entry_logprobs)[probable]
     return kl, float(difference.max(initial=0.0))

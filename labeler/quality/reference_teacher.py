@@ -1,4 +1,4 @@
-"""Which second implementation can check a teacher's labels on this machine; see ``parity``."""
+"""Chooses the second implementation that checks a teacher's labels on this machine."""
 
 import importlib.metadata
 from collections.abc import Callable, Sequence
@@ -15,88 +15,81 @@ from schemas.errors import RowFailure, TeacherError
 from schemas.spec import RecordSpec
 
 Scores = list[np.ndarray | RowFailure]
-Ask = Callable[[Callable[[Teacher], Scores]], Scores]
+RunOnTeacher = Callable[[Callable[[Teacher], Scores]], Scores]
 
-# Of the size of the weights on disk: half precision may become float32, and there are activations.
-_MEMORY_SHARE = 2.5
+# Relative to the weights on disk: half precision may become float32, and activations come on top.
+_MEMORY_FACTOR = 2.5
 
 
-def reference_of(config: TeacherConfig, ask: Ask) -> Reference | None:
-    """The best reference there is for a teacher.
+def choose_reference(config: TeacherConfig, run: RunOnTeacher) -> Reference | None:
+    """The best reference for a teacher.
 
     Args:
         config: of the teacher.
-        ask: has the teacher itself answer a question, by another engine where one dies.
+        run: runs a task on the teacher itself, restarting its engine if it crashes.
 
     Returns:
-        transformers on the CPU; the engine's own log-probabilities where the model is too large
-        for that, or where transformers cannot load it; None where the teacher is the reference, or
-        runs elsewhere and its weights are not here or are too large.
+        transformers on the CPU; the engine's own log-probabilities if the model is too large for
+        that or transformers cannot load it; None if the teacher is the reference itself, or is
+        remote and its weights are missing here or too large.
     """
     if config.backend not in ("vllm", "remote"):
         return None
     files = weight_files(model_folder(config))
-    needed = _MEMORY_SHARE * sum(file.stat().st_size for file in files)
-    if config.backend == "remote":
-        here = files and needed <= psutil.virtual_memory().available
-        return TransformersOnCpu(config) if here else None
+    needed = _MEMORY_FACTOR * sum(file.stat().st_size for file in files)
     free = psutil.virtual_memory().available
+    if config.backend == "remote":
+        return transformers_on_cpu(config) if files and needed <= free else None
     if needed > free:
         reason = f"transformers would need {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
-        return StockPath(ask, reason)
+        return stock_path(run, reason)
     try:
-        return TransformersOnCpu(config)
+        return transformers_on_cpu(config)
     except TeacherError as error:
-        return StockPath(ask, str(error))
+        return stock_path(run, str(error))
 
 
-class TransformersOnCpu:
-    """The same model by transformers, on the CPU, so that it takes nothing from the engine."""
+def transformers_on_cpu(config: TeacherConfig) -> Reference:
+    """The same model in transformers, on the CPU so that it takes nothing from the engine.
 
-    def __init__(self, config: TeacherConfig) -> None:
-        from labeler.teachers.transformers_teacher import TransformersTeacher
+    Raises:
+        TeacherError: transformers cannot load it.
+    """
+    from labeler.teachers.transformers_teacher import TransformersTeacher
 
-        self.name = f"transformers {importlib.metadata.version('transformers')} on a CPU"
-        plain = config.model_copy(update={"engine": {}, "backend": "transformers"})
-        self._teacher = TransformersTeacher(plain, RecordSpec(kind="topk", k=1), device="cpu")
+    plain = config.model_copy(update={"engine": {}, "backend": "transformers"})
+    teacher = TransformersTeacher(plain, RecordSpec(kind="topk", k=1), device="cpu")
+    version = importlib.metadata.version("transformers")
+    return Reference(f"transformers {version} on a CPU", teacher.logprobs)
+
+
+def stock_path(run: RunOnTeacher, reason: str) -> Reference:
+    """The engine's own log-probabilities: the same forward pass, but not the label head.
+
+    Its ``logprobs`` raises a TeacherError if the engine refuses a row, or always crashes.
+
+    Args:
+        run: see ``choose_reference``.
+        reason: why the reference is not transformers.
+    """
+    name = f"the engine's own path ({reason})"
 
     def logprobs(
-        self,
         token_ids: Sequence[np.ndarray],
         label_spans: Sequence[np.ndarray],
         entry_ids: Sequence[np.ndarray],
     ) -> list[np.ndarray]:
-        """See ``Reference.logprobs``."""
-        return self._teacher.logprobs(token_ids, label_spans, entry_ids)
-
-
-class StockPath:
-    """The engine's own log-probabilities: the same forward pass, another way from there."""
-
-    def __init__(self, ask: Ask, reason: str) -> None:
-        self.name = f"the engine's own path ({reason})"
-        self._ask = ask
-
-    def logprobs(
-        self,
-        token_ids: Sequence[np.ndarray],
-        label_spans: Sequence[np.ndarray],
-        entry_ids: Sequence[np.ndarray],
-    ) -> list[np.ndarray]:
-        """See ``Reference.logprobs``.
-
-        Raises:
-            TeacherError: the engine refuses a row by this path, or dies whenever it is asked.
-        """
         from labeler.teachers.vllm.teacher import VllmTeacher
 
-        def scores(teacher: Teacher) -> Scores:
+        def score(teacher: Teacher) -> Scores:
             assert isinstance(teacher, VllmTeacher)
             return teacher.stock_logprobs(token_ids, label_spans, entry_ids)
 
         found = []
-        for row in self._ask(scores):
+        for row in run(score):
             if isinstance(row, RowFailure):
-                raise TeacherError(f"{self.name} refuses a row: {row.detail}")
+                raise TeacherError(f"{name} refuses a row: {row.detail}")
             found.append(row)
         return found
+
+    return Reference(name, logprobs)

@@ -1,4 +1,4 @@
 """The labelling job: checks, the Ray Data pipeline, ledger, accounts and summary.
 
-The only room besides `planning` that knows Ray. How a row is read or labelled does not belong here.
+The only room besides `planning` that uses Ray. Reading and labelling rows belong elsewhere.
 """

@@ -1,10 +1,10 @@
-"""The ledger of a run: which piece of the corpus claimed a row first, and how far reading has come.
+"""The ledger of a run: which piece of the corpus owns a row, and how far the run is.
 
-Two pieces may hold the same row; the one that claims its key first sends it to the teacher, the
-others count it as a duplicate. A claim is remembered with the piece that made it, so that a
-tokenising task that Ray runs a second time gets the same answers as the first time.
+Two pieces may hold the same row: the piece that claims its key first sends it to the teacher, the
+others count it as a duplicate. A claim keeps its piece, so that a tokenising task that Ray repeats
+gets the same answers again.
 
-One process holds it, at about 150 bytes a distinct row: good for 10^8 rows of a run.
+One process holds it, at about 150 bytes per distinct row: enough for 10^8 rows of a run.
 """
 
 import time
@@ -13,101 +13,106 @@ import numpy as np
 import numpy.typing as npt
 
 from labeler.run.progress import RunState
-from labeler.run.unit_labeller import UnitDone
 from schemas.keys import Keys
 
 PARITY_CLAIM_S = 1800.0
-"""How long all wait for a teacher that compares its labels with a reference and may be dead."""
+"""Seconds for which all teachers wait for the one that checks parity, which may have crashed."""
 
 
 class Ledger:
-    """Answers claims and counts for progress; runs as one Ray actor."""
+    """Answers claims and collects progress; runs as one Ray actor."""
 
     def __init__(self, bytes_total: int) -> None:
         self._owner: dict[bytes, int] = {}
         self._bytes_total = bytes_total
-        self._read: dict[int, tuple[int, int]] = {}
-        self._done: dict[str, UnitDone] = {}
-        self._stopping = False
-        self._news: list[str] = []
-        self._is_up = False
-        self._checking: tuple[str, float] | None = None
+        self._bytes_read: dict[int, int] = {}  # by piece
+        self._units: dict[str, tuple[int, int, int]] = {}  # unit -> rows, tokens, generated
+        self._committed: set[str] = set()
+        self._is_stopping = False
+        self._lines: list[str] = []
+        self._is_teacher_up = False
+        self._parity_claim: tuple[str, float] | None = None
 
-    def claim(self, piece: int, keys: Keys) -> npt.NDArray[np.bool_]:
+    def claim(self, piece: int, keys: Keys) -> tuple[npt.NDArray[np.bool_], bool]:
         """Claims rows for a piece.
 
         Args:
-            piece: Index of the piece.
-            keys: uint8 [R, 16], each once.
+            piece: index of the piece.
+            keys: uint8 [R, 16], without duplicates.
 
         Returns:
-            bool [R]: whether the row is this piece's, now or from an earlier run of its task.
+            bool [R]: whether the piece owns the row, now or from an earlier run of its task; and
+            whether the run is stopping.
         """
         owner = self._owner
         claimed = [owner.setdefault(key.tobytes(), piece) == piece for key in keys]
-        return np.array(claimed, bool)
+        return np.array(claimed, bool), self._is_stopping
 
     def stop(self) -> None:
-        """Nothing that has not begun is to begin."""
-        self._stopping = True
+        """Has tasks and teachers start nothing new."""
+        self._is_stopping = True
 
-    def stopping(self) -> bool:
-        """Whether nothing is to begin any more."""
-        return self._stopping
+    def is_stopping(self) -> bool:
+        """Whether nothing new may start."""
+        return self._is_stopping
 
     def note(self, text: str) -> None:
-        """Keeps a line for the people who watch the run."""
-        self._news.append(text)
-
-    def news(self) -> list[str]:
-        """The lines since this was asked last."""
-        news, self._news = self._news, []
-        return news
+        """Keeps a line for the driver to show."""
+        self._lines.append(text)
 
     def teacher_up(self, teacher: str) -> None:
-        """Notes that a teacher actor has come up, or again; what it was doing before is over."""
-        self._is_up = True
-        self.checked(teacher)
+        """Notes that a teacher actor has started or restarted, which ends its parity check."""
+        self._is_teacher_up = True
+        self.release_parity_check(teacher)
 
-    def has_teachers(self) -> bool:
-        """Whether any teacher actor has come up."""
-        return self._is_up
-
-    def may_check(self, teacher: str) -> bool:
+    def claim_parity_check(self, teacher: str) -> bool:
         """Whether this teacher, and no other, may now compare its labels with a reference.
 
-        It claims that until it says ``checked``; asking again renews the claim. One that died is
-        waited for until it is up again, and not beyond a certain time.
+        Repeating the call renews the claim. Others wait for a teacher that crashed until it is
+        restarted, but no longer than ``PARITY_CLAIM_S``.
         """
         now = time.monotonic()
-        if self._checking is not None:
-            holder, since = self._checking
+        if self._parity_claim is not None:
+            holder, since = self._parity_claim
             if holder != teacher and now - since < PARITY_CLAIM_S:
                 return False
-        self._checking = teacher, now
+        self._parity_claim = teacher, now
         return True
 
-    def checked(self, teacher: str) -> None:
-        """Gives back what ``may_check`` claimed, however the comparison ended."""
-        if self._checking is not None and self._checking[0] == teacher:
-            self._checking = None
+    def release_parity_check(self, teacher: str) -> None:
+        """Ends a claim of this teacher, however the comparison ended."""
+        if self._parity_claim is not None and self._parity_claim[0] == teacher:
+            self._parity_claim = None
 
-    def piece_read(self, piece: int, size_bytes: int, rows_sent: int) -> None:
-        """Notes that a piece was read to its end; saying it again changes nothing."""
-        self._read[piece] = (size_bytes, rows_sent)
+    def piece_read(self, piece: int, size_bytes: int) -> None:
+        """Notes that a piece was read to its end; idempotent."""
+        self._bytes_read[piece] = size_bytes
 
-    def unit_done(self, done: UnitDone) -> None:
-        """Notes a committed unit; saying it again changes nothing."""
-        self._done[done.unit_key] = done
+    def unit_progress(self, unit_key: str, rows: int, tokens: int, generated: int) -> None:
+        """Notes what the engine has finished of a unit in work."""
+        if unit_key not in self._committed:  # calls of other threads may arrive late
+            self._units[unit_key] = (rows, tokens, generated)
 
-    def state(self) -> RunState:
-        """How far the run is, for people to look at; accounts have other sources."""
-        done = self._done.values()
-        return RunState(
-            bytes_read=sum(size for size, _ in self._read.values()),
+    def unit_done(self, unit_key: str, rows: int, tokens: int) -> None:
+        """Notes a committed unit, which replaces its progress; idempotent."""
+        self._committed.add(unit_key)
+        generated = self._units.get(unit_key, (0, 0, 0))[2]
+        self._units[unit_key] = (rows, tokens, generated)
+
+    def report(self) -> tuple[RunState, list[str]]:
+        """How far the run is, and the lines since the last call.
+
+        For people only: the accounts of a run come from its roster and its manifests.
+        """
+        lines, self._lines = self._lines, []
+        rows, tokens, generated = map(sum, zip((0, 0, 0), *self._units.values(), strict=True))
+        state = RunState(
+            bytes_read=sum(self._bytes_read.values()),
             bytes_total=self._bytes_total,
-            rows_sent=sum(sent for _, sent in self._read.values()),
-            rows_done=sum(unit.num_rows + unit.num_quarantined for unit in done),
-            tokens_done=sum(unit.num_tokens for unit in done),
-            labels_done=sum(unit.num_labels for unit in done),
+            rows_found=len(self._owner),
+            rows_done=rows,
+            tokens_done=tokens,
+            num_generated=generated,
+            is_teacher_up=self._is_teacher_up,
         )
+        return state, lines

@@ -1,4 +1,4 @@
-"""Ray, as a label job needs it: one session, quiet, and resources that cannot block each other."""
+"""Ray for a label job: the session, settings of Ray Data, facts about nodes, errors for users."""
 
 import logging
 import os
@@ -11,15 +11,15 @@ from typing import Any
 from labeler.config import RunConfig
 from schemas.errors import ConfigError, TeacherError, TutelageError, first_line
 
-_UDF_NOTE = "\nFailed to apply UDF"  # Ray Data appends advice of its own to a message
+_UDF_NOTE = "\nFailed to apply UDF"  # start of the advice that Ray Data appends to a message
 
 
 @contextmanager
 def ray_session(run: RunConfig) -> Iterator[None]:
-    """Uses the Ray that is there, or the one at the address, or starts one here and ends it after.
+    """Uses a running Ray, or connects to the address, or starts Ray here and ends it afterwards.
 
     Raises:
-        ConfigError: Nothing answers at the address.
+        ConfigError: nothing answers at the address.
     """
     import ray
 
@@ -28,7 +28,7 @@ def ray_session(run: RunConfig) -> Iterator[None]:
         return
     address = run.address or os.environ.get("RAY_ADDRESS", "")
     try:
-        ray.init(**(_joined(address) if address else _started_here(run)))
+        ray.init(**(_connect_options(address) if address else _local_options(run)))
     except ConnectionError as error:
         raise ConfigError(
             f"no Ray cluster answers at {address}: {first_line(error)}; correct "
@@ -40,11 +40,11 @@ def ray_session(run: RunConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def _joined(address: str) -> dict[str, Any]:
+def _connect_options(address: str) -> dict[str, Any]:
     return {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
 
 
-def _started_here(run: RunConfig) -> dict[str, Any]:
+def _local_options(run: RunConfig) -> dict[str, Any]:
     # The C++ core writes advice about Ray Data's own actors to the terminal at lower levels.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     packages = str(Path(__file__).resolve().parents[2])
@@ -62,38 +62,38 @@ def _started_here(run: RunConfig) -> dict[str, Any]:
 
 
 def cluster_size() -> tuple[list[float], list[float]]:
-    """CPUs and GPUs of each live node that has any of both, in the same order."""
+    """CPUs and GPUs of each live node that has either, in the same order."""
     import ray
 
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    nodes = [(float(has.get("CPU", 0.0)), float(has.get("GPU", 0.0))) for has in alive]
+    nodes = [(float(node.get("CPU", 0.0)), float(node.get("GPU", 0.0))) for node in alive]
     nodes = [node for node in nodes if any(node)]
     return [cpus for cpus, _ in nodes], [gpus for _, gpus in nodes]
 
 
 def this_node() -> str:
-    """The name that Ray gives to the node of this process."""
+    """Ray's name of the node of this process."""
     import ray
 
     return str(ray.get_runtime_context().get_node_id())
 
 
 def this_actor() -> str:
-    """The name that Ray gives to the actor of this process; a restarted actor keeps it."""
+    """Ray's name of the actor of this process, which a restart keeps."""
     import ray
 
     return str(ray.get_runtime_context().get_actor_id())
 
 
 def was_restarted() -> bool:
-    """Whether the actor of this process had another one before, which died."""
+    """Whether the actor of this process had an earlier process, which crashed."""
     import ray
 
     return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def is_lost_node(name: str) -> bool:
-    """Whether a node of the cluster is gone."""
+    """Whether a node has left the cluster."""
     import ray
 
     return name not in {node["NodeID"] for node in ray.nodes() if node["Alive"]}
@@ -104,8 +104,8 @@ def quiet_ray_data(block_bytes: int, waiting_bytes: int) -> Iterator[None]:
     """Settings of Ray Data for one job: errors as they were raised, nothing printed.
 
     Args:
-        block_bytes: Of the blocks in which rows travel.
-        waiting_bytes: Of all blocks that wait somewhere; tasks pause where there are more.
+        block_bytes: size of the blocks in which rows travel.
+        waiting_bytes: size of all queued blocks, beyond which tasks pause.
     """
     import ray.data
 
@@ -117,8 +117,8 @@ def quiet_ray_data(block_bytes: int, waiting_bytes: int) -> Iterator[None]:
     }
     context = ray.data.DataContext.get_current()
     before = {name: getattr(context, name) for name in settings}
-    # One of them asks for the options of actors that are never started, and so for a placement
-    # group (ray.data's high memory detector); what all of them have to say is advice.
+    # Ray Data's high memory detector calls ray_remote_args_fn for actors that never start, and so
+    # makes placement groups; all detectors only give advice.
     detectors = context.issue_detectors_config.detectors
     options = context.execution_options
     limits = options.resource_limits
@@ -129,11 +129,11 @@ def quiet_ray_data(block_bytes: int, waiting_bytes: int) -> Iterator[None]:
             setattr(context, name, value)
         context.issue_detectors_config.detectors = []
         options.resource_limits = limits.copy(object_store_memory=waiting_bytes)
-        for handler in handlers:  # its file in the session's folder stays
+        for handler in handlers:  # all but the log file in the session's folder
             if not hasattr(handler, "baseFilename") and "File" not in type(handler).__name__:
                 logger.removeHandler(handler)
         with warnings.catch_warnings():
-            # map_batches has no named parameter for restarts and retries; goes when it has.
+            # map_batches has no named parameters for restarts and retries; remove once it has.
             warnings.filterwarnings("ignore", message=".*ray_remote_args")
             yield
     finally:
@@ -145,7 +145,7 @@ def quiet_ray_data(block_bytes: int, waiting_bytes: int) -> Iterator[None]:
 
 
 def user_error(error: BaseException) -> TutelageError | None:
-    """The one-line error behind what came out of Ray; None if it is a bug of this project."""
+    """The one-line error behind an exception of Ray; None if it is a bug of this project."""
     import ray.exceptions
 
     found: BaseException | None = error
@@ -161,8 +161,8 @@ def user_error(error: BaseException) -> TutelageError | None:
     )
     if isinstance(error, died) and not isinstance(error, ray.exceptions.RayTaskError):
         return TeacherError(
-            f"a process of the job died and its retries are used up ({first_line(error)}); often "
-            "the system killed it for memory: `dmesg` and Ray's logs say. What is committed stays; "
-            "run the same command again"
+            f"a process of the job crashed and has no retries left ({first_line(error)}), often "
+            "because the system killed it for memory: see `dmesg` and Ray's logs. Committed units "
+            "are kept: run the same command again to resume"
         )
     return None

@@ -1,10 +1,10 @@
-"""The teacher actors of a job and their placement groups, which are gone when the job is.
+"""The teacher actors of a job and their placement groups, released when the job ends.
 
-Ray Data 2.60 leaves the actors of a job that failed to garbage collection. Whoever holds the error
-holds its traceback, and so the executor and the actors, whose CPUs the next job of the session may
-wait for without end. And nobody would own a placement group that is made for an actor: it would
-keep its GPUs until the driver exits. Here the job owns both. Can go when ``map_batches`` has
-placement groups of its own and ends its actors with the execution.
+Ray Data 2.60 leaves the actors of a failed job to garbage collection. Whoever holds the error holds
+its traceback, and so the executor and the actors, whose CPUs the next job of the session may wait
+for without end. And no one would own a placement group made for an actor: it would keep its GPUs
+until the driver exits. So the job owns both. Remove once ``map_batches`` has placement groups of
+its own and ends its actors with the execution.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from schemas.spec import RecordSpec
 def make_replica(config: TeacherConfig, record: RecordSpec) -> Teacher:
     """Loads the teacher inside its actor.
 
-    Where the replica spans nodes, Ray starts the engine's workers in the actor's placement group.
+    If the replica spans nodes, Ray starts the engine's workers in the actor's placement group.
 
     Raises:
         TeacherError: the model cannot be loaded, or the backend cannot serve the record.
@@ -36,7 +36,7 @@ def make_replica(config: TeacherConfig, record: RecordSpec) -> Teacher:
 
 
 class Replicas:
-    """The actors and placement groups of one job; a context at whose end they are released."""
+    """Names actors and makes placement groups; a context manager that releases both."""
 
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
@@ -44,11 +44,10 @@ class Replicas:
         self._groups: list[Any] = []
 
     def remote_args(self) -> dict[str, Any]:
-        """Options of one more actor: its name, and where it needs that, a placement group.
+        """Options of one more actor: its name and, if it needs one, its placement group.
 
-        An actor with a group is in the first bundle of it, and workers that its engine starts are
-        in the same group. An actor that is restarted, also because its node was lost, stays with
-        its group, whose bundles Ray moves to other nodes.
+        The actor runs in the first bundle of its group, the workers of its engine in all of them.
+        A restarted actor keeps its group, whose bundles Ray moves to other nodes if one is lost.
         """
         self._names.append(f"teacher-{uuid.uuid4().hex}")
         options: dict[str, Any] = {"name": self._names[-1]}
@@ -80,9 +79,9 @@ class Replicas:
     ) -> None:
         import ray
 
-        # After a job that went well they end by themselves, which lets engines close in order.
+        # After a successful job they end by themselves, so that engines can close.
         for name in self._names if error is not None else ():
-            with contextlib.suppress(ValueError):  # it never started, or is gone
+            with contextlib.suppress(ValueError):  # it never started, or has ended
                 ray.kill(ray.get_actor(name))
         while self._groups:
             ray.util.remove_placement_group(self._groups.pop())

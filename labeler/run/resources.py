@@ -1,8 +1,8 @@
-"""What a label job asks of a cluster, so that teachers and the tasks that feed them all fit.
+"""Divides a cluster between teachers and the tasks that feed them, so that all of them fit.
 
-Reading and tokenising are CPU tasks; teachers are actors. An engine that shares the GPUs of one
-node is one actor with all of them. An engine that needs more GPUs than a node has gets a placement
-group: one bundle for each GPU, the actor in the first, the engine's own Ray workers in all.
+Reading and tokenising are CPU tasks; teachers are actors. An engine that fits one node is one actor
+with all of its GPUs. An engine that needs more GPUs than a node has gets a placement group: one
+bundle per GPU, the actor in the first, the engine's own Ray workers in all.
 """
 
 import math
@@ -13,19 +13,19 @@ from labeler.config import LabelConfig
 from schemas.errors import ConfigError, TeacherError
 
 _WORKER_CPUS = 1.0  # of each of an engine's own workers, where they are spread over nodes
-_ROUNDING = 1e-4  # in which Ray counts
+_ROUNDING = 1e-4  # the unit in which Ray counts resources
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What Ray is asked for.
+    """The resources that a job requests from Ray.
 
     Attributes:
-        actor_cpus, actor_gpus: Of one teacher actor.
-        actor_threads: OMP threads of a teacher actor; 0 leaves them to Ray.
-        task_cpus: Of one tokenising task.
-        min_replicas, max_replicas: Teacher actors.
-        bundles: Of the placement group of one replica, a CPU and a GPU each; 0: it needs none.
+        actor_cpus, actor_gpus: of one teacher actor.
+        actor_threads: OpenMP threads of a teacher actor; 0: Ray's choice.
+        task_cpus: of one tokenising task.
+        min_replicas, max_replicas: fewest and most teacher actors.
+        bundles: of a replica's placement group, a CPU and a GPU each; 0: it needs no group.
     """
 
     actor_cpus: float
@@ -41,7 +41,7 @@ class Resources:
         return {"CPU": max(_WORKER_CPUS, self.actor_cpus), "GPU": 1.0}
 
     def replica(self) -> dict[str, float]:
-        """All that one replica takes, on however many nodes."""
+        """The resources of one replica, over all of its nodes."""
         if self.bundles:
             return {kind: self.bundles * amount for kind, amount in self.bundle().items()}
         return {"CPU": self.actor_cpus, "GPU": self.actor_gpus}
@@ -49,8 +49,6 @@ class Resources:
 
 @dataclass(frozen=True)
 class _Node:
-    """What one node of the cluster has."""
-
     cpus: float
     gpus: float
 
@@ -60,22 +58,22 @@ def plan_resources(
 ) -> Resources:
     """Divides a cluster between teachers and tokenising tasks.
 
-    Teachers never get all CPUs: the tasks that feed them would wait for ever. On machines without a
-    GPU teachers count as half of each node but may use the threads of all of it, since
-    tokenising is brief. A teacher is on one node, and so is a task, so it is not enough that the
-    cluster has what they ask for: a node has to have it.
+    Teachers never get all CPUs: the tasks that feed them would wait for ever. Without GPUs,
+    teachers request half of each node but may use the threads of all of it, because tokenising is
+    brief. A teacher runs on one node, and so does a task: it is not enough that the cluster has
+    the resources, one node must have them.
 
     Args:
-        config: Says how many teachers there are and what each needs.
+        config: number of teachers and needs of each.
         node_cpus: CPUs of each node.
         node_gpus: GPUs of each node, in the same order; empty: no node has any.
 
     Raises:
-        TeacherError: The nodes have no room for the fewest teachers.
-        ConfigError: The teachers would take every CPU.
+        TeacherError: the nodes have no room for the fewest teachers.
+        ConfigError: the teachers would take every CPU.
     """
     node_gpus = node_gpus or [0.0] * len(node_cpus)
-    nodes = [_Node(*has) for has in zip(node_cpus, node_gpus, strict=True)]
+    nodes = [_Node(*sizes) for sizes in zip(node_cpus, node_gpus, strict=True)]
     least, most = config.teacher.replica_range
     gpus = _gpus(config, node_gpus)
     bundles = _bundles(config, gpus, node_gpus)
@@ -121,7 +119,7 @@ def _actor_cpus(config: LabelConfig, nodes: list[_Node], gpus: float, bundles: i
 
 
 def _places(nodes: list[_Node], cpus: float, gpus: float) -> int:
-    """How many actors, or bundles, that ask for so much the nodes have room for."""
+    """Number of actors, or bundles, of this size that the nodes have room for."""
     return sum(
         int(min(node.cpus / cpus, node.gpus / gpus if gpus else math.inf) + _ROUNDING)
         for node in nodes
@@ -129,12 +127,12 @@ def _places(nodes: list[_Node], cpus: float, gpus: float) -> int:
 
 
 def _cpu_share(nodes: list[_Node], wanted: int, gpus: float) -> float:
-    """The most CPUs that each of so many actors can have of one half of every node's.
+    """Most CPUs that each actor can get if all of them share half of every node.
 
     Args:
-        nodes: Of the cluster.
-        wanted: Actors; where the GPUs are too few, as many as these allow.
-        gpus: Of each.
+        nodes: of the cluster.
+        wanted: number of actors; fewer where the GPUs do not suffice.
+        gpus: of each actor.
     """
     halves = [_Node(node.cpus / 2, node.gpus) for node in nodes if node.cpus]
     if gpus:
@@ -143,27 +141,26 @@ def _cpu_share(nodes: list[_Node], wanted: int, gpus: float) -> float:
     for share in sorted(shares, reverse=True):
         if _places(halves, share, gpus) >= wanted:
             return share
-    return 1.0  # nothing fits, and what is checked next says so
+    return 1.0  # nothing fits, which _check_fit reports
 
 
 def _check_fit(planned: Resources, nodes: list[_Node]) -> None:
-    """Refuses teachers for which no node has room, though all nodes together have it."""
-    of_actor = {"CPU": planned.actor_cpus, "GPU": planned.actor_gpus}
-    of_each = planned.bundle() if planned.bundles else of_actor
+    """Refuses teachers that fit no single node, though all nodes together have the resources."""
+    one = planned.bundle() if planned.bundles else planned.replica()
     wanted = planned.min_replicas * (planned.bundles or 1)
-    room = _places(nodes, of_each["CPU"], of_each["GPU"])
+    room = _places(nodes, one["CPU"], one["GPU"])
     if room >= wanted:
         return
     what = "GPU bundles" if planned.bundles else "teachers"
-    gpus = f" and {of_each['GPU']:g} GPUs" if of_each["GPU"] else ""
+    gpus = f" and {one['GPU']:g} GPUs" if one["GPU"] else ""
     raise TeacherError(
-        f"{wanted} {what} of {of_each['CPU']:g} CPUs{gpus} each are needed at once, but the nodes "
-        f"have room for {room}: each is on one node, and they have {_described(nodes)}; lower "
+        f"{wanted} {what} of {one['CPU']:g} CPUs{gpus} each are needed at once, but the nodes "
+        f"have room for {room}: each must fit one node, and they have {_describe(nodes)}; lower "
         "teacher.replicas, run.cpus_per_replica or run.gpus_per_replica, or add nodes"
     )
 
 
-def _described(nodes: list[_Node]) -> str:
+def _describe(nodes: list[_Node]) -> str:
     """``3 x 8 CPUs, 1 x 4 CPUs + 2 GPUs``."""
     kinds = Counter(
         f"{node.cpus:g} CPUs" + (f" + {node.gpus:g} GPUs" if node.gpus else "") for node in nodes
@@ -172,29 +169,27 @@ def _described(nodes: list[_Node]) -> str:
 
 
 def _threads(nodes: list[_Node], most: int) -> int:
-    """OMP threads of a teacher on CPUs, which shares a node with as many others as it must."""
+    """OpenMP threads of a teacher on CPUs, which shares its node with as few others as possible."""
     replicas_of_node = -(-most // sum(node.cpus > 0 for node in nodes))
     return max(1, int(max(node.cpus for node in nodes)) // replicas_of_node)
 
 
 def _task_cpus(planned: Resources, nodes: list[_Node]) -> float:
-    """CPUs of a tokenising task, which has to find them on one node wherever the teachers are."""
-    of_replica = planned.actor_cpus
-    if planned.bundles:
-        of_replica = planned.bundles * planned.bundle()["CPU"]
+    """CPUs of a tokenising task, which must fit one node wherever the teachers are."""
+    of_replica = planned.replica()["CPU"]
     total = sum(node.cpus for node in nodes)
     left = total - of_replica * planned.min_replicas
     if left < _ROUNDING:
         raise ConfigError(
             f"{planned.min_replicas} teachers of {of_replica:g} CPUs each leave none of {total:g} "
-            "to read the corpus; lower teacher.replicas or run.cpus_per_replica"
+            "CPUs to read the corpus; lower teacher.replicas or run.cpus_per_replica"
         )
     # Some node has at least the average of what is left.
     return min(1.0, left / sum(node.cpus > 0 for node in nodes))
 
 
 def _bundles(config: LabelConfig, gpus: float, node_gpus: list[float]) -> int:
-    """Bundles of one replica's placement group; 0 where it fits a node."""
+    """Bundles of a replica's placement group; 0 where it fits one node."""
     teacher = config.teacher
     if not gpus or gpus <= max(node_gpus):
         return 0

@@ -1,7 +1,7 @@
-"""How a job is asked to stop: SIGTERM (preemption) or Ctrl-C, once.
+"""Stops a job on SIGTERM (preemption) or Ctrl-C.
 
-The first signal lets what is in work be finished; a second one, or the end of the time that is
-given for that, ends the job at once. Both are safe: what is committed stays, the next run goes on.
+The first signal lets units in work be finished; a second one, or the end of the drain time, ends
+the job at once. Both are safe: committed units stay, and the next run resumes.
 """
 
 import os
@@ -11,73 +11,79 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from labeler.run.progress import duration
+from schemas.console.text import duration_text
 from schemas.errors import JobStoppedError
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-GO_ON = "what is committed stays; run the same command again to go on from here"
+_CLEAR_LINE = "\r\x1b[K"
 
 
-class _DrainedTooLongError(BaseException):
-    """No Exception: nothing on its way out may take it for an error of its own."""
+class _DrainTimeoutError(BaseException):
+    """Not an Exception, so that no handler on its way out mistakes it for an error of its own."""
 
 
-class StopRequests:
-    """Listens for signals while a job runs; only where the job is on the main thread."""
+class GracefulShutdown:
+    """Handles signals while a job runs; does nothing where the job is not on the main thread."""
 
     def __init__(self, drain_s: float) -> None:
-        """Prepares; what is in work has ``drain_s`` seconds to be finished."""
+        """
+        Args:
+            drain_s: seconds for units in work to be finished.
+        """
         self._drain_s = drain_s
-        self._asked: signal.Signals | None = None
+        self._signal: signal.Signals | None = None
 
     @property
-    def is_asked(self) -> bool:
-        """Whether the job has been asked to stop."""
-        return self._asked is not None
+    def is_requested(self) -> bool:
+        """Whether a signal has come."""
+        return self._signal is not None
 
     @contextmanager
     def draining(self) -> Iterator[None]:
-        """While it is open, a first signal only sets ``is_asked`` and starts the clock.
+        """While open, a first signal only sets ``is_requested`` and starts the clock.
 
         Raises:
-            JobStoppedError: At its end, where SIGTERM came.
-            KeyboardInterrupt: At its end, where Ctrl-C came.
+            JobStoppedError: at the end, after SIGTERM.
+            KeyboardInterrupt: at the end, after Ctrl-C.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._asked_to) for number in _SIGNALS}
-        alarm = signal.signal(signal.SIGALRM, self._too_long)
-        how = "what was in work is committed"
+        before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._on_timeout)
+        outcome = "units in work are committed"
         try:
             try:
                 yield
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-                for number, handler in {**before, signal.SIGALRM: alarm}.items():
+                for number, handler in before.items():
                     signal.signal(number, handler)
-        except _DrainedTooLongError:
-            how = f"what was in work took longer than run.drain_s = {self._drain_s:g} and is lost"
+        except _DrainTimeoutError:
+            outcome = f"units in work took longer than run.drain_s = {self._drain_s:g} and are lost"
         except KeyboardInterrupt:
-            if self._asked is None:
+            if self._signal is None:
                 raise
-            how = "asked twice, so what was in work is lost"
-        if self._asked is signal.SIGINT:
-            raise KeyboardInterrupt(how)
-        if self._asked is not None:
-            raise JobStoppedError(f"stopped by {self._asked.name}: {how}; {GO_ON}")
+            outcome = "a second signal came, so units in work are lost"
+        if self._signal is signal.SIGINT:
+            raise KeyboardInterrupt(outcome)
+        if self._signal is not None:
+            raise JobStoppedError(
+                f"stopped by {self._signal.name}: {outcome}; committed units are kept, run the "
+                "same command again to resume"
+            )
 
-    def _asked_to(self, number: int, _: FrameType | None) -> None:
-        if self._asked is not None:
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if self._signal is not None:
             raise KeyboardInterrupt
-        self._asked = signal.Signals(number)
+        self._signal = signal.Signals(number)
         signal.setitimer(signal.ITIMER_REAL, self._drain_s)
-        # Not print: a signal may come while the stream is being written to.
+        # Not print: the signal may have interrupted a write to the same stream.
         text = (
-            f"{self._asked.name}: no new units; what is in work has {duration(self._drain_s)} "
-            "to be finished (once more: stop at once)\n"
+            f"{self._signal.name}: no new units; units in work have {duration_text(self._drain_s)} "
+            "to be finished (signal again to stop at once)\n"
         )
-        os.write(2, text.encode())
+        os.write(2, ((_CLEAR_LINE if os.isatty(2) else "") + text).encode())
 
-    def _too_long(self, _: int, __: FrameType | None) -> None:
-        raise _DrainedTooLongError
+    def _on_timeout(self, _: int, __: FrameType | None) -> None:
+        raise _DrainTimeoutError

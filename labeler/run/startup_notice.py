@@ -1,17 +1,17 @@
-"""Says why nothing happens yet: no teacher has come up, most often since others have its GPUs."""
+"""Says why a run does nothing yet: no teacher has started, often because others use its GPUs."""
 
 import time
 from collections.abc import Callable, Mapping
 
-from labeler.run.progress import duration
 from labeler.run.resources import Resources
+from schemas.console.text import duration_text
 
-PATIENCE_S = 30.0
-"""How long a teacher may take to come up before the people who watch are told what it waits for."""
+DELAY_S = 30.0
+"""Seconds that a teacher may take to start before the user is told what it waits for."""
 
 
-class TeacherWait:
-    """Looks whether teachers have come up; says two lines at most, and none where all goes well."""
+class StartupNotice:
+    """Says at most two lines about teachers that start late, and none about others."""
 
     def __init__(
         self,
@@ -20,42 +20,48 @@ class TeacherWait:
         say: Callable[[str], None],
         free: Callable[[], Mapping[str, float]],
     ) -> None:
-        """Prepares; the waiting begins now.
+        """Starts the clock.
 
         Args:
-            resources: Of a teacher.
-            num_teachers: That are waited for.
-            say: Gets the lines.
-            free: Tells the CPUs and GPUs that nobody has, by ``CPU`` and ``GPU``.
+            resources: of a teacher.
+            num_teachers: teachers that have to start.
+            say: called with each line.
+            free: the unused resources of the cluster, by ``CPU`` and ``GPU``.
         """
         self._needed = resources.replica()
         self._num_teachers = num_teachers
         self._say = say
         self._free = free
         self._started = time.monotonic()
-        self._is_told = False
+        self._is_late = False
         self.is_over = False
 
-    def look(self, is_up: bool) -> None:
-        """To be called again and again until ``is_over``, with whether a teacher is up."""
+    def update(self, is_up: bool) -> None:
+        """Says what there is to say; call it regularly.
+
+        Args:
+            is_up: a teacher has started.
+        """
+        if self.is_over:
+            return
         waited_s = time.monotonic() - self._started
         if is_up:
             self.is_over = True
-            if self._is_told:
-                self._say(f"a teacher is up after {duration(waited_s)}; the job goes on")
-        elif waited_s >= PATIENCE_S and not self._is_told:
-            self._say(self._line(self._free()))
-            self._is_told = True
+            if self._is_late:
+                self._say(f"a teacher started after {duration_text(waited_s)}")
+        elif waited_s >= DELAY_S and not self._is_late:
+            self._is_late = True
+            self._say(self._waiting_line(self._free()))
 
-    def _line(self, free: Mapping[str, float]) -> str:
+    def _waiting_line(self, free: Mapping[str, float]) -> str:
         teachers = "teacher" if self._num_teachers == 1 else "teachers"
         has_room = all(free.get(kind, 0.0) >= amount for kind, amount in self._needed.items())
-        why = "other jobs, or teachers that are still starting, hold the rest"
+        cause = "other jobs, or teachers that are still starting, use the rest"
         if has_room:
-            why = "it is still starting, or no single node has that much free"
+            cause = "it is still starting, or no single node has that much free"
         return (
             f"waiting for {self._num_teachers} {teachers} of {_amounts(self._needed)}: "
-            f"the cluster has {_amounts(free)} free; {why}"
+            f"the cluster has {_amounts(free)} free; {cause}"
         )
 
 

@@ -3,6 +3,7 @@
 import pyarrow.compute as pc
 
 from schemas.config import StrictModel
+from schemas.console.text import duration_text
 from schemas.keys import SortedKeys, contains, keys_to_sorted
 from schemas.label_set.label_set import LabelSet
 from schemas.label_set.manifest import Manifest
@@ -11,24 +12,24 @@ from schemas.label_set.tables import key_array
 
 
 class LabelSummary(StrictModel):
-    """What a label job did.
+    """Outcome of a label job.
 
     Attributes:
-        teacher_backend: Which engine labelled.
-        run: Identity of the run; its roster has this name.
-        rows_read: Windows of the corpus, or samples asked for. Equal to the sum of the next four.
-        rows_labelled, rows_reused, rows_duplicate, rows_quarantined: What became of them.
-        rows_generated: Of the labelled ones, how many were generated first.
-        tokens, labels: Of the rows labelled by this run.
-        bytes_per_label, ids_per_label: On disk, of the units that this run's rows are in, reused
-            ones too; 0 if there are none.
-        seconds: Wall time of the job, from reading the configuration on.
-        labels_url, fingerprint: The label set.
+        teacher_backend: engine that labelled.
+        run: identity of the run, and name of its roster.
+        rows_read: windows of the corpus, or requested samples; the sum of the next four.
+        rows_labelled, rows_reused, rows_duplicate, rows_quarantined: by what became of them.
+        rows_generated: labelled rows whose responses were generated first.
+        tokens, labels: of the rows labelled by this run.
+        bytes_per_label, ids_per_label: on disk, over all units that hold rows of this run, reused
+            ones included; 0 without labels.
+        seconds: wall time of the job, from reading the configuration.
+        labels_url, fingerprint: of the label set.
         view: URL of the view, or empty.
-        reasons: Rows in quarantine by reason.
-        reduced: What the label set holds more of than was asked for, ``field: there / wanted``;
-            the view promises what was asked for, which readers make of what is stored.
-        announcements: What teachers of these units had to say of their labels.
+        reasons: quarantined rows by reason.
+        reduced: where the stored labels are richer than the requested ones; the view promises what
+            was requested, which readers derive from what is stored.
+        announcements: remarks of teachers about the labels of these units.
     """
 
     teacher_backend: str
@@ -53,14 +54,21 @@ class LabelSummary(StrictModel):
 
 
 def summarise(
-    label_set: LabelSet, run: str, accounts: Accounts, backend: str, view: str, seconds: float
+    label_set: LabelSet,
+    run: str,
+    accounts: Accounts,
+    backend: str,
+    view: str,
+    seconds: float,
+    reduced: str,
 ) -> LabelSummary:
-    """The summary of a closed run."""
+    """The summary of a run whose roster is closed."""
     roster = read_roster(label_set, run)
     labelled = roster.filter(pc.equal(roster.column("disposition"), LABELLED))
     generated = int(pc.sum(pc.greater_equal(labelled.column("sample"), 0), min_count=0).as_py())
-    units = _units_of(label_set, keys_to_sorted(key_array(roster, "row_key")))
+    units = _units_with(label_set, keys_to_sorted(key_array(roster, "row_key")))
     labels = sum(unit.num_labels for unit in units)
+    announcements = {str(unit.provenance.get("announcement", "")) for unit in units} - {""}
     return LabelSummary(
         teacher_backend=backend,
         run=run,
@@ -71,19 +79,32 @@ def summarise(
         labels_url=label_set.url,
         view=view,
         fingerprint=label_set.fingerprint,
-        announcements=_announcements(units),
+        reduced=reduced,
+        announcements=tuple(sorted(announcements)),
         **accounts.model_dump(),
     )
 
 
-def _announcements(units: list[Manifest]) -> tuple[str, ...]:
-    found = {str(unit.provenance.get("announcement", "")) for unit in units}
-    return tuple(sorted(found - {""}))
-
-
-def _units_of(label_set: LabelSet, rows: SortedKeys) -> list[Manifest]:
+def _units_with(label_set: LabelSet, rows: SortedKeys) -> list[Manifest]:
     """The units that hold any of the given rows."""
     index = label_set.index()
-    here = contains(rows, key_array(index, "row_key"))
-    units = set(pc.unique(index.column("unit_key").filter(here).cast("string")).to_pylist())
+    is_held = contains(rows, key_array(index, "row_key"))
+    units = set(pc.unique(index.column("unit_key").filter(is_held).cast("string")).to_pylist())
     return [manifest for manifest in label_set.manifests() if manifest.unit_key in units]
+
+
+def describe(summary: LabelSummary) -> list[str]:
+    """The lines that end a label job on the terminal."""
+    lines = [
+        f"{summary.rows_read:,} rows read = {summary.rows_labelled:,} labelled + "
+        f"{summary.rows_reused:,} reused + {summary.rows_duplicate:,} duplicate + "
+        f"{summary.rows_quarantined:,} quarantined, in {duration_text(summary.seconds)}"
+    ]
+    if summary.reduced:
+        lines[0] += f"; reusing richer labels ({summary.reduced})"
+    if summary.ids_per_label:
+        lines.append(
+            f"{summary.labels:,} new labels; {summary.ids_per_label:.1f} ids and "
+            f"{summary.bytes_per_label:.1f} bytes per label on disk"
+        )
+    return [*lines, *(f"note: {announcement}" for announcement in summary.announcements)]

@@ -1,12 +1,12 @@
-"""Records of what a teacher was working on, so that a row that kills its engine is found.
+"""Records of what a teacher is working on, so that a row that crashes its engine is found.
 
-A record is written before rows go to the engine and removed when they come back. One that is left
-over tells that the engine died over these rows: a process that segfaults cannot say so itself.
-Records count within one run only, and not where the node was lost or the process was ended from
-outside in order.
+A process that segfaults cannot report which rows it had. So a record is written before rows go to
+the engine and removed when they come back: one that is left over means that the engine crashed over
+these rows. Records count within one run only, and not where the node was lost or the process was
+ended from outside in an orderly way.
 
-A record also says whether these rows had the engine to themselves. Where they shared it with the
-rows of other records, nobody knows over which of them it died.
+A record also says whether its rows had the engine to themselves; where they shared it, nobody knows
+which rows caused the crash.
 """
 
 import atexit
@@ -27,25 +27,25 @@ def _never(_: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Deaths:
+class Crashes:
     """Attempts at the rows of a key that did not come back.
 
     Attributes:
-        together: While the engine worked on other rows too.
-        alone: While it had these rows only.
+        shared: while the engine worked on other rows too.
+        alone: while it had these rows only.
     """
 
-    together: int = 0
+    shared: int = 0
     alone: int = 0
 
     @property
     def total(self) -> int:
         """Both."""
-        return self.together + self.alone
+        return self.shared + self.alone
 
 
 class Attempts:
-    """The attempts of one run, seen from one process."""
+    """The attempts of one run, as seen from one process."""
 
     def __init__(
         self,
@@ -55,14 +55,13 @@ class Attempts:
         is_lost: Callable[[str], bool] = _never,
         actor: str = "only",
     ) -> None:
-        """Prepares.
-
+        """
         Args:
-            store: Of the label set.
-            run: Identity of the run.
-            node: Name of the node that this process is on.
-            is_lost: Says of the name of a node whether that node is gone.
-            actor: Name of the actor that this process is, which it keeps when it is restarted.
+            store: of the label set.
+            run: identity of the run.
+            node: name of the node of this process.
+            is_lost: whether the node of a name has left the cluster.
+            actor: name of the actor of this process, kept when the actor is restarted.
         """
         self._store = store
         self._run = run
@@ -70,25 +69,30 @@ class Attempts:
         self._is_lost = is_lost
         self._actor = actor
         self._open: set[str] = set()
-        atexit.register(self._forget)  # runs on SIGTERM under Ray, but not when an engine crashes
+        atexit.register(self._end_all)  # runs on SIGTERM under Ray, but not when an engine crashes
 
-    def own_key(self, what: str) -> str:
-        """The key of something that is tried without rows, such as to start an engine.
+    def own_key(self, phase: str) -> str:
+        """The key of an attempt that involves no rows, such as starting an engine.
 
-        It is this actor's own: of a key that actors share, each would take the attempts of the
-        others that are still in flight for deaths.
+        Each actor has its own: with a shared key it would count attempts of other actors that are
+        still in flight as crashes.
         """
-        return f"{what}-{self._actor}"
+        return f"{phase}-{self._actor}"
 
-    def deaths(self, key: str) -> Deaths:
+    def crashes(self, key: str) -> Crashes:
         """The attempts at the rows of a key that did not come back."""
         read = [self._read(rel) for rel in self._records(key)]
         records = [record for record in read if record is not None]
         alone = [record["alone"] for record in records if not self._is_lost(record["node"])]
-        return Deaths(together=alone.count(False), alone=alone.count(True))
+        return Crashes(shared=alone.count(False), alone=alone.count(True))
 
     def begin(self, key: str, alone: bool = True) -> str:
-        """Records an attempt at rows, alone in the engine or not; returns its name for ``end``."""
+        """Records an attempt; returns the name of the record.
+
+        Args:
+            key: of the rows, or from ``own_key``.
+            alone: the rows have the engine to themselves.
+        """
         rel = f"{FOLDER}/{self._run}/{key}/{uuid.uuid4().hex}.json"
         self._store.write_bytes(rel, json.dumps({"node": self._node, "alone": alone}).encode())
         self._open.add(rel)
@@ -99,15 +103,16 @@ class Attempts:
         self._store.delete(rel)
         self._open.discard(rel)
 
+    def keep(self, rel: str) -> None:
+        """Keeps the record of an attempt that crashed its engine but not this process."""
+        self._open.discard(rel)
+
     def clear(self, key: str) -> None:
-        """Removes every record of a key: it has been shown to be harmless."""
-        for rel in self._records(key):  # not their folder, in which another may begin just now
+        """Removes every record of a key, because an attempt has succeeded."""
+        # File by file: another attempt may begin in the same folder at this moment.
+        for rel in self._records(key):
             self._store.delete(rel)
         self._open = {rel for rel in self._open if f"/{key}/" not in rel}
-
-    def failed(self, rel: str) -> None:
-        """Leaves the record of an attempt whose engine failed while this process lives on."""
-        self._open.discard(rel)
 
     def _records(self, key: str) -> list[str]:
         return self._store.list(f"{FOLDER}/{self._run}/{key}", ".json")
@@ -122,11 +127,11 @@ class Attempts:
             raise
         return record
 
-    def _forget(self) -> None:
+    def _end_all(self) -> None:
         for rel in tuple(self._open):
             self.end(rel)
 
 
 def remove_attempts(store: Store, run: str) -> None:
-    """Removes what is left of a run's records, once it is over."""
+    """Removes the records of a run that is over."""
     store.delete(f"{FOLDER}/{run}")

@@ -1,46 +1,46 @@
-"""Who may use an engine at the same time: many together, or one alone."""
+"""A lock that many threads hold together or one holds exclusively."""
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class EngineUsers:
-    """A lock that many hold together or one alone; who waits to be alone goes before newcomers.
+class SharedLock:
+    """Shared or exclusive; a thread waiting for exclusive access goes before later shared ones.
 
-    Neither way may be taken twice by one thread.
+    Not reentrant in either mode.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._num_together = 0
-        self._num_waiting = 0
-        self._is_alone = False
+        self._num_shared = 0
+        self._num_waiting = 0  # for exclusive access
+        self._is_exclusive = False
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Beside others who also came together."""
+    def shared(self) -> Iterator[None]:
+        """Holds the lock together with other shared holders."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._is_alone and not self._num_waiting)
-            self._num_together += 1
+            self._changed.wait_for(lambda: not self._is_exclusive and not self._num_waiting)
+            self._num_shared += 1
         try:
             yield
         finally:
             with self._changed:
-                self._num_together -= 1
+                self._num_shared -= 1
                 self._changed.notify_all()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """With nobody else, once everybody who is there has gone."""
+    def exclusive(self) -> Iterator[None]:
+        """Waits for all holders to leave, then holds the lock alone."""
         with self._changed:
             self._num_waiting += 1
-            self._changed.wait_for(lambda: not self._is_alone and not self._num_together)
+            self._changed.wait_for(lambda: not self._is_exclusive and not self._num_shared)
             self._num_waiting -= 1
-            self._is_alone = True
+            self._is_exclusive = True
         try:
             yield
         finally:
             with self._changed:
-                self._is_alone = False
+                self._is_exclusive = False
                 self._changed.notify_all()

@@ -1,14 +1,15 @@
-"""A teacher that outlives rows which kill its engine.
+"""Labels requests with as many engines as it takes, and isolates the rows that crash them.
 
-Such a row must not end the job, nor be tried for ever, nor take others with it. Units that nothing
-is known against share an engine, where it can be shared, so that it never waits for the next one.
-If it dies, any of the units in flight may have done it: each is tried again with a fresh engine to
-itself, and only what dies then is held against its rows.
+A row that crashes its engine must neither end the job, nor be retried for ever, nor take other rows
+with it:
 
-Rows over which an engine died twice, once of it with no others in flight, are halved, and the
-halves are tried on a fresh engine, until the row that does it is alone. It is quarantined when it
-alone has killed two fresh engines while a canary row passes on another. If the canary does not pass
-either, it is the engine that is broken, and the job ends.
+1. Units without a recorded crash share an engine where it can be shared, so that it never idles. If
+   it crashes, any unit in flight may be the cause: each is retried on a new engine of its own, and
+   only a crash there counts against its rows.
+2. Rows over which two engines crashed, one of them exclusively theirs, are halved, and the halves
+   retried on a new engine, until the row that causes it is alone.
+3. A single row is quarantined once it has crashed two new engines on its own while a canary row
+   passes on another. If the canary fails too, the engine itself is broken, and the job ends.
 """
 
 import contextlib
@@ -19,49 +20,49 @@ from typing import TypeVar
 import numpy as np
 
 from labeler.corpus.requests import Request, requests_unit_key
-from labeler.supervision.attempts import Attempts, Deaths
-from labeler.supervision.shared_lock import EngineUsers
-from labeler.supervision.watchdog import EngineWatch
+from labeler.supervision.attempts import Attempts, Crashes
+from labeler.supervision.shared_lock import SharedLock
+from labeler.supervision.watchdog import Watchdog
 from labeler.teachers.protocol import Teacher
 from labeler.units.unit_labels import UnitLabels, label_requests
+from labeler.units.unit_progress import UnitProgress
 from schemas.errors import RowFailure, TeacherError, TeacherGoneError, first_line
 from schemas.keys import row_key, stack_keys
 from schemas.spec import GenerationSpec
 
 T = TypeVar("T")
 
-MAX_STARTS = 3
-"""Engines that may die over what no row can be blamed for, before the run gives up."""
+MAX_BLAMELESS_CRASHES = 3
+"""Crashes in one phase that no row can be blamed for, after which the run gives up."""
 
-DEADLY = 2
-"""Engines that have to die over the same rows before it is put down to the rows."""
+MAX_KILLED = 20
+"""Engines killed from outside in a row, after which the run gives up."""
 
-MAX_OUTSIDE = 20
-"""Engines that may be ended from outside while nothing comes back from any, likewise."""
+CRASHES_TO_BLAME = 2
+"""Engines that have to crash over the same rows before the rows are blamed."""
 
 _START = "start"
 _CANARY = "canary"
-_QUESTION = "question"
-_HARMLESS = {
-    _START: "started",
-    _CANARY: "labelled a row of two tokens",
-    _QUESTION: "scored labels that others like them had made",
+_PARITY = "parity"
+_PHASES = {
+    _START: "while starting",
+    _CANARY: "on a row of two tokens",
+    _PARITY: "during the parity check",
 }
 _CANARY_IDS = np.array([0, 1], np.int32)
 _CANARY_SPANS = np.array([1, 2], np.int32)
 _CANARY_KEY = stack_keys([row_key(_CANARY_IDS, _CANARY_SPANS)])
 
 
-def _nobody(_: str) -> None:
+def _ignore(_: str) -> None:
     pass
 
 
-class Survivor:
-    """Labels requests, with as many engines as it takes.
+class EngineSupervisor:
+    """Labels requests, restarting the engine when it crashes.
 
-    The engine is made when the first requests come, so that a run that has nothing to do starts
-    none. Calls may come from several threads; they share the engine where its ``shareable`` says
-    so, until one of them is suspected of killing engines.
+    The first engine is started by the first requests, so that a run with nothing to do starts none.
+    Calls may come from several threads; they share the engine where its ``shareable`` says so.
     """
 
     def __init__(
@@ -70,193 +71,230 @@ class Survivor:
         attempts: Attempts,
         generation: GenerationSpec | None,
         audit_rate: float = 0.0,
-        watch: EngineWatch | None = None,
-        tell: Callable[[str], None] = _nobody,
+        watchdog: Watchdog | None = None,
+        say: Callable[[str], None] = _ignore,
     ) -> None:
-        """Prepares.
-
-        Args:
-            make_teacher: Starts an engine.
-            attempts: Where it is recorded what engines are working on.
-            generation, audit_rate: See ``label_requests``.
-            watch: Ends engines that hang; None: nobody does.
-            tell: Gets a line for the people who watch, whenever an engine has died.
         """
-        self._tell = tell
-        self._audit_rate = audit_rate
-        self._watch = watch or EngineWatch(math.inf)
-        self._ended_outside = 0
+        Args:
+            make_teacher: starts an engine.
+            attempts: record of what engines are working on.
+            generation, audit_rate: see ``label_requests``.
+            watchdog: ends engines that hang; None: they may hang for ever.
+            say: called with one line whenever an engine has crashed.
+        """
         self._make_teacher = make_teacher
         self._attempts = attempts
         self._generation = generation
+        self._audit_rate = audit_rate
+        self._watchdog = watchdog or Watchdog(math.inf)
+        self._say = say
+        self._num_killed = 0
         self._teacher: Teacher | None = None
-        self._users = EngineUsers()  # engines are made and dropped by who is alone
+        self._lock = SharedLock()  # held exclusively to start and to drop engines
 
-    def label(self, requests: Sequence[Request]) -> tuple[UnitLabels, dict[str, object]]:
-        """What became of each request, and the provenance of the labels.
+    def label(
+        self, requests: Sequence[Request], progress: UnitProgress | None = None
+    ) -> tuple[UnitLabels, dict[str, object]]:
+        """Labels or quarantines each request; also returns the provenance of the labels.
 
         Raises:
-            TeacherError: No engine can be made, or engines die whatever they label.
+            TeacherError: no engine starts, or engines crash whatever they label.
         """
         batch = list(requests)
         key = requests_unit_key(batch)
-        if not self._attempts.deaths(key).total:
-            found = self._labelled_together(batch, key)
+        if not self._attempts.crashes(key).total:
+            found = self._label_shared(batch, key, progress)
             if found is not None:
                 return found
-        with self._users.alone():
-            return self._labelled(batch, suspected=False), self._running().provenance()
+        with self._lock.exclusive():
+            found_alone = self._label_exclusively(batch, progress, suspected=False)
+            return found_alone, self._running_teacher().provenance()
 
-    def ask(self, question: Callable[[Teacher], T]) -> T:
-        """What the teacher says to something else than rows to be labelled; nobody is beside it.
+    def run_exclusively(self, task: Callable[[Teacher], T]) -> T:
+        """Runs the parity check, or a part of it, while the teacher does nothing else.
 
         Raises:
-            TeacherError: No engine can be made, or engines die over it.
+            TeacherError: no engine starts, or engines crash over it.
         """
-        with self._users.alone():
-            return self._answered(_QUESTION, question)
+        with self._lock.exclusive():
+            return self._run_blameless(_PARITY, task)
 
-    def _labelled_together(
-        self, requests: list[Request], key: str
+    def _label_shared(
+        self, requests: list[Request], key: str, progress: UnitProgress | None
     ) -> tuple[UnitLabels, dict[str, object]] | None:
-        """Labels requests beside those of other threads; None where they have to be tried alone."""
+        """Labels requests beside those of other threads; None: retry them exclusively."""
         while self._teacher is None:
-            with self._users.alone():
-                self._running()
-        with self._users.together():
+            with self._lock.exclusive():
+                self._running_teacher()
+        with self._lock.shared():
             teacher = self._teacher
             if teacher is None or not teacher.shareable:
                 return None
-            found = self._tried(requests, teacher, self._attempts.begin(key, alone=False))
+            record = self._attempts.begin(key, alone=False)
+            found = self._attempt(requests, teacher, record, progress)
             if isinstance(found, UnitLabels):
                 return found, teacher.provenance()
-        with self._users.alone():  # all who shared it have failed as well
+        # By now every call that shared the engine has failed; the first one drops it.
+        with self._lock.exclusive():
             if self._teacher is teacher:
                 self._drop(found)
         return None
 
-    def _tried(
-        self, requests: list[Request], teacher: Teacher, record: str
-    ) -> UnitLabels | TeacherError:
-        """One attempt: labels, or what the engine died of; the record then tells if it counts."""
-        try:
-            with self._watch.waiting():
-                found = label_requests(requests, teacher, self._generation, self._audit_rate)
-        except TeacherGoneError:  # a server that somebody else runs: not the rows' doing
-            self._attempts.end(record)
-            raise
-        except TeacherError as error:
-            self._note_death(record, error)
-            return error
-        self._attempts.end(record)
-        self._ended_outside = 0
-        return found
-
-    def _labelled(self, requests: list[Request], suspected: bool) -> UnitLabels:
-        """Labels requests with nobody beside them.
+    def _label_exclusively(
+        self, requests: list[Request], progress: UnitProgress | None, suspected: bool
+    ) -> UnitLabels:
+        """Labels requests on an engine of their own, halving them while they crash it.
 
         Args:
-            requests: One or more.
-            suspected: Whether they are part of what engines died over before.
+            requests: one or more.
+            progress: of the unit that they are from.
+            suspected: they are half of rows that crashed engines.
         """
         key = requests_unit_key(requests)
-        alone = len(requests) == 1
-        deaths, last = self._attempts.deaths(key), None
-        while not _is_deadly(deaths, suspected, alone):
-            found = self._tried(requests, self._running(), self._attempts.begin(key))
+        is_single = len(requests) == 1
+        crashes, last = self._attempts.crashes(key), None
+        while not _are_to_blame(crashes, suspected, is_single):
+            record = self._attempts.begin(key)
+            found = self._attempt(requests, self._running_teacher(), record, progress)
             if isinstance(found, UnitLabels):
                 return found
             self._drop(found)
-            deaths, last = self._attempts.deaths(key), found
+            crashes, last = self._attempts.crashes(key), found
         self._check_canary()
-        if alone:
-            detail = f"{deaths.alone} engines died while they had this row alone{_of(last)}"
+        if is_single:
+            detail = f"{crashes.alone} engines crashed on this row alone{_last_crash(last)}"
             return UnitLabels([], [], [requests[0].quarantined("kills_engine", detail)])
         middle = len(requests) // 2
-        halves = [self._labelled(half, True) for half in (requests[:middle], requests[middle:])]
-        return halves[0].joined(halves[1])
+        first = self._label_exclusively(requests[:middle], progress, suspected=True)
+        return first.joined(self._label_exclusively(requests[middle:], progress, suspected=True))
 
-    def _running(self) -> Teacher:
+    def _attempt(
+        self,
+        requests: list[Request],
+        teacher: Teacher,
+        record: str,
+        progress: UnitProgress | None,
+    ) -> UnitLabels | TeacherError:
+        """One attempt: labels, or the error of the crash, whose record stays if it counts."""
+        try:
+            with self._watchdog.waiting():
+                found = label_requests(
+                    requests, teacher, self._generation, self._audit_rate, progress
+                )
+        except TeacherGoneError:  # a remote server is down, which no row has caused
+            self._attempts.end(record)
+            raise
+        except TeacherError as error:
+            self._record_crash(record, error)
+            return error
+        self._attempts.end(record)
+        self._num_killed = 0
+        return found
+
+    def _running_teacher(self) -> Teacher:
+        """The teacher, started if there is none.
+
+        Raises:
+            TeacherError: it cannot be loaded, or crashes whenever it starts.
+        """
         last: TeacherError | None = None
         while self._teacher is None:
-            record = self._begin_harmless(_START, last)
+            record = self._begin_blameless(_START, last)
             try:
-                with self._watch.starting():
+                with self._watchdog.starting():
                     self._teacher = self._make_teacher()
-                self._watch.wake = getattr(self._teacher, "wake", None)
+                self._watchdog.wake = getattr(self._teacher, "wake", None)
             except TeacherError as error:
-                last = self._after_no_start(record, error)
+                last = self._failed_start(record, error)
         self._attempts.clear(self._attempts.own_key(_START))
         return self._teacher
 
-    def _after_no_start(self, record: str, error: TeacherError) -> TeacherError:
-        """What an engine did not start for, where another may be tried.
-
-        One that hung counts as having died, as one does that takes its process along.
+    def _failed_start(self, record: str, error: TeacherError) -> TeacherError:
+        """The error of a start that may be retried: the engine hung or was killed from outside.
 
         Raises:
-            TeacherError: No other can be: what cannot be loaded at all says why.
+            TeacherError: any other, because a teacher that cannot be loaded says why.
         """
-        if self._watch.has_ended_it():
-            self._attempts.failed(record)
+        if self._watchdog.has_killed_engine:
+            self._attempts.keep(record)
             error = TeacherError(
-                f"it gave nothing back for {self._watch.stall_s:.0f}s; if it needs longer to "
-                f"start, raise run.stall_s ({first_line(error)})"
+                f"no result for {self._watchdog.stall_s:.0f}s; if it needs longer to start, raise "
+                f"run.stall_s ({first_line(error)})"
             )
         else:
             self._attempts.end(record)
-            if not self._was_ended_from_outside(error):
+            if not self._was_killed(error):
                 raise error
-        self._tell_of(error)
+        self._say_crashed(error)
         return error
 
-    def _note_death(self, record: str, error: TeacherError) -> None:
-        """Leaves the record of an attempt over which the engine died, if that counts."""
-        if self._was_ended_from_outside(error):
+    def _record_crash(self, record: str, error: TeacherError) -> None:
+        """Keeps the record of an attempt, unless the engine was killed from outside."""
+        if self._was_killed(error):
             self._attempts.end(record)
         else:
-            self._attempts.failed(record)
+            self._attempts.keep(record)
 
-    def _was_ended_from_outside(self, error: TeacherError) -> bool:
-        """Whether the engine that has just died did so for no fault of what it had.
+    def _was_killed(self, error: TeacherError) -> bool:
+        """Whether the engine was killed from outside, so that its rows are not to blame.
 
         Raises:
-            TeacherError: That has happened too often.
+            TeacherError: too many in a row were.
         """
-        if not self._watch.was_ended_from_outside():
+        if not self._watchdog.was_killed_from_outside():
             return False
-        self._ended_outside += 1
-        if self._ended_outside >= MAX_OUTSIDE:
+        self._num_killed += 1
+        if self._num_killed >= MAX_KILLED:
             raise TeacherError(
-                f"{self._ended_outside} engines in a row were ended by a signal from outside; "
-                "find out who sends it, and run the same command again to go on from here"
-                f"{_of(error)}"
+                f"{self._num_killed} engines in a row were killed by a signal from outside; find "
+                f"out what sends it, then run the same command again to resume{_last_crash(error)}"
             ) from error
         return True
 
-    def _begin_harmless(self, what: str, last: TeacherError | None = None) -> str:
-        """Records an attempt that no row of the corpus can be blamed for.
+    def _begin_blameless(self, phase: str, last: TeacherError | None) -> str:
+        """Records an attempt that involves no row of the corpus.
 
         Args:
-            what: It is that is tried.
-            last: What the engine died of that tried it before; None where its process died too.
+            phase: key of ``_PHASES``.
+            last: why the previous attempt failed; None: there was none, or its process crashed too.
 
         Raises:
-            TeacherError: Too many died.
+            TeacherError: too many have failed.
         """
-        key = self._attempts.own_key(what)
-        deaths = self._attempts.deaths(key).total
-        if deaths >= MAX_STARTS:
+        key = self._attempts.own_key(phase)
+        num_crashes = self._attempts.crashes(key).total
+        if num_crashes >= MAX_BLAMELESS_CRASHES:
             raise TeacherError(
-                f"{deaths} engines died while they {_HARMLESS[what]}: the teacher cannot run here; "
-                "try fewer replicas, a smaller text.max_tokens or other teacher.engine options"
-                f"{_of(last)}"
+                f"{num_crashes} engines crashed {_PHASES[phase]}: the teacher cannot run here; try "
+                "fewer replicas, a smaller text.max_tokens or other teacher.engine options"
+                f"{_last_crash(last)}"
             ) from last
         return self._attempts.begin(key)
 
+    def _run_blameless(self, phase: str, task: Callable[[Teacher], T]) -> T:
+        """Runs a task on one engine after another until one completes it or too many crash."""
+        last: TeacherError | None = None
+        while True:
+            teacher = self._running_teacher()
+            record = self._begin_blameless(phase, last)
+            try:
+                with self._watchdog.waiting():
+                    result = task(teacher)
+            except TeacherError as error:
+                self._record_crash(record, error)
+                self._drop(error)
+                last = error
+                continue
+            self._attempts.clear(self._attempts.own_key(phase))
+            return result
+
     def _check_canary(self) -> None:
-        """Labels a row of two tokens; raises a TeacherError if no engine can."""
-        (result,) = self._answered(
+        """Labels a row of two tokens.
+
+        Raises:
+            TeacherError: no engine can.
+        """
+        (result,) = self._run_blameless(
             _CANARY, lambda teacher: teacher.label([_CANARY_IDS], [_CANARY_SPANS], _CANARY_KEY)
         )
         if isinstance(result, RowFailure):
@@ -264,50 +302,33 @@ class Survivor:
                 f"the teacher cannot label a row of two tokens: {result.reason} ({result.detail})"
             )
 
-    def _answered(self, what: str, question: Callable[[Teacher], T]) -> T:
-        """Asks one engine after another something harmless, until one answers or too many died."""
-        last: TeacherError | None = None
-        while True:
-            teacher = self._running()
-            record = self._begin_harmless(what, last)
-            try:
-                with self._watch.waiting():
-                    answer = question(teacher)
-            except TeacherError as error:
-                self._note_death(record, error)
-                self._drop(error)
-                last = error
-                continue
-            self._attempts.clear(self._attempts.own_key(what))
-            return answer
-
-    def _tell_of(self, error: TeacherError) -> None:
-        self._tell(f"an engine died and is started anew: {first_line(error)}")
-
     def _drop(self, error: TeacherError) -> None:
-        """Ends an engine that failed, as far as it still can be, and tells of what."""
-        self._tell_of(error)
+        """Discards a failed engine."""
+        self._say_crashed(error)
         teacher, self._teacher = self._teacher, None
         if teacher is not None:
-            with contextlib.suppress(Exception):  # it is broken already
+            with contextlib.suppress(Exception):  # a crashed engine need not close cleanly
                 teacher.close()
 
-
-def _of(last: TeacherError | None) -> str:
-    """How a message ends that tells of engines that died: with what the last one died of."""
-    if last is None:
-        return "; the last one took its process along: Ray's logs and `dmesg` may say why"
-    return f"; the last one: {first_line(last)}"
+    def _say_crashed(self, error: TeacherError) -> None:
+        self._say(f"an engine crashed and is being restarted: {first_line(error)}")
 
 
-def _is_deadly(deaths: Deaths, suspected: bool, single: bool) -> bool:
-    """Whether it is down to these rows that engines died.
+def _last_crash(error: TeacherError | None) -> str:
+    """The end of a message about crashes: why the last engine crashed."""
+    if error is None:
+        return "; the last engine crashed its worker process: see Ray's logs and `dmesg` for why"
+    return f"; last error: {first_line(error)}"
+
+
+def _are_to_blame(crashes: Crashes, suspected: bool, is_single: bool) -> bool:
+    """Whether rows caused the crashes of engines that had them.
 
     Args:
-        deaths: Of engines that had these rows.
-        suspected: Whether the rows are half of such, so that one more death tells enough.
-        single: Whether it is one row, which would be quarantined.
+        crashes: recorded for these rows.
+        suspected: the rows are half of such rows, so that one more crash is enough.
+        is_single: one row, which would be quarantined.
     """
-    if single:
-        return deaths.alone >= DEADLY
-    return deaths.alone >= 1 and (suspected or deaths.total >= DEADLY)
+    if is_single:
+        return crashes.alone >= CRASHES_TO_BLAME
+    return crashes.alone >= 1 and (suspected or crashes.total >= CRASHES_TO_BLAME)

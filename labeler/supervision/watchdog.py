@@ -1,8 +1,8 @@
-"""Ends engines that give nothing back, and tells how the processes of one came to their end.
+"""Ends engines that hang, and tells engines that crashed from engines that were killed.
 
-An engine that runs in processes of its own is ended by killing these: the call that waits for it
-then fails as with any engine that dies. One that runs in this process takes it along, so that
-whoever runs the process starts it anew; the record of the attempt stays and tells of it.
+An engine in processes of its own is ended by killing these: the call that waits for it then fails
+as with any crash. An engine inside this process ends with it: the attempt's record stays and counts
+as a crash, and whoever runs the process restarts it.
 """
 
 import faulthandler
@@ -20,59 +20,59 @@ from multiprocessing.process import BaseProcess
 import psutil
 
 EXIT_STALLED = 75
-"""How a process ends whose engine hangs inside it."""
+"""Exit code of a process whose engine hangs inside it."""
 
-_FROM_OUTSIDE = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
-_CHECKS_A_STALL = 20
+_OUTSIDE_SIGNALS = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
+_CHECKS_PER_STALL = 20
 _MAX_CHECK_S = 1.0
+
 _NOTICE_S = 2.0
-"""How long a call may take to notice by itself that the engine's process is gone."""
+"""Seconds for a call to notice by itself that the engine's process is gone."""
 
 _GONE_S = 60.0
-"""After which nothing helps it to."""
+"""Seconds after which a call that still has not noticed never will."""
 
 _REAP_S = 2.0
 _FIND_S = 0.1
 
 
-class EngineWatch:
+class Watchdog:
     """Watches one engine after another."""
 
     def __init__(self, stall_s: float, end_process: Callable[[int], None] = os._exit) -> None:
-        """Prepares.
-
+        """
         Args:
-            stall_s: How long nothing may come back while somebody waits.
-            end_process: Ends this process with an exit code.
+            stall_s: seconds without any result, while a call waits, after which an engine hangs.
+            end_process: ends this process with an exit code.
         """
         self.stall_s = stall_s
-        self._check_s = min(stall_s / _CHECKS_A_STALL, _MAX_CHECK_S)
+        self.wake: Callable[[], None] | None = None
+        """Fails the calls that wait for an engine whose process is gone."""
+        self._check_s = min(stall_s / _CHECKS_PER_STALL, _MAX_CHECK_S)
         self._end_process = end_process
         self._changed = threading.Condition()
-        self._waiting = 0
-        self._last_sign_s = 0.0
+        self._num_waiting = 0
+        self._last_result_s = 0.0
         self._before: set[BaseProcess] = set()
         self._processes: set[BaseProcess] = set()
-        self._killed_here = False
+        self._has_killed = False
         self._oom_kills = 0
         self._is_started = False
         self._gone_since_s = 0.0
-        self.wake: Callable[[], None] | None = None
-        """Has the calls fail that wait for an engine whose process is gone."""
         self._thread: threading.Thread | None = None
 
     @contextmanager
     def starting(self) -> Iterator[None]:
-        """While an engine starts; the processes that come into being are its own."""
+        """Open while an engine starts; processes that appear meanwhile are its own."""
         self._before = set(multiprocessing.active_children())
         self._processes = set()
         self.wake = None
         self._is_started = False
         self._gone_since_s = 0.0
-        self._killed_here = False
-        self._oom_kills = _oom_kills()
+        self._has_killed = False
+        self._oom_kills = _count_oom_kills()
         is_over = threading.Event()
-        # Again and again: who dies while it starts is not among the children afterwards.
+        # Polled: a process that ends during the start is no longer among the children after it.
         finder = threading.Thread(target=self._find_processes, args=(is_over,), daemon=True)
         finder.start()
         try:
@@ -81,18 +81,18 @@ class EngineWatch:
         finally:
             is_over.set()
             finder.join()
-        # Whoever has ended by now only helped to start it.
+        # A process that has ended by now only helped to start the engine.
         self._processes = {process for process in self._processes if process.is_alive()}
         self._is_started = True
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """While somebody waits for the engine."""
+        """Open while a call waits for the engine."""
         with self._changed:
-            if not self._waiting:
-                self._last_sign_s = time.monotonic()
-                self._set_alarm()  # not in the thread, which may never get to run
-            self._waiting += 1
+            if not self._num_waiting:
+                self._last_result_s = time.monotonic()
+                self._set_alarm()  # here, because the watching thread may never get to run
+            self._num_waiting += 1
             if self._thread is None and math.isfinite(self.stall_s):
                 self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
                 self._thread.start()
@@ -101,15 +101,14 @@ class EngineWatch:
             yield
         finally:
             with self._changed:
-                self._waiting -= 1
-                self._last_sign_s = time.monotonic()
+                self._num_waiting -= 1
+                self._last_result_s = time.monotonic()
                 self._changed.notify_all()
 
-    def was_ended_from_outside(self) -> bool:
-        """Whether a process of the engine got a signal that no row can have brought about.
+    def was_killed_from_outside(self) -> bool:
+        """Whether a process of the engine got a signal that no row can have caused.
 
-        Memory that ran out is no such thing, though the kernel ends processes for it in the same
-        way: it counts what it ends.
+        The kernel's out-of-memory killer, which a row can trigger, is told apart by its counter.
         """
         end = time.monotonic() + _REAP_S
         while any(process.exitcode is None for process in self._processes):
@@ -117,13 +116,14 @@ class EngineWatch:
                 break
             time.sleep(0.02)
         codes = {process.exitcode for process in self._processes} - {0, None}
-        if self._killed_here or not codes or codes - _FROM_OUTSIDE:
+        if self._has_killed or not codes or codes - _OUTSIDE_SIGNALS:
             return False
-        return _oom_kills() == self._oom_kills
+        return _count_oom_kills() == self._oom_kills
 
-    def has_ended_it(self) -> bool:
-        """Whether it was this watch that ended the engine's processes, because it hung."""
-        return self._killed_here
+    @property
+    def has_killed_engine(self) -> bool:
+        """Whether this watchdog has killed the engine, because it hung."""
+        return self._has_killed
 
     def _find_processes(self, is_over: threading.Event) -> None:
         while not is_over.wait(_FIND_S):
@@ -133,10 +133,10 @@ class EngineWatch:
     def _watch(self) -> None:
         while True:
             with self._changed:
-                if not self._waiting:
+                if not self._num_waiting:
                     faulthandler.cancel_dump_traceback_later()
-                    self._changed.wait_for(lambda: self._waiting)
-                quiet_s = time.monotonic() - self._last_sign_s
+                    self._changed.wait_for(lambda: self._num_waiting)
+                quiet_s = time.monotonic() - self._last_result_s
             self._set_alarm()
             if quiet_s >= self.stall_s:
                 self._end_engine(quiet_s)
@@ -144,7 +144,8 @@ class EngineWatch:
             time.sleep(self._check_s)
 
     def _set_alarm(self) -> None:
-        """Ends this process should no thread run any more: an engine may hold Python's lock."""
+        # An engine that hangs with the interpreter's lock stops this thread too; faulthandler's
+        # thread needs no lock.
         if math.isfinite(self.stall_s):
             after_s = self.stall_s + 2 * self._check_s
             faulthandler.dump_traceback_later(after_s, exit=True, file=sys.__stderr__ or 2)
@@ -162,17 +163,17 @@ class EngineWatch:
 
     def _end_engine(self, quiet_s: float) -> None:
         own = [process for process in self._processes if process.is_alive()]
-        how = f"its {len(own)} processes are" if own else "this process is"
-        text = f"the engine has given nothing back for {quiet_s:.0f}s (run.stall_s): {how} ended\n"
+        what = f"its {len(own)} processes" if own else "this process"
+        text = f"the engine gave no result for {quiet_s:.0f}s (run.stall_s); ending {what}\n"
         os.write(2, text.encode())
-        # A second time it is the call that does not notice.
-        if not own or self._killed_here:
+        # Killed before, and the call still has not returned: only the end of this process helps.
+        if not own or self._has_killed:
             self._end_process(EXIT_STALLED)
-        self._killed_here = True
+        self._has_killed = True
         for process in own:
             _kill_tree(process.pid)
         with self._changed:
-            self._last_sign_s = time.monotonic()
+            self._last_result_s = time.monotonic()
 
 
 def _kill_tree(pid: int | None) -> None:
@@ -184,8 +185,8 @@ def _kill_tree(pid: int | None) -> None:
         return
 
 
-def _oom_kills() -> int:
-    """How many processes the kernel of this machine has ended for want of memory; 0 if unknown."""
+def _count_oom_kills() -> int:
+    """Processes that the kernel of this machine has killed for memory; 0 if unknown."""
     try:
         with open("/proc/vmstat") as file:
             counters = dict(line.split() for line in file)

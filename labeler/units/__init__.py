@@ -1,4 +1,4 @@
-"""One unit of requests to one batch of label rows, and how requests are grouped into units.
+"""Labels one unit of requests as one batch of rows, and groups requests into units.
 
 Committing a unit belongs to `run`; producing a label belongs to `teachers`.
 """

@@ -1,4 +1,4 @@
-"""Labels of single rows -> one batch of rows in the stored form, rounded as the record says."""
+"""Assembles the labels of single rows into one batch in the stored form, rounded by its record."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,53 +22,56 @@ def assemble_rows(
 ) -> LabelRows:
     """Puts R rows and their labels together.
 
-    The order of a head is kept as the teacher gave it, by falling probability before rounding;
-    rounding never reverses two entries, but may make them equal. An id that the model forbids is
-    stored with the lowest log-probability there is, whose probability is zero.
+    Heads keep the teacher's order, by falling probability before rounding: rounding never reverses
+    two entries, but may make them equal. An id that the model forbids is stored with the lowest
+    finite log-probability, whose probability is zero.
 
     Args:
         row_keys: uint8 [R, 16].
         content_keys: uint8 [R, 16].
-        token_ids: one integer array [L] a row.
-        label_spans: one flat array of [start, end) pairs a row.
-        labels: one a row, or None for a record of kind ``tokens``.
-        record: how many bits to keep, and which columns there are.
-
-    Returns:
-        The rows.
+        token_ids: one integer array [L] per row.
+        label_spans: one flat array of [start, end) pairs per row.
+        labels: one per row, or None for a record of kind ``tokens``.
+        record: bits to keep, and columns.
     """
-    tokens = [np.asarray(row, dtype=np.int32) for row in token_ids]
-    spans = [np.asarray(row, dtype=np.int32) for row in label_spans]
+    tokens, token_offsets = _join(token_ids)
+    spans, span_offsets = _join(label_spans)
     return LabelRows(
         row_key=row_keys,
         content_key=content_keys,
-        token_ids=_concatenated(tokens),
-        token_offsets=_offsets(tokens),
-        label_spans=_concatenated(spans),
-        span_offsets=_offsets(spans),
+        token_ids=tokens,
+        token_offsets=token_offsets,
+        label_spans=spans,
+        span_offsets=span_offsets,
         **({} if labels is None else _label_columns(labels, record)),
     )
 
 
-def _label_columns(labels: Sequence[RowLabels], record: RecordSpec) -> dict[str, Any]:
-    def column(read: Callable[[RowLabels], np.ndarray | None]) -> np.ndarray:
-        return np.concatenate([_present(read(row)) for row in labels])
+def _join(rows: Sequence[np.ndarray]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """All rows in one array, and offsets [R + 1] into it."""
+    arrays = [np.zeros(0, np.int32), *(np.asarray(row, dtype=np.int32) for row in rows)]
+    return np.concatenate(arrays), np.cumsum([len(array) for array in arrays], dtype=np.int64)
 
-    def rounded(read: Callable[[RowLabels], np.ndarray | None]) -> npt.NDArray[np.float16]:
-        return round_logprobs(column(read), record.logprob_bits)
+
+def _label_columns(labels: Sequence[RowLabels], record: RecordSpec) -> dict[str, Any]:
+    def column(name: str) -> np.ndarray:
+        return np.concatenate([getattr(row, name) for row in labels])
+
+    def rounded(name: str) -> npt.NDArray[np.float16]:
+        return round_logprobs(column(name), record.logprob_bits)
 
     used = [_used_slots(row) for row in labels]
     ends = np.cumsum([0, *(count for count, _ in used)])
 
     def entries(
-        read: Callable[[RowLabels], np.ndarray | None],
+        name: str,
         dtype: type[np.generic],
         store: Callable[[np.ndarray, np.ndarray], object] = _copy,
     ) -> np.ndarray:
-        # Row by row into its place: anything in between would be memory of the size of a unit.
+        # Row by row into its place: an intermediate array would be as large as the unit.
         flat = np.empty(ends[-1], dtype)
         for row, (_, slots), first, end in zip(labels, used, ends, ends[1:], strict=False):
-            values, place = _present(read(row)), flat[first:end]
+            values, place = getattr(row, name), flat[first:end]
             if slots is None:
                 store(values, place.reshape(values.shape))
             else:
@@ -76,51 +79,38 @@ def _label_columns(labels: Sequence[RowLabels], record: RecordSpec) -> dict[str,
         return flat
 
     columns: dict[str, Any] = {
-        "head_len": column(lambda row: row.head_len).astype(np.uint16),
-        "tail_len": column(lambda row: row.tail_len).astype(np.uint16),
-        "entry_ids": entries(lambda row: row.entry_ids, np.int32),
+        "head_len": column("head_len").astype(np.uint16),
+        "tail_len": column("tail_len").astype(np.uint16),
+        "entry_ids": entries("entry_ids", np.int32),
         "entry_logprobs": entries(
-            lambda row: row.entry_logprobs,
+            "entry_logprobs",
             np.float16,
             lambda values, place: round_logprobs(values, record.logprob_bits, place),
         ),
-        "tail_logmass": rounded(lambda row: row.tail_logmass),
-        "target_logprob": rounded(lambda row: row.target_logprob),
-        "target_rank": column(lambda row: row.target_rank),
+        "tail_logmass": rounded("tail_logmass"),
+        "target_logprob": rounded("target_logprob"),
+        "target_rank": column("target_rank"),
     }
     if record.kind == "sampled":  # heads are empty, so that every entry is a draw
-        columns["entry_counts"] = entries(lambda row: row.entry_counts, np.uint8)
+        columns["entry_counts"] = entries("entry_counts", np.uint8)
     if record.entropy:
-        columns["entropy"] = rounded(lambda row: row.entropy)
+        columns["entropy"] = rounded("entropy")
     if record.temperatures:
-        # Weights at a temperature are multiplied with exp(-lse): its rounding has no other to
-        # cancel with, so it keeps all its bits.
-        columns["lse"] = round_logprobs(column(lambda row: row.lse), FLOAT16_BITS)
+        # Weights at a temperature are multiplied by exp(-lse), whose rounding error nothing
+        # cancels, so lse keeps all of its bits.
+        columns["lse"] = round_logprobs(column("lse"), FLOAT16_BITS)
     return columns
 
 
 def _used_slots(labels: RowLabels) -> tuple[int, npt.NDArray[np.int64] | None]:
-    """How many entries [N, K] arrays of entries have, and where; None where all slots are used."""
+    """Number of entries in the arrays [N, K], and their flat slots; None if all slots are used."""
     lengths = np.asarray(labels.head_len) + labels.tail_len
     width = labels.entry_ids.shape[1]
-    if (lengths == width).all():  # selecting would copy what is already right
+    if (lengths == width).all():  # selecting would copy arrays that need no selection
         return labels.entry_ids.size, None
     slots = np.flatnonzero(np.arange(width) < lengths[:, None])
     return len(slots), slots
 
 
 def _copy(values: np.ndarray, place: np.ndarray) -> None:
-    np.copyto(place, values, casting="unsafe")  # counts are wider on their way home
-
-
-def _present(values: np.ndarray | None) -> np.ndarray:
-    assert values is not None, "the teacher left out a column of its record"
-    return values
-
-
-def _concatenated(rows: list[np.ndarray]) -> npt.NDArray[np.int32]:
-    return np.concatenate(rows) if rows else np.zeros(0, dtype=np.int32)
-
-
-def _offsets(rows: list[np.ndarray]) -> npt.NDArray[np.int64]:
-    return np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
+    np.copyto(place, values, casting="unsafe")  # teachers return wider integers

@@ -1,11 +1,12 @@
-"""What a teacher makes of the requests of a unit: labels, or a reason why not, for each."""
+"""Labels the requests of a unit: each is either labelled or quarantined with a reason."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from labeler.corpus.requests import NOT_GENERATED, Request
-from labeler.teachers.protocol import RowLabels, Teacher
+from labeler.teachers.protocol import OnRow, RowLabels, Teacher
 from labeler.units.assemble import assemble_rows
+from labeler.units.unit_progress import UnitProgress
 from schemas.errors import RowFailure
 from schemas.keys import content_key, stack_keys
 from schemas.label_set.label_set import QuarantineRow
@@ -15,12 +16,12 @@ from schemas.spec import GenerationSpec, RecordSpec
 
 @dataclass(frozen=True)
 class UnitLabels:
-    """What became of the requests of a unit; each is either labelled or quarantined.
+    """Outcome of the requests of a unit.
 
     Attributes:
-        requests: Those that are labelled.
-        labels: Theirs, in order; None where the record is of kind ``tokens``.
-        quarantined: The others.
+        requests: the labelled ones.
+        labels: one per labelled request, in order; None for a record of kind ``tokens``.
+        quarantined: the others.
     """
 
     requests: list[Request]
@@ -28,7 +29,7 @@ class UnitLabels:
     quarantined: list[QuarantineRow]
 
     def joined(self, other: "UnitLabels") -> "UnitLabels":
-        """Both together; only of units with labels."""
+        """Both together; both have labels."""
         labels = [*(self.labels or ()), *(other.labels or ())]
         return UnitLabels(
             self.requests + other.requests, labels, self.quarantined + other.quarantined
@@ -40,7 +41,7 @@ class UnitLabels:
         return UnitLabels([], [], [*self.quarantined, *refused])
 
     def rows(self, record: RecordSpec) -> LabelRows | None:
-        """The labelled rows in the stored form; None where there are none."""
+        """The labelled rows in the stored form; None if there are none."""
         if not self.requests:
             return None
         token_ids = [request.token_ids for request in self.requests]
@@ -61,21 +62,31 @@ def label_requests(
     teacher: Teacher,
     generation: GenerationSpec | None,
     audit_rate: float = 0.0,
+    progress: UnitProgress | None = None,
 ) -> UnitLabels:
-    """Labels requests; where they are prompts, generates their responses first.
+    """Labels requests; if they are prompts, generates their responses first.
+
+    Args:
+        requests: one or more.
+        teacher: may be shared with other calls.
+        generation: None: the requests are complete.
+        audit_rate: share of labels that are audited.
+        progress: told of each row that the engine has finished.
 
     Raises:
-        TeacherError: The engine failed, so that nothing can be said about single rows.
+        TeacherError: the engine failed, so that nothing is known about single rows.
     """
+    progress = progress or UnitProgress()
     quarantined: list[QuarantineRow] = []
     complete = list(requests)
     if generation is not None:
-        complete = _with_responses(requests, teacher, generation, quarantined)
+        complete = _with_responses(requests, teacher, generation, quarantined, progress)
     results = teacher.label(
         [request.token_ids for request in complete],
         [request.label_spans for request in complete],
         stack_keys([request.row_key for request in complete]),
         audit_rate,
+        lambda row: progress.labelled(complete[row]),
     )
     good: list[Request] = []
     labels: list[RowLabels] = []
@@ -93,8 +104,9 @@ def _with_responses(
     teacher: Teacher,
     generation: GenerationSpec,
     quarantined: list[QuarantineRow],
+    progress: UnitProgress,
 ) -> list[Request]:
-    """Prompt and response of each request; what could not be generated goes to ``quarantined``."""
+    """Prompt and response of each request; appends requests without response to ``quarantined``."""
     by_prompt: dict[bytes, list[Request]] = {}
     for request in requests:
         assert request.sample != NOT_GENERATED
@@ -103,11 +115,13 @@ def _with_responses(
     for samples in by_prompt.values():
         by_count.setdefault(len(samples), []).append(samples)
     complete = []
-    for count, prompts in by_count.items():  # samples that are cached are not generated again
+    # Prompts differ in how many of their samples are missing, and one call has one n.
+    for count, prompts in by_count.items():
         results = teacher.generate(
             [samples[0].token_ids for samples in prompts],
             generation.model_copy(update={"n": count}),
             [[sample.seed() for sample in samples] for samples in prompts],
+            _counting(prompts, progress),
         )
         for samples, responses in zip(prompts, results, strict=True):
             if isinstance(responses, RowFailure):
@@ -121,3 +135,9 @@ def _with_responses(
                     detail = "the teacher generated no token"
                     quarantined.append(sample.quarantined("empty_response", detail))
     return complete
+
+
+def _counting(prompts: list[list[Request]], progress: UnitProgress) -> OnRow:
+    """Counts the samples of each prompt as they finish, in whatever order."""
+    waiting = [iter(samples) for samples in prompts]
+    return lambda prompt: progress.generated(next(waiting[prompt]))

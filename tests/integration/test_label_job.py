@@ -165,8 +165,8 @@ def test_a_smaller_record_is_served_from_a_richer_set(
     assert second.rows_reused == first.rows_labelled
     assert second.rows_labelled > 0
     assert second.fingerprint == first.fingerprint
-    assert "record.tau: 0.03 / 0.2" in second.reduced
-    assert "served from richer labels (record.entropy: True / False" in capsys.readouterr().err
+    assert "stored tau 0.03, requested 0.2" in second.reduced
+    assert "reusing richer labels (stored entropy True, requested False" in capsys.readouterr().err
     view = View.open(second.view)
     assert view.records == [job.record]
     label_set = view.label_sets[0]

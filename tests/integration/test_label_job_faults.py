@@ -16,9 +16,10 @@ from labeler.config import GatesConfig, LabelConfig
 from labeler.corpus.listing import list_corpus
 from labeler.corpus.piece_reader import KeySnapshot
 from labeler.run.job import open_label_set
-from labeler.run.pipeline import RunSetup, run_pipeline
-from labeler.run.progress import Progress
+from labeler.run.pipeline import run_pipeline
 from labeler.run.resources import Resources
+from labeler.run.setup import RunSetup
+from schemas.console.progress import Progress
 from schemas.label_set.roster import close_roster, read_roster
 from tests.support import ROOT
 from tests.support.label_faults import TEACHER_POINTS, FaultRun
@@ -124,7 +125,7 @@ def test_a_row_that_kills_the_process_is_quarantined_alone(
     make = functools.partial(deadly_teacher(poison), tmp_path)
     setup = RunSetup("run", job, make)
     resources = Resources(actor_cpus=1.0, actor_gpus=0.0, actor_threads=0, task_cpus=1.0)
-    run_pipeline(list_corpus(job.corpus), setup, FRESH, resources, Progress(enabled=False))
+    run_pipeline(list_corpus(job.corpus), setup, FRESH, resources, Progress("label", enabled=False))
     accounts = close_roster(label_set, "run", NOTHING)
     assert (accounts.rows_labelled, accounts.rows_quarantined) == (23, 1)
     assert accounts.reasons == {"kills_engine": 1}

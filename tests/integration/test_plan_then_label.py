@@ -13,8 +13,6 @@ from labeler.run.job import run_label_job
 from schemas.label_set.label_set import LabelSet
 
 SEED = 7
-# Two runs on a shared machine; the test says how far apart it found them.
-HOURS_WITHIN = 5.0
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -47,9 +45,9 @@ def test_a_plan_says_what_the_run_takes(tmp_path: Path, tiny_model_dir: Path) ->
     assert plan.tokens.expected == pytest.approx(summary.tokens, rel=0.03)
     assert plan.labels.expected == pytest.approx(summary.labels, rel=0.03)
     assert plan.bytes.expected == pytest.approx(on_disk, rel=0.15)
+    assert plan.bytes.low <= on_disk <= plan.bytes.high
     assert plan.units == pytest.approx(len(labels.manifests()), abs=3)
-    hours = summary.seconds / 3600
-    assert hours / HOURS_WITHIN < plan.hours.expected < hours * HOURS_WITHIN
+    assert plan.hours.low <= summary.seconds / 3600 <= plan.hours.high
     nothing = plan_label_job(config, progress=False)
     assert (nothing.rows.expected, nothing.hours.expected) == (0.0, 0.0)
     assert nothing.rows_read.expected == summary.rows_read

@@ -21,9 +21,10 @@ from labeler.config import LabelConfig
 from labeler.corpus.listing import list_corpus
 from labeler.corpus.piece_reader import KeySnapshot
 from labeler.run.job import open_label_set
-from labeler.run.pipeline import RunSetup, run_pipeline
-from labeler.run.progress import Progress
+from labeler.run.pipeline import run_pipeline
 from labeler.run.resources import Resources
+from labeler.run.setup import RunSetup
+from schemas.console.progress import Progress
 from schemas.errors import TeacherError
 from schemas.label_set.roster import close_roster
 
@@ -131,9 +132,9 @@ def test_one_of_two_replicas_is_killed(tmp_path: Path, tiny_model_dir: Path) -> 
     killer = threading.Thread(target=kill_one_of_two, args=(tmp_path, groups_seen))
     killer.start()
     lines = io.StringIO()
-    run_pipeline(list_corpus(job.corpus), setup, FRESH, RESOURCES, Progress(lines))
+    run_pipeline(list_corpus(job.corpus), setup, FRESH, RESOURCES, Progress("label", stream=lines))
     killer.join()
-    assert "a teacher's process died and was started anew" in lines.getvalue()
+    assert "a teacher process crashed and was restarted" in lines.getvalue()
     assert groups_seen == [2]
     assert len(list(tmp_path.glob("pid-*"))) >= 3  # the killed one was replaced
     accounts = close_roster(label_set, "run", NOTHING)
@@ -151,21 +152,21 @@ def test_a_job_that_waits_for_its_teachers_says_so(
     job = config(tmp_path, tiny_model_dir)
     open_label_set(job)
     setup = RunSetup("run", job, functools.partial(slow_teacher(broken=False), tmp_path))
-    monkeypatch.setattr("labeler.run.startup_notice.PATIENCE_S", 3.0)
+    monkeypatch.setattr("labeler.run.startup_notice.DELAY_S", 3.0)
     other = ray.util.placement_group([{"CPU": CPUS}])  # all that there are
     assert other.wait(60)
     lines = io.StringIO()
     end = threading.Thread(target=end_when_told_of, args=(other, lines))
     end.start()
     resources = dataclasses.replace(RESOURCES, bundles=0)
-    run_pipeline(list_corpus(job.corpus), setup, FRESH, resources, Progress(lines))
+    run_pipeline(list_corpus(job.corpus), setup, FRESH, resources, Progress("label", stream=lines))
     end.join()
-    said = [line for line in lines.getvalue().splitlines() if not line.startswith("labelled")]
+    said = [line for line in lines.getvalue().splitlines() if not line.startswith("label: ")]
     assert said[0] == (
         "waiting for 2 teachers of 0.5 CPU, 0 GPU: the cluster has 0 CPU, 0 GPU free; "
-        "other jobs, or teachers that are still starting, hold the rest"
+        "other jobs, or teachers that are still starting, use the rest"
     )
-    assert re.fullmatch(r"a teacher is up after \d+s; the job goes on", said[1])
+    assert re.fullmatch(r"a teacher started after \d+s", said[1])
     assert len(said) == 2
 
 
@@ -184,7 +185,9 @@ def test_a_job_that_fails_holds_nothing(bundles: int, tmp_path: Path, tiny_model
     setup = RunSetup("run", job, functools.partial(slow_teacher(broken=True), tmp_path))
     resources = dataclasses.replace(RESOURCES, bundles=bundles)
     with pytest.raises((TeacherError, KeyError)) as caught:
-        run_pipeline(list_corpus(job.corpus), setup, FRESH, resources, Progress(enabled=False))
+        run_pipeline(
+            list_corpus(job.corpus), setup, FRESH, resources, Progress("label", enabled=False)
+        )
     assert living_groups() == []
     free, end = 0.0, time.monotonic() + 60
     while free < CPUS and time.monotonic() < end:

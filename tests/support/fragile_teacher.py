@@ -11,8 +11,8 @@ import numpy as np
 from labeler.corpus.requests import Request, label_request
 from labeler.corpus.windows import all_but_first
 from labeler.supervision.attempts import Attempts
-from labeler.supervision.supervisor import Survivor
-from labeler.teachers.protocol import RowLabels
+from labeler.supervision.supervisor import EngineSupervisor
+from labeler.teachers.protocol import OnRow, RowLabels, ignore_row
 from labeler.units.unit_labels import UnitLabels
 from schemas.errors import RowFailure, TeacherError
 from schemas.spec import GenerationSpec
@@ -39,6 +39,7 @@ class FragileTeacher:
         label_spans: Sequence[np.ndarray],
         row_keys: np.ndarray,
         audit_rate: float = 0.0,
+        on_row: OnRow = ignore_row,
     ) -> list[RowLabels | RowFailure]:
         if any(POISON in ids for ids in token_ids) or (self._canary_dies and len(token_ids) == 1):
             if self._crash:
@@ -54,6 +55,7 @@ class FragileTeacher:
         prompt_ids: Sequence[np.ndarray],
         generation: GenerationSpec,
         seeds: Sequence[Sequence[int]],
+        on_row: OnRow = ignore_row,
     ) -> list[list[np.ndarray] | RowFailure]:
         raise AssertionError("nothing is generated here")
 
@@ -87,10 +89,10 @@ def requests(tokens: list[int]) -> list[Request]:
     ]
 
 
-def survivor(folder: Path, run: str = "run", **teacher: bool) -> Survivor:
+def supervisor(folder: Path, run: str = "run", **teacher: bool) -> EngineSupervisor:
     FragileTeacher.started = 0
     attempts = Attempts(Store(str(folder)), run)
-    return Survivor(lambda: FragileTeacher(**teacher), attempts, None)
+    return EngineSupervisor(lambda: FragileTeacher(**teacher), attempts, None)
 
 
 class SharedTeacher(FragileTeacher):
@@ -115,6 +117,7 @@ class SharedTeacher(FragileTeacher):
         label_spans: Sequence[np.ndarray],
         row_keys: np.ndarray,
         audit_rate: float = 0.0,
+        on_row: OnRow = ignore_row,
     ) -> list[RowLabels | RowFailure]:
         with self._changed:
             self._in_flight += 1
@@ -137,6 +140,6 @@ def units(tokens: Sequence[Sequence[int]]) -> list[list[Request]]:
     return [[next(rows) for _ in unit] for unit in tokens]
 
 
-def label_all(survivor: Survivor, batches: list[list[Request]]) -> list[UnitLabels]:
+def label_all(supervisor: EngineSupervisor, batches: list[list[Request]]) -> list[UnitLabels]:
     with ThreadPoolExecutor(len(batches)) as pool:
-        return [found for found, _ in pool.map(survivor.label, batches)]
+        return [found for found, _ in pool.map(supervisor.label, batches)]

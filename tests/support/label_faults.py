@@ -164,13 +164,13 @@ class FaultRun:
         self.note("SIGKILL of the job", f"{delay_s:.2f}s after {units} units of its own")
 
     def stop_job(self, job: "Job", number: signal.Signals) -> None:
-        """A signal that asks the job to stop; it does, with everything in work committed."""
+        """A signal that asks the job to stop; it does, with every unit in work committed."""
         units = self.rng.randrange(1, 6)
         job.wait_for_units(units)
         job.kill(number)
         code = job.process.wait(timeout=_LIMIT_S)
         assert code == 128 + number, f"ended with {code}: {job.last_lines()}"
-        assert "run the same command again to go on" in job.last_lines()
+        assert "run the same command again to resume" in job.last_lines()
         self.note(f"{number.name} of the job", f"after {units} units; exit code {code}")
 
     def kill_teacher(self, job: "Job") -> None:

@@ -36,8 +36,11 @@ def test_columns_by_kind() -> None:
     [
         ({"teacher": {}}, r"teacher\.model is needed"),
         ({"teacher": {"backend": "none"}, "record": {"kind": "tokens"}}, r"teacher\.tokenizer is"),
-        ({"teacher": {"backend": "none", "tokenizer": "t"}}, 'kind "tokens" goes with backend'),
-        ({"record": {"kind": "tokens"}}, 'kind "tokens" goes with backend'),
+        (
+            {"teacher": {"backend": "none", "tokenizer": "t"}},
+            'kind "tokens" and backend "none"',
+        ),
+        ({"record": {"kind": "tokens"}}, 'kind "tokens" and backend "none"'),
         ({"text": {"max_tokens": 64, "overlap": 63}}, "leaves no room for new tokens"),
         (
             {"teacher": {"model": "m", "max_model_len": 512}, "text": {"max_tokens": 512}},
@@ -48,7 +51,7 @@ def test_columns_by_kind() -> None:
             r"record\.teacher_context is true, but a label job",
         ),
         ({"generate": {"max_tokens": 1024}}, "leaves no room for a prompt"),
-        ({"generate": {}, "corpus": {"path": "c", "kind": "pair"}}, "wants prompts"),
+        ({"generate": {}, "corpus": {"path": "c", "kind": "pair"}}, "needs prompts"),
         ({"corpus": {"path": "c", "format": "text", "kind": "chat"}}, 'only have kind "text"'),
         ({"corpus": {"path": "c", "format": "text", "keep_columns": ["a"]}}, "no columns to keep"),
         ({"corpus": {"path": "c", "spans_column": "s"}}, "spans_column is only read"),

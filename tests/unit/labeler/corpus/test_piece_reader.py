@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pytest
 from transformers import AutoTokenizer
 
 from labeler.config import CorpusConfig
@@ -15,7 +14,6 @@ from labeler.corpus.listing import list_corpus
 from labeler.corpus.piece_reader import KeySnapshot, PieceReader, PieceResult
 from labeler.corpus.requests import Request, from_table, requests_unit_key, to_table
 from labeler.run.ledger import Ledger
-from labeler.run.unit_labeller import UnitDone
 from schemas.keys import Keys, keys_to_sorted, stack_keys
 from schemas.label_set.tables import quarantine_table
 from schemas.spec import GenerationSpec, TextSpec
@@ -49,7 +47,7 @@ class Corpus:
         result = PieceResult()
 
         def claim(keys: Keys) -> Any:
-            return self.ledger.claim(index, keys)
+            return self.ledger.claim(index, keys)[0]
 
         sent = [r for part in reader.requests(piece, frozen, claim, result) for r in part]
         assert result.rows_sent == len(sent)
@@ -175,14 +173,3 @@ def test_key_of_a_unit_ignores_order_but_not_the_salt(tmp_path: Path, tiny_model
         )
         == 3
     )
-
-
-def test_ledger_counts_each_piece_and_unit_once() -> None:
-    ledger = Ledger(bytes_total=100)
-    for _ in range(2):
-        ledger.piece_read(0, 40, 8)
-        ledger.unit_done(UnitDone("u", 3, 30, 20, 1))
-    state = ledger.state()
-    assert (state.bytes_read, state.bytes_total, state.rows_sent) == (40, 100, 8)
-    assert (state.rows_done, state.tokens_done, state.labels_done) == (4, 30, 20)
-    assert state.share_done() == pytest.approx(0.4 * 0.5)

@@ -12,8 +12,8 @@ from labeler.corpus.documents import RowTokenizer, text_spec
 from labeler.corpus.listing import list_corpus
 from labeler.corpus.piece_reader import KeySnapshot, PieceReader
 from labeler.planning.calibration import Calibration
-from labeler.planning.corpus_sample import COUNTS, CorpusSample, Estimate, sample_corpus, scaled_up
-from labeler.planning.estimate import describe, make_plan
+from labeler.planning.corpus_sample import COUNTS, CorpusSample, Range, sample_corpus, scale_up
+from labeler.planning.estimate import BYTES_FACTOR, SPEED_FACTOR, describe, make_plan
 from labeler.run.resources import Resources
 from labeler.teacher_model.identity import load_tokenizer
 
@@ -32,23 +32,22 @@ def config(folder: Path, model: Path, **changes: Any) -> LabelConfig:
     return LabelConfig.model_validate({**values, **changes})
 
 
-def test_the_ratio_estimator_covers_the_truth() -> None:
+def test_stated_range_of_a_sample_covers_the_truth() -> None:
     print(f"seed {SEED}")
     rng = np.random.default_rng(SEED)
     sizes = rng.uniform(1e6, 4e6, 500)
     tokens = sizes * rng.uniform(0.2, 0.3, 500)
-    covered, errors = 0, []
+    total, widths, errors = float(sizes.sum()), [], []
     for _ in range(300):
         chosen = rng.choice(500, 12, replace=False)
-        found = scaled_up(tokens[chosen], sizes[chosen], float(sizes.sum()), 500)
-        covered += abs(found.value - tokens.sum()) <= 2 * found.error
-        errors.append(found.error / found.value)
-    assert 0.85 < covered / 300 < 1.0
-    assert max(errors) < 0.1
-    assert scaled_up(tokens, sizes, float(sizes.sum()), 500) == Estimate(float(tokens.sum()))
-    assert scaled_up(tokens[:1], sizes[:1], 1e9, 500).error == pytest.approx(
-        scaled_up(tokens[:1], sizes[:1], 1e9, 500).value
-    )
+        found = scale_up(tokens[chosen], sizes[chosen], total)
+        assert found.low <= tokens.sum() <= found.high
+        widths.append(found.high / found.low)
+        errors.append(abs(found.expected / tokens.sum() - 1))
+    assert max(widths) < 1.5  # densities differ by no more
+    assert max(errors) < 0.15
+    counted = scale_up(tokens, sizes, total)
+    assert counted.low == counted.expected == counted.high == float(tokens.sum())
 
 
 def test_a_small_corpus_is_counted_and_a_large_one_sampled(
@@ -64,57 +63,66 @@ def test_a_small_corpus_is_counted_and_a_large_one_sampled(
     reader = PieceReader(job.corpus, text, None, RowTokenizer(tokenizer, job.corpus, text, 320))
     pieces = list_corpus(job.corpus)
     assert len(pieces) > 10
-    whole = sample_corpus(pieces, reader, FRESH, seed=1)
+    read: list[tuple[int, ...]] = []
+    whole = sample_corpus(pieces, reader, FRESH, 1, lambda *counts: read.append(counts))
     assert whole.is_whole
-    counts = {name: whole.counts[name].value for name in COUNTS}
+    counts = {name: whole.counts[name].expected for name in COUNTS}
+    assert read[-1] == (len(pieces), len(pieces), counts["tokens"])
+    assert len(read) == len(pieces)
     assert counts["rows_read"] > counts["rows"] >= 300  # duplicates are not labelled
     assert sum(len(request.token_ids) for request in whole.requests) == counts["tokens"]
-    assert whole.counts["tokens"].error == 0.0
+    assert whole.counts["tokens"].low == whole.counts["tokens"].high
     monkeypatch.setattr("labeler.planning.corpus_sample.WHOLE_BYTES", 10)
     monkeypatch.setattr("labeler.planning.corpus_sample.SAMPLE_BYTES", 10)
-    some = sample_corpus(pieces, reader, FRESH, seed=1)
+    some = sample_corpus(pieces, reader, FRESH, 1, lambda *_: None)
     assert (some.is_whole, some.pieces_read) == (False, 8)
     estimate = some.counts["tokens"]
-    assert abs(estimate.value - counts["tokens"]) < 4 * estimate.error + 0.1 * counts["tokens"]
-    again = sample_corpus(pieces, reader, FRESH, seed=1)
+    # The last tenth of the rows are duplicates, which a sample without their originals counts.
+    assert 0.9 * estimate.low <= counts["tokens"] <= estimate.high
+    assert estimate.expected == pytest.approx(counts["tokens"], rel=0.15)
+    again = sample_corpus(pieces, reader, FRESH, 1, lambda *_: None)
     assert [r.row_key for r in again.requests] == [r.row_key for r in some.requests]
 
 
-def sample(**counts: float) -> CorpusSample:
-    found = {name: Estimate(counts[name], counts[name] * 0.01) for name in COUNTS}
-    return CorpusSample(False, 8, found, [], tokens_per_s=1e9)
+def sample(tokens_per_s: float = 1e9, **counts: float) -> CorpusSample:
+    found = {
+        name: Range(expected=counts[name], low=counts[name] * 0.98, high=counts[name] * 1.02)
+        for name in COUNTS
+    }
+    return CorpusSample(False, 8, 80, 10**9, found, [], tokens_per_s)
 
 
 CALIBRATION = Calibration(
     start_s=36.0,
-    seconds=10.0,
-    timed_tokens=40_000,
-    intervals_s=(2.0, 2.0, 2.0, 2.0, 2.0),
-    unit_labels=(1000, 2000, 9000),
-    unit_bytes=(43_000, 83_000, 363_000),  # 3,000 and 40 a label
+    tokens_per_s=4000.0,
     rows=12,
     tokens=13_000,
-    rows_bad=0,
+    labels=12_000,
+    size_bytes=480_000,
 )
 
 
 def test_a_plan_scales_what_was_measured(tmp_path: Path, tiny_model_dir: Path) -> None:
     job = config(tmp_path, tiny_model_dir, run={"unit_tokens": 100_000})
     resources = Resources(1.0, 1.0, 0, 1.0, min_replicas=1, max_replicas=8)
-    found = sample(rows_read=20_000, rows=10_000, tokens=14_400_000, labels=14_000_000)
+    counts = {"rows_read": 20_000, "rows": 10_000, "tokens": 14_400_000, "labels": 14_000_000}
+    found = sample(**counts)
     plan = make_plan(job, found, CALIBRATION, resources, (64.0, 4.0), price_per_hour=2.5)
     assert plan.replicas == 4  # as many as the cluster has GPUs
-    assert plan.tokens_per_s.expected == pytest.approx(4000)
+    assert plan.tokens_per_s == pytest.approx(4000)
     assert plan.hours.expected == pytest.approx(0.25 + 0.01)
-    assert plan.hours.low < plan.hours.expected < plan.hours.high
+    assert plan.hours.low == pytest.approx((0.25 * 0.98 + 0.01) / SPEED_FACTOR)
+    assert plan.hours.high == pytest.approx((0.25 * 1.02 + 0.01) * SPEED_FACTOR)
     assert plan.units == 144
-    assert plan.bytes.expected == pytest.approx(144 * 3000 + 40 * 14e6, rel=1e-6)
+    assert plan.bytes.expected == pytest.approx(40 * 14e6)
+    assert plan.bytes.high == pytest.approx(40 * 14e6 * 1.02 * BYTES_FACTOR)
     assert plan.cost is not None
     assert plan.cost.expected == pytest.approx(0.26 * 4 * 2.5)
     assert plan.limited_by == "teachers"
     assert any("4 replicas" in line for line in describe(plan))
-    slow = CorpusSample(False, 8, found.counts, [], tokens_per_s=100.0)
-    assert make_plan(job, slow, CALIBRATION, resources, (64.0, 4.0)).limited_by == "tokenising"
+    slow = make_plan(job, sample(100.0, **counts), CALIBRATION, resources, (64.0, 4.0))
+    assert slow.limited_by == "tokenising"
+    assert slow.hours.expected > plan.hours.expected
 
 
 def test_nothing_left_is_planned_as_nothing(tmp_path: Path, tiny_model_dir: Path) -> None:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.rounding_kl import rounding_kl
 from labeler.label_head.audit_logits import audit_logits
 from labeler.label_head.position_labels import label_logits
-from labeler.quality.fidelity import measure, partition_kl
+from labeler.quality.fidelity import measure
 from labeler.teachers.audits import Audit, audited_labels
 from labeler.teachers.protocol import RowLabels
 from labeler.teachers.request_checks import row_uniforms
@@ -78,7 +79,7 @@ def test_rounding_shows_and_is_what_both_ways_of_measuring_say() -> None:
         stored = assemble(labels, coarse)
         found = measure(labels, stored, coarse)
         assert found is not None
-        by_labels = partition_kl(labels, stored, coarse)
+        by_labels = rounding_kl(labels, stored, coarse)
         assert found.mean_kl == pytest.approx(by_labels.mean(), rel=1e-3), kind
         assert found.max_kl == pytest.approx(by_labels.max(), rel=1e-3), kind
         assert found.mean_kl > 1e-4, kind

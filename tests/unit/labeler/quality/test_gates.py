@@ -18,11 +18,11 @@ from labeler.corpus.requests import Request, label_request
 from labeler.corpus.windows import all_but_first
 from labeler.quality.gates import Claim, Gates
 from labeler.quality.parity import Reference
-from labeler.quality.reference_teacher import StockPath, TransformersOnCpu, reference_of
+from labeler.quality.reference_teacher import choose_reference, stock_path, transformers_on_cpu
 from labeler.run.ledger import PARITY_CLAIM_S, Ledger
 from labeler.run.unit_labeller import UnitLabeller
 from labeler.supervision.attempts import Attempts
-from labeler.supervision.supervisor import Survivor
+from labeler.supervision.supervisor import EngineSupervisor
 from labeler.teachers.protocol import RowLabels
 from labeler.teachers.transformers_teacher import TransformersTeacher
 from labeler.units.unit_labels import UnitLabels
@@ -66,14 +66,14 @@ def labeller(
     reference: Reference | None = None,
 ) -> tuple[UnitLabeller, LabelSet]:
     label_set = make_label_set(tmp_path / "labels", record)
-    survivor = Survivor(
+    supervisor = EngineSupervisor(
         lambda: TransformersTeacher(config_of(model), record),
         Attempts(label_set.store, "run", "here", lambda _: False),
         None,
         gates.audit_rate,
     )
     return (
-        UnitLabeller(label_set, survivor, gates=Gates(label_set, gates, lambda: reference)),
+        UnitLabeller(label_set, supervisor, gates=Gates(label_set, gates, lambda: reference)),
         label_set,
     )
 
@@ -97,11 +97,11 @@ def test_a_unit_that_lost_too_much_is_not_published(tmp_path: Path, tiny_model_d
     assert len(label_set.index()) == 0
     row = label_set.quarantine().to_pylist()[0]
     assert row["reason"] == "fidelity"
-    assert "nats a label, gates.max_kl allows 1e-05" in row["detail"]
+    assert "nats per label, gates.max_kl allows 1e-05" in row["detail"]
 
 
 def test_parity_with_the_reference_is_noted_once(tmp_path: Path, tiny_model_dir: Path) -> None:
-    reference = TransformersOnCpu(config_of(tiny_model_dir))
+    reference = transformers_on_cpu(config_of(tiny_model_dir))
     gates = GatesConfig(parity_rows=2, parity_tokens=16)
     units, label_set = labeller(tmp_path, tiny_model_dir, gates, reference=reference)
     units.label(make_requests(4))
@@ -118,7 +118,7 @@ def test_parity_with_the_reference_is_noted_once(tmp_path: Path, tiny_model_dir:
 
 def test_a_head_of_the_whole_vocabulary_is_no_drift(tmp_path: Path, tiny_model_dir: Path) -> None:
     everything = RecordSpec(kind="topk", k=320)
-    reference = TransformersOnCpu(config_of(tiny_model_dir))
+    reference = transformers_on_cpu(config_of(tiny_model_dir))
     gates = GatesConfig(audit_rate=0.5)
     units, label_set = labeller(tmp_path, tiny_model_dir, gates, everything, reference)
     units.label(make_requests(4))
@@ -133,9 +133,9 @@ def test_drift_publishes_nothing_and_says_by_how_much(tmp_path: Path, tiny_model
     config["rms_norm_eps"] = 0.05  # as an engine that reads a setting in another way
     (other / "config.json").write_text(json.dumps(config))
     units, label_set = labeller(
-        tmp_path, tiny_model_dir, GatesConfig(), reference=TransformersOnCpu(config_of(other))
+        tmp_path, tiny_model_dir, GatesConfig(), reference=transformers_on_cpu(config_of(other))
     )
-    with pytest.raises(TeacherError, match=r"KL \d\.\d+e-\d+ nats a label on .* at most 1e-04"):
+    with pytest.raises(TeacherError, match=r"KL \d\.\d+e-\d+ nats per label on .* at most 1e-04"):
         units.label(make_requests(4))
     assert label_set.manifests() == []
     assert not label_set.store.exists(PARITY_FILE)
@@ -145,7 +145,7 @@ def test_no_reference_of_the_reference(tiny_model_dir: Path) -> None:
     def never(_: object) -> list[np.ndarray | RowFailure]:
         raise AssertionError("not needed")
 
-    assert reference_of(config_of(tiny_model_dir), never) is None
+    assert choose_reference(config_of(tiny_model_dir), never) is None
 
 
 class Comparisons:
@@ -187,11 +187,11 @@ def claims(ledger: Ledger, name: str) -> Claim:
     @contextmanager
     def claim() -> Iterator[bool]:
         with one_by_one:
-            is_mine = ledger.may_check(name)
+            is_mine = ledger.claim_parity_check(name)
         try:
             yield is_mine
         finally:
-            ledger.checked(name)
+            ledger.release_parity_check(name)
 
     return claim
 
@@ -234,18 +234,20 @@ def test_the_claim_of_a_dead_replica_ends(monkeypatch: pytest.MonkeyPatch) -> No
     now = [0.0]
     monkeypatch.setattr("labeler.run.ledger.time.monotonic", lambda: now[0])
     ledger = Ledger(bytes_total=0)
-    assert ledger.may_check("dead")
-    assert not ledger.may_check("other")
-    assert ledger.may_check("dead")  # it was restarted
-    ledger.checked("other")  # changes nothing
-    assert not ledger.may_check("other")
+    assert ledger.claim_parity_check("dead")
+    assert not ledger.claim_parity_check("other")
+    assert ledger.claim_parity_check("dead")  # it was restarted
+    ledger.release_parity_check("other")  # changes nothing
+    assert not ledger.claim_parity_check("other")
     now[0] = PARITY_CLAIM_S
-    assert ledger.may_check("other")
-    ledger.checked("dead")  # it was only slow
-    assert not ledger.may_check("dead")
+    assert ledger.claim_parity_check("other")
+    ledger.release_parity_check("dead")  # it was only slow
+    assert not ledger.claim_parity_check("dead")
 
 
 def test_a_row_that_the_stock_path_refuses_is_no_dead_engine() -> None:
-    stock = StockPath(lambda _: [RowFailure("too_long", "9 tokens")], "transformers cannot load it")
+    stock = stock_path(
+        lambda _: [RowFailure("too_long", "9 tokens")], "transformers cannot load it"
+    )
     with pytest.raises(TeacherError, match=r"own path \(transformers .* refuses a row: 9 tokens"):
         stock.logprobs([], [], [])

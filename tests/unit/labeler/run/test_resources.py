@@ -42,7 +42,7 @@ def test_a_cpu_teacher_has_the_threads_of_its_node() -> None:
 def test_impossible_demands_are_refused() -> None:
     with pytest.raises(TeacherError, match=r"need 4, but the cluster has 2"):
         plan_resources(config({"replicas": 4}), [16.0], [2.0])
-    with pytest.raises(ConfigError, match=r"leave none of 2 to read the corpus"):
+    with pytest.raises(ConfigError, match=r"leave none of 2 CPUs to read the corpus"):
         plan_resources(config(run={"cpus_per_replica": 2}), [2.0], [])
 
 
@@ -108,7 +108,7 @@ def test_half_of_a_node_is_for_the_tasks() -> None:
 def test_what_fits_the_cluster_but_no_node_is_refused() -> None:
     with pytest.raises(
         TeacherError,
-        match=r"^1 teachers of 12 CPUs each .* room for 0: each is on one node, and they have "
+        match=r"^1 teachers of 12 CPUs each .* room for 0: each must fit one node, and they have "
         r"2 x 8 CPUs; lower teacher.replicas, run.cpus_per_replica",
     ):
         plan_resources(config(run={"cpus_per_replica": 12}), [8.0, 8.0], [])

@@ -1,4 +1,4 @@
-"""A first signal lets what is in work be finished, a second one or the clock does not."""
+"""A first signal lets units in work be finished, a second one or the clock does not."""
 
 import signal
 import subprocess
@@ -11,15 +11,15 @@ from tests.support import ROOT
 
 CHILD = """
 import sys, time
-from labeler.run.shutdown import StopRequests
+from labeler.run.shutdown import GracefulShutdown
 from schemas.errors import JobStoppedError
 
-stop = StopRequests(float(sys.argv[1]))
+stop = GracefulShutdown(float(sys.argv[1]))
 try:
     with stop.draining():
         print("working", flush=True)
         end = time.monotonic() + 30
-        while not stop.is_asked and time.monotonic() < end:
+        while not stop.is_requested and time.monotonic() < end:
             time.sleep(0.01)
         print("draining", flush=True)
         time.sleep(float(sys.argv[2]))
@@ -52,11 +52,11 @@ def ask(numbers: list[signal.Signals], drain_s: float, work_s: float) -> str:
 @pytest.mark.parametrize(
     ("numbers", "drain_s", "work_s", "said"),
     [
-        ([signal.SIGTERM], 30.0, 0.1, "stopped by SIGTERM: what was in work is committed"),
-        ([signal.SIGINT], 30.0, 0.1, "interrupt what was in work is committed"),
-        ([signal.SIGTERM, signal.SIGTERM], 30.0, 30.0, "stopped by SIGTERM: asked twice"),
-        ([signal.SIGINT, signal.SIGINT], 30.0, 30.0, "interrupt asked twice"),
-        ([signal.SIGTERM], 0.3, 30.0, "took longer than run.drain_s = 0.3 and is lost"),
+        ([signal.SIGTERM], 30.0, 0.1, "stopped by SIGTERM: units in work are committed"),
+        ([signal.SIGINT], 30.0, 0.1, "interrupt units in work are committed"),
+        ([signal.SIGTERM, signal.SIGTERM], 30.0, 30.0, "stopped by SIGTERM: a second signal came"),
+        ([signal.SIGINT, signal.SIGINT], 30.0, 30.0, "interrupt a second signal came"),
+        ([signal.SIGTERM], 0.3, 30.0, "took longer than run.drain_s = 0.3 and are lost"),
     ],
 )
 def test_signals(numbers: list[signal.Signals], drain_s: float, work_s: float, said: str) -> None:

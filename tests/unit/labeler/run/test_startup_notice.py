@@ -4,7 +4,7 @@ import pytest
 
 from labeler.run.ledger import Ledger
 from labeler.run.resources import Resources
-from labeler.run.startup_notice import PATIENCE_S, TeacherWait
+from labeler.run.startup_notice import DELAY_S, StartupNotice
 
 ONE_CPU = Resources(actor_cpus=1.0, actor_gpus=0.0, actor_threads=0, task_cpus=1.0)
 
@@ -18,35 +18,35 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_a_teacher_that_comes_up_soon_is_not_worth_a_line(now: list[float]) -> None:
     lines: list[str] = []
-    wait = TeacherWait(ONE_CPU, 1, lines.append, dict)
-    for now[0] in (0.0, PATIENCE_S - 1):
-        wait.look(is_up=False)
+    wait = StartupNotice(ONE_CPU, 1, lines.append, dict)
+    for now[0] in (0.0, DELAY_S - 1):
+        wait.update(is_up=False)
     assert not wait.is_over
-    wait.look(is_up=True)
+    wait.update(is_up=True)
     assert wait.is_over
     assert lines == []
 
 
 def test_waiting_is_said_once_and_once_that_it_is_over(now: list[float]) -> None:
     lines: list[str] = []
-    wait = TeacherWait(ONE_CPU, 1, lines.append, dict)  # Ray names no resource that is used up
-    for now[0] in (PATIENCE_S, PATIENCE_S + 1, 1000.0):
-        wait.look(is_up=False)
+    wait = StartupNotice(ONE_CPU, 1, lines.append, dict)  # Ray names no resource that is used up
+    for now[0] in (DELAY_S, DELAY_S + 1, 1000.0):
+        wait.update(is_up=False)
     now[0] = 3605.0
-    wait.look(is_up=True)
+    wait.update(is_up=True)
     assert lines == [
         "waiting for 1 teacher of 1 CPU, 0 GPU: the cluster has 0 CPU, 0 GPU free; "
-        "other jobs, or teachers that are still starting, hold the rest",
-        "a teacher is up after 1h00m; the job goes on",
+        "other jobs, or teachers that are still starting, use the rest",
+        "a teacher started after 1h00m",
     ]
 
 
 def test_teachers_over_several_nodes_are_told_by_all_that_they_need(now: list[float]) -> None:
     lines: list[str] = []
     spread = Resources(1.0, 0.0, 0, 1.0, min_replicas=2, max_replicas=2, bundles=8)
-    wait = TeacherWait(spread, 2, lines.append, lambda: {"CPU": 90.5, "GPU": 12.0})
-    now[0] = PATIENCE_S
-    wait.look(is_up=False)
+    wait = StartupNotice(spread, 2, lines.append, lambda: {"CPU": 90.5, "GPU": 12.0})
+    now[0] = DELAY_S
+    wait.update(is_up=False)
     assert lines == [
         "waiting for 2 teachers of 8 CPU, 8 GPU: the cluster has 90.5 CPU, 12 GPU free; "
         "it is still starting, or no single node has that much free"
@@ -55,9 +55,9 @@ def test_teachers_over_several_nodes_are_told_by_all_that_they_need(now: list[fl
 
 def test_the_ledger_knows_who_is_up_and_that_it_claims_nothing_yet() -> None:
     ledger = Ledger(bytes_total=0)
-    assert not ledger.has_teachers()
+    assert not ledger.report()[0].is_teacher_up
     ledger.teacher_up("a")
-    assert ledger.has_teachers()
-    assert ledger.may_check("a")
-    ledger.teacher_up("a")  # it died and was started anew
-    assert ledger.may_check("b")
+    assert ledger.report()[0].is_teacher_up
+    assert ledger.claim_parity_check("a")
+    ledger.teacher_up("a")  # it crashed and was restarted
+    assert ledger.claim_parity_check("b")

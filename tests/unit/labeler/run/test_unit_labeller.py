@@ -10,8 +10,8 @@ from labeler.corpus.requests import Request, label_request, sample_requests
 from labeler.corpus.windows import all_but_first
 from labeler.run.unit_labeller import UnitLabeller
 from labeler.supervision.attempts import Attempts
-from labeler.supervision.supervisor import Survivor
-from labeler.teachers.protocol import RowLabels, Teacher
+from labeler.supervision.supervisor import EngineSupervisor
+from labeler.teachers.protocol import OnRow, RowLabels, Teacher, ignore_row
 from schemas.errors import RowFailure
 from schemas.label_set.label_set import LabelSet
 from schemas.spec import GenerationSpec, LabelSetSpec, RecordSpec, TeacherIdentity, TextSpec
@@ -39,9 +39,14 @@ class UniformTeacher:
         label_spans: Sequence[np.ndarray],
         row_keys: np.ndarray,
         audit_rate: float = 0.0,
+        on_row: OnRow = ignore_row,
     ) -> list[RowLabels | RowFailure]:
         self.row_keys += [key.tobytes() for key in row_keys]
-        return [self._one(*pair) for pair in zip(token_ids, label_spans, strict=True)]
+        results = []
+        for row, pair in enumerate(zip(token_ids, label_spans, strict=True)):
+            results.append(self._one(*pair))
+            on_row(row)
+        return results
 
     def _one(self, ids: np.ndarray, spans: np.ndarray) -> RowLabels | RowFailure:
         if BAD_TOKEN in ids:
@@ -67,9 +72,13 @@ class UniformTeacher:
         prompt_ids: Sequence[np.ndarray],
         generation: GenerationSpec,
         seeds: Sequence[Sequence[int]],
+        on_row: OnRow = ignore_row,
     ) -> list[list[np.ndarray] | RowFailure]:
         assert all(len(row) == generation.n for row in seeds)
         self.num_generated += [generation.n] * len(prompt_ids)
+        for row, row_seeds in enumerate(seeds):
+            for _ in row_seeds:
+                on_row(row)
         results: list[list[np.ndarray] | RowFailure] = []
         for ids, row in zip(prompt_ids, seeds, strict=True):
             if BAD_TOKEN in ids:
@@ -110,7 +119,9 @@ def labeller(
     generation: GenerationSpec | None = None,
     salt: str = "",
 ) -> UnitLabeller:
-    return UnitLabeller(labels, Survivor(make, Attempts(labels.store, "run"), generation), salt)
+    return UnitLabeller(
+        labels, EngineSupervisor(make, Attempts(labels.store, "run"), generation), salt
+    )
 
 
 def requests(*rows: list[int]) -> list[Request]:
@@ -142,6 +153,20 @@ def test_a_unit_is_labelled_once(tmp_path: Path, teacher: UniformTeacher) -> Non
     assert labeller(labels, lambda: teacher).label(batch[::-1]) == done
     assert teacher.num_labelled == 2
     assert len(labels.manifests()) == 1
+
+
+def test_rows_and_responses_of_a_unit_in_work_are_reported(
+    tmp_path: Path, teacher: UniformTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("labeler.units.unit_progress.REPORT_INTERVAL_S", 0.0)
+    labels = make_set(tmp_path, generation=GENERATION)
+    supervisor = EngineSupervisor(lambda: teacher, Attempts(labels.store, "run"), GENERATION)
+    reports: list[tuple[object, ...]] = []
+    units = UnitLabeller(labels, supervisor, report=lambda *counts: reports.append(counts))
+    prompts = sample_requests(np.array([7, 8], np.int32), GENERATION, "a", 0)
+    manifest = units.label(prompts)
+    rows = [(0, 0, 1), (0, 0, 2), (0, 0, 3), (1, 4, 3), (2, 8, 3), (3, 12, 3)]
+    assert reports == [(manifest.unit_key, *counts) for counts in rows]
 
 
 def test_no_teacher_is_made_for_units_that_are_there(

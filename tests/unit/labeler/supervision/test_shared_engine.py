@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from labeler.corpus.requests import requests_unit_key
-from labeler.supervision.attempts import Attempts, Deaths
-from labeler.supervision.shared_lock import EngineUsers
-from labeler.supervision.supervisor import Survivor
+from labeler.supervision.attempts import Attempts, Crashes
+from labeler.supervision.shared_lock import SharedLock
+from labeler.supervision.supervisor import EngineSupervisor
 from schemas.storage.store import Store
 from tests.support import ROOT
 from tests.support.fragile_teacher import POISON, SharedTeacher, label_all, units
@@ -23,8 +23,8 @@ SEED = int(os.environ.get("TUTELAGE_SEED", "7"))
 
 def test_units_share_an_engine(tmp_path: Path) -> None:
     teacher = SharedTeacher(expected=3)
-    survivor = Survivor(lambda: teacher, Attempts(Store(str(tmp_path)), "run"), None)
-    found = label_all(survivor, units([[1, 2], [3, 4], [5, 6]]))
+    supervisor = EngineSupervisor(lambda: teacher, Attempts(Store(str(tmp_path)), "run"), None)
+    found = label_all(supervisor, units([[1, 2], [3, 4], [5, 6]]))
     assert [len(unit.requests) for unit in found] == [2, 2, 2]
     assert teacher.most_together == 3
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
@@ -40,7 +40,7 @@ def test_neighbours_of_a_row_that_kills_are_labelled(tmp_path: Path) -> None:
     attempts = Attempts(Store(str(tmp_path)), "run")
     batches = units([[1, 2, 3, 4], [5, POISON, 6, 7], [8, 9], [10]])
     lines: list[str] = []
-    found = label_all(Survivor(make, attempts, None, tell=lines.append), batches)
+    found = label_all(EngineSupervisor(make, attempts, None, say=lines.append), batches)
     assert [len(unit.requests) for unit in found] == [4, 3, 2, 1]
     quarantined = [(row.place, row.reason) for unit in found for row in unit.quarantined]
     assert quarantined == [(5, "kills_engine")]
@@ -49,7 +49,7 @@ def test_neighbours_of_a_row_that_kills_are_labelled(tmp_path: Path) -> None:
     assert len(lines) == len(teachers) - 1  # once an engine, however many units were in it
     # Who only was there when it happened has nothing else against it.
     for innocent in (0, 2, 3):
-        assert attempts.deaths(requests_unit_key(batches[innocent])) == Deaths(together=1)
+        assert attempts.crashes(requests_unit_key(batches[innocent])) == Crashes(shared=1)
 
 
 def test_deaths_beside_others_quarantine_nobody(tmp_path: Path) -> None:
@@ -57,19 +57,20 @@ def test_deaths_beside_others_quarantine_nobody(tmp_path: Path) -> None:
     attempts = Attempts(Store(str(tmp_path)), "run")
     (batch,) = units([[20]])
     for _ in range(9):
-        attempts.failed(attempts.begin(requests_unit_key(batch), alone=False))
-    found, _ = Survivor(SharedTeacher, attempts, None).label(batch)
+        attempts.keep(attempts.begin(requests_unit_key(batch), alone=False))
+    found, _ = EngineSupervisor(SharedTeacher, attempts, None).label(batch)
     assert len(found.requests) == 1
 
 
 CHILD = """
 import json, sys
 from labeler.supervision.attempts import Attempts
-from labeler.supervision.supervisor import Survivor
+from labeler.supervision.supervisor import EngineSupervisor
 from schemas.storage.store import Store
 from tests.support.fragile_teacher import SharedTeacher, label_all, units
-survivor = Survivor(lambda: SharedTeacher(2, crash=True), Attempts(Store({folder!r}), "run"), None)
-found = label_all(survivor, units({tokens!r}))
+attempts = Attempts(Store({folder!r}), "run")
+supervisor = EngineSupervisor(lambda: SharedTeacher(2, crash=True), attempts, None)
+found = label_all(supervisor, units({tokens!r}))
 print(json.dumps([sorted(row.place for unit in found for row in unit.quarantined),
                   sum(len(unit.requests) for unit in found)]))
 """
@@ -95,13 +96,13 @@ def test_a_process_that_dies_under_several_units(tmp_path: Path) -> None:
     assert labelled == len(rows) - 1
 
 
-def test_who_wants_to_be_alone_goes_before_newcomers() -> None:
-    users = EngineUsers()
+def test_exclusive_access_goes_before_later_shared_access() -> None:
+    lock = SharedLock()
     order: list[str] = []
     first_may_go = threading.Event()
 
-    def use(name: str, alone: bool) -> None:
-        with users.alone() if alone else users.together():
+    def use(name: str, exclusive: bool) -> None:
+        with lock.exclusive() if exclusive else lock.shared():
             order.append(name)
             if name == "first":
                 first_may_go.wait(5)
@@ -109,15 +110,15 @@ def test_who_wants_to_be_alone_goes_before_newcomers() -> None:
     threads = [threading.Thread(target=use, args=("first", False))]
     threads[0].start()
     _until(lambda: order == ["first"])
-    threads.append(threading.Thread(target=use, args=("alone", True)))
+    threads.append(threading.Thread(target=use, args=("exclusive", True)))
     threads[1].start()
-    _until(lambda: users._num_waiting == 1)
+    _until(lambda: lock._num_waiting == 1)
     threads.append(threading.Thread(target=use, args=("newcomer", False)))
     threads[2].start()
     first_may_go.set()
     for thread in threads:
         thread.join(5)
-    assert order == ["first", "alone", "newcomer"]
+    assert order == ["first", "exclusive", "newcomer"]
 
 
 def _until(condition: Callable[[], bool]) -> None:

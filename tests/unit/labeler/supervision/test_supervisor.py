@@ -12,18 +12,18 @@ import pytest
 
 from labeler.corpus.requests import label_request, requests_unit_key
 from labeler.corpus.windows import all_but_first
-from labeler.supervision.attempts import Attempts, Deaths, remove_attempts
-from labeler.supervision.supervisor import MAX_STARTS, Survivor
+from labeler.supervision.attempts import Attempts, Crashes, remove_attempts
+from labeler.supervision.supervisor import MAX_BLAMELESS_CRASHES, EngineSupervisor
 from labeler.teachers.protocol import RowLabels, Teacher
 from schemas.errors import RowFailure, TeacherError, TeacherGoneError
 from schemas.storage.store import Store
 from tests.support import ROOT
-from tests.support.fragile_teacher import POISON, REFUSED, FragileTeacher, requests, survivor
+from tests.support.fragile_teacher import POISON, REFUSED, FragileTeacher, requests, supervisor
 
 
 def test_the_row_that_kills_is_alone_in_quarantine(tmp_path: Path) -> None:
     tokens = [*range(20, 51), POISON, REFUSED]
-    found, _ = survivor(tmp_path).label(requests(tokens))
+    found, _ = supervisor(tmp_path).label(requests(tokens))
     assert [request.place for request in found.requests] == list(range(31))
     assert found.labels is not None
     assert len(found.labels) == 31
@@ -36,36 +36,36 @@ def test_every_killer_of_a_unit_is_found(tmp_path: Path) -> None:
     tokens = [20, POISON, 21, 22, POISON, 23]
     batch = requests(tokens)
     batch[4] = label_request(np.array([POISON, 1], np.int32), all_but_first(2), "a", 4, 0)
-    found, _ = survivor(tmp_path).label(batch)
+    found, _ = supervisor(tmp_path).label(batch)
     assert [row.place for row in found.quarantined] == [1, 4]
     assert [request.place for request in found.requests] == [0, 2, 3, 5]
 
 
 def test_a_broken_engine_ends_the_run_and_blames_no_row(tmp_path: Path) -> None:
-    with pytest.raises(TeacherError, match="3 engines died while they labelled a row of two"):
-        survivor(tmp_path, canary_dies=True).label(requests([20, POISON]))
+    with pytest.raises(TeacherError, match="3 engines crashed on a row of two tokens"):
+        supervisor(tmp_path, canary_dies=True).label(requests([20, POISON]))
 
 
-def test_a_broken_engine_says_what_the_last_one_died_of(tmp_path: Path) -> None:
+def test_a_broken_engine_says_why_the_last_one_crashed(tmp_path: Path) -> None:
     lines: list[str] = []
-    broken = Survivor(
+    broken = EngineSupervisor(
         lambda: FragileTeacher(canary_dies=True),
         Attempts(Store(str(tmp_path)), "run"),
         None,
-        tell=lines.append,
+        say=lines.append,
     )
-    with pytest.raises(TeacherError, match=r"options; the last one: the engine died$") as caught:
+    with pytest.raises(TeacherError, match=r"options; last error: the engine died$") as caught:
         broken.label(requests([20, POISON]))
     assert isinstance(caught.value.__cause__, TeacherError)
-    assert lines == ["an engine died and is started anew: the engine died"] * (2 + 3)
+    assert lines == ["an engine crashed and is being restarted: the engine died"] * (2 + 3)
 
 
-def test_engines_that_took_their_processes_along_could_not_say_why(tmp_path: Path) -> None:
+def test_engines_that_crashed_their_process_leave_no_error(tmp_path: Path) -> None:
     attempts = Attempts(Store(str(tmp_path)), "run")
-    for _ in range(MAX_STARTS):
-        attempts.failed(attempts.begin(attempts.own_key("start")))
-    with pytest.raises(TeacherError, match="the last one took its process along"):
-        Survivor(FragileTeacher, attempts, None).label(requests([20]))
+    for _ in range(MAX_BLAMELESS_CRASHES):
+        attempts.keep(attempts.begin(attempts.own_key("start")))
+    with pytest.raises(TeacherError, match="the last engine crashed its worker process"):
+        EngineSupervisor(FragileTeacher, attempts, None).label(requests([20]))
 
 
 def test_a_row_that_kills_is_kept_with_what_the_engine_said(tmp_path: Path) -> None:
@@ -78,27 +78,31 @@ def test_a_row_that_kills_is_kept_with_what_the_engine_said(tmp_path: Path) -> N
 
     lines: list[str] = []
     attempts = Attempts(Store(str(tmp_path)), "run")
-    found, _ = Survivor(Talkative, attempts, None, tell=lines.append).label(requests([POISON]))
+    found, _ = EngineSupervisor(Talkative, attempts, None, say=lines.append).label(
+        requests([POISON])
+    )
     (row,) = found.quarantined
     assert row.detail == (
-        "2 engines died while they had this row alone; the last one: CUDA error: illegal access"
+        "2 engines crashed on this row alone; last error: CUDA error: illegal access"
     )
-    assert lines == ["an engine died and is started anew: CUDA error: illegal access"] * 2
+    assert lines == ["an engine crashed and is being restarted: CUDA error: illegal access"] * 2
 
 
-def test_a_question_over_which_an_engine_dies_is_asked_again(tmp_path: Path) -> None:
+def test_a_parity_check_that_crashes_the_engine_is_repeated(tmp_path: Path) -> None:
     FragileTeacher.started = 0
 
-    def question(teacher: Teacher) -> int:
+    def check(teacher: Teacher) -> int:
         if FragileTeacher.started <= deaths:
             raise TeacherError("the engine died")
         return FragileTeacher.started
 
-    deaths = MAX_STARTS - 1
-    assert survivor(tmp_path).ask(question) == MAX_STARTS
+    deaths = MAX_BLAMELESS_CRASHES - 1
+    assert supervisor(tmp_path).run_exclusively(check) == MAX_BLAMELESS_CRASHES
     deaths = 100
-    with pytest.raises(TeacherError, match=r"3 engines died while they scored .* the last one"):
-        survivor(tmp_path, run="other").ask(question)
+    with pytest.raises(
+        TeacherError, match=r"3 engines crashed during the parity check.* last error"
+    ):
+        supervisor(tmp_path, run="other").run_exclusively(check)
 
 
 def test_a_teacher_that_cannot_be_made_says_why_at_once(tmp_path: Path) -> None:
@@ -108,7 +112,7 @@ def test_a_teacher_that_cannot_be_made_says_why_at_once(tmp_path: Path) -> None:
         calls.append(1)
         raise TeacherError("no such model")
 
-    teacher = Survivor(refuse, Attempts(Store(str(tmp_path)), "run"), None)
+    teacher = EngineSupervisor(refuse, Attempts(Store(str(tmp_path)), "run"), None)
     for _ in range(5):
         with pytest.raises(TeacherError, match="no such model"):
             teacher.label(requests([20]))
@@ -116,7 +120,7 @@ def test_a_teacher_that_cannot_be_made_says_why_at_once(tmp_path: Path) -> None:
 
 
 def test_no_engine_starts_before_the_first_rows(tmp_path: Path) -> None:
-    survivor(tmp_path)
+    supervisor(tmp_path)
     assert FragileTeacher.started == 0
 
 
@@ -124,37 +128,37 @@ def test_only_this_run_and_living_nodes_count(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     first = Attempts(store, "first", node="a")
     for _ in range(2):
-        first.failed(first.begin("key"))
-    assert Attempts(store, "first", node="b").deaths("key") == Deaths(alone=2)
-    assert Attempts(store, "first", is_lost=lambda node: node == "a").deaths("key") == Deaths()
-    assert Attempts(store, "second").deaths("key") == Deaths()
+        first.keep(first.begin("key"))
+    assert Attempts(store, "first", node="b").crashes("key") == Crashes(alone=2)
+    assert Attempts(store, "first", is_lost=lambda node: node == "a").crashes("key") == Crashes()
+    assert Attempts(store, "second").crashes("key") == Crashes()
     came_back = first.begin("other")
     first.end(came_back)
-    assert first.deaths("other") == Deaths()
+    assert first.crashes("other") == Crashes()
     remove_attempts(store, "first")
-    assert first.deaths("key") == Deaths()
+    assert first.crashes("key") == Crashes()
     remove_attempts(store, "first")  # of a run that left nothing
 
 
 def test_starts_of_other_replicas_are_no_deaths(tmp_path: Path) -> None:
     """They are still in flight, and their records are in the folder of the same run."""
     store = Store(str(tmp_path))
-    for replica in range(MAX_STARTS + 1):
+    for replica in range(MAX_BLAMELESS_CRASHES + 1):
         others = Attempts(store, "run", actor=f"replica-{replica}")
         others.begin(others.own_key("start"))
     last = Attempts(store, "run", actor="last")
-    found, _ = Survivor(FragileTeacher, last, None).label(requests([20]))
+    found, _ = EngineSupervisor(FragileTeacher, last, None).label(requests([20]))
     assert len(found.requests) == 1
 
 
 def test_starts_before_a_restart_of_the_actor_are_deaths(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    for _ in range(MAX_STARTS):
+    for _ in range(MAX_BLAMELESS_CRASHES):
         before = Attempts(store, "run", actor="replica")
-        before.failed(before.begin(before.own_key("start")))
+        before.keep(before.begin(before.own_key("start")))
     again = Attempts(store, "run", actor="replica")
-    with pytest.raises(TeacherError, match="3 engines died while they started"):
-        Survivor(FragileTeacher, again, None).label(requests([20]))
+    with pytest.raises(TeacherError, match="3 engines crashed while starting"):
+        EngineSupervisor(FragileTeacher, again, None).label(requests([20]))
 
 
 def test_an_attempt_that_ends_while_it_is_counted_is_no_death(
@@ -162,12 +166,12 @@ def test_an_attempt_that_ends_while_it_is_counted_is_no_death(
 ) -> None:
     store = Store(str(tmp_path))
     attempts = Attempts(store, "run")
-    attempts.failed(attempts.begin("key"))
+    attempts.keep(attempts.begin("key"))
     ending = attempts.begin("key")
     listed = store.list("attempts/run/key", ".json")
     attempts.end(ending)
     monkeypatch.setattr(store, "list", lambda *_: listed)
-    assert attempts.deaths("key") == Deaths(alone=1)
+    assert attempts.crashes("key") == Crashes(alone=1)
 
 
 def test_clearing_a_key_beside_another_beginning(
@@ -186,14 +190,14 @@ def test_clearing_a_key_beside_another_beginning(
 
     monkeypatch.setattr(os, "unlink", unlink_late)
     attempts.clear("key")
-    assert attempts.deaths("key") == Deaths(alone=1)
+    assert attempts.crashes("key") == Crashes(alone=1)
 
 
 CHILD = """
 import json, sys
 from pathlib import Path
-from tests.support.fragile_teacher import requests, survivor
-found, _ = survivor(Path({folder!r}), crash=True).label(requests({tokens!r}))
+from tests.support.fragile_teacher import requests, supervisor
+found, _ = supervisor(Path({folder!r}), crash=True).label(requests({tokens!r}))
 print(json.dumps([[r.place for r in found.requests], [r.place for r in found.quarantined]]))
 """
 
@@ -225,5 +229,5 @@ def test_a_server_that_is_gone_is_held_against_no_row(tmp_path: Path, shared: bo
     attempts = Attempts(Store(str(tmp_path)), "run")
     for _ in range(3):
         with pytest.raises(TeacherGoneError, match="no answer"):
-            Survivor(Gone, attempts, None).label(requests([20, 21]))
-    assert attempts.deaths(requests_unit_key(requests([20, 21]))) == Deaths()
+            EngineSupervisor(Gone, attempts, None).label(requests([20, 21]))
+    assert attempts.crashes(requests_unit_key(requests([20, 21]))) == Crashes()

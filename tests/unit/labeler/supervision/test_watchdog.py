@@ -17,9 +17,9 @@ import pytest
 
 import labeler.supervision.supervisor
 from labeler.supervision.attempts import Attempts
-from labeler.supervision.supervisor import Survivor
-from labeler.supervision.watchdog import EXIT_STALLED, EngineWatch
-from labeler.teachers.protocol import RowLabels
+from labeler.supervision.supervisor import EngineSupervisor
+from labeler.supervision.watchdog import EXIT_STALLED, Watchdog
+from labeler.teachers.protocol import OnRow, RowLabels, ignore_row
 from schemas.errors import RowFailure, TeacherError
 from schemas.storage.store import Store
 from tests.support.fragile_teacher import FragileTeacher, requests
@@ -67,31 +67,34 @@ class ProcessTeacher(FragileTeacher):
         label_spans: Sequence[np.ndarray],
         row_keys: np.ndarray,
         audit_rate: float = 0.0,
+        on_row: OnRow = ignore_row,
     ) -> list[RowLabels | RowFailure]:
         try:
             self._pipe.send([int(ids[0]) for ids in token_ids])
             self._pipe.recv()
         except (EOFError, OSError) as error:
             raise TeacherError("the engine died") from error
-        return super().label(token_ids, label_spans, row_keys, audit_rate)
+        return super().label(token_ids, label_spans, row_keys, audit_rate, on_row)
 
     def close(self) -> None:
         self._process.terminate()
 
 
-def survivor(folder: Path, stall_s: float = 60.0) -> Survivor:
+def supervisor(folder: Path, stall_s: float = 60.0) -> EngineSupervisor:
     ProcessTeacher.started = 0
     attempts = Attempts(Store(str(folder / "attempts")), "run")
-    return Survivor(lambda: ProcessTeacher(folder), attempts, None, watch=EngineWatch(stall_s))
+    return EngineSupervisor(
+        lambda: ProcessTeacher(folder), attempts, None, watchdog=Watchdog(stall_s)
+    )
 
 
 def test_an_engine_that_hangs_is_ended_and_its_row_found(tmp_path: Path) -> None:
-    found, _ = survivor(tmp_path, stall_s=8.0).label(requests([STOP]))
+    found, _ = supervisor(tmp_path, stall_s=8.0).label(requests([STOP]))
     assert [row.reason for row in found.quarantined] == ["kills_engine"]
 
 
 def test_a_signal_from_outside_is_nobodys_fault(tmp_path: Path) -> None:
-    found, _ = survivor(tmp_path).label(requests([KILL]))
+    found, _ = supervisor(tmp_path).label(requests([KILL]))
     assert len(found.requests) == 1
     assert ProcessTeacher.started == 2
     assert not any(path.is_file() for path in (tmp_path / "attempts").rglob("*"))
@@ -99,7 +102,7 @@ def test_a_signal_from_outside_is_nobodys_fault(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", [CRASH, FAIL])
 def test_an_engine_that_ends_by_itself_is_held_against_the_row(tmp_path: Path, how: int) -> None:
-    found, _ = survivor(tmp_path).label(requests([how]))
+    found, _ = supervisor(tmp_path).label(requests([how]))
     assert [row.reason for row in found.quarantined] == ["kills_engine"]
 
 
@@ -116,14 +119,14 @@ class StuckStarter(ProcessTeacher):
                 raise TeacherError("the engine does not start") from error
 
 
-def stuck_starters(folder: Path, always: bool, stall_s: float) -> Survivor:
+def stuck_starters(folder: Path, always: bool, stall_s: float) -> EngineSupervisor:
     StuckStarter.started = 0
     attempts = Attempts(Store(str(folder / "attempts")), "run")
     make = functools.partial(StuckStarter, folder, always)
-    return Survivor(make, attempts, None, watch=EngineWatch(stall_s))
+    return EngineSupervisor(make, attempts, None, watchdog=Watchdog(stall_s))
 
 
-def test_an_engine_that_hangs_while_it_starts_is_started_anew(tmp_path: Path) -> None:
+def test_an_engine_that_hangs_while_it_starts_is_restarted(tmp_path: Path) -> None:
     found, _ = stuck_starters(tmp_path, always=False, stall_s=8.0).label(requests([20]))
     assert len(found.requests) == 1
     assert StuckStarter.started == 2
@@ -131,7 +134,7 @@ def test_an_engine_that_hangs_while_it_starts_is_started_anew(tmp_path: Path) ->
 
 
 def test_engines_that_all_hang_while_they_start_end_the_run(tmp_path: Path) -> None:
-    expected = "3 engines died while they started: .*; the last one: .* raise run.stall_s"
+    expected = "3 engines crashed while starting: .*; last error: .* raise run.stall_s"
     with pytest.raises(TeacherError, match=expected):
         stuck_starters(tmp_path, always=True, stall_s=3.0).label(requests([20]))
     assert StuckStarter.started == 3
@@ -153,9 +156,10 @@ class DeafTeacher(ProcessTeacher):
         label_spans: Sequence[np.ndarray],
         row_keys: np.ndarray,
         audit_rate: float = 0.0,
+        on_row: OnRow = ignore_row,
     ) -> list[RowLabels | RowFailure]:
         try:
-            return super().label(token_ids, label_spans, row_keys, audit_rate)
+            return super().label(token_ids, label_spans, row_keys, audit_rate, on_row)
         except TeacherError:
             assert self._told.wait(30)
             raise
@@ -163,8 +167,8 @@ class DeafTeacher(ProcessTeacher):
 
 def test_a_call_that_does_not_notice_a_death_is_told(tmp_path: Path) -> None:
     attempts = Attempts(Store(str(tmp_path / "attempts")), "run")
-    watch = EngineWatch(60.0)
-    deaf = Survivor(lambda: DeafTeacher(tmp_path), attempts, None, watch=watch)
+    watch = Watchdog(60.0)
+    deaf = EngineSupervisor(lambda: DeafTeacher(tmp_path), attempts, None, watchdog=watch)
     found, _ = deaf.label(requests([KILL]))
     assert len(found.requests) == 1
 
@@ -172,10 +176,10 @@ def test_a_call_that_does_not_notice_a_death_is_told(tmp_path: Path) -> None:
 def test_engines_that_are_always_ended_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(labeler.supervision.supervisor, "MAX_OUTSIDE", 2)
-    watched = survivor(tmp_path)
-    monkeypatch.setattr(watched._watch, "was_ended_from_outside", lambda: True)
-    expected = "2 engines in a row were ended by a signal .*; the last one: the engine died"
+    monkeypatch.setattr(labeler.supervision.supervisor, "MAX_KILLED", 2)
+    watched = supervisor(tmp_path)
+    monkeypatch.setattr(watched._watchdog, "was_killed_from_outside", lambda: True)
+    expected = "2 engines in a row were killed by a signal .*; last error: the engine died"
     with pytest.raises(TeacherError, match=expected):
         watched.label(requests([CRASH]))
 
@@ -190,8 +194,8 @@ def test_engines_that_are_always_ended_end_the_run(
 )
 def test_an_engine_that_hangs_in_this_process_takes_it_along(hang: str, code: int) -> None:
     child = (
-        "from labeler.supervision.watchdog import EngineWatch\n"
-        f"with EngineWatch(1.0).waiting():\n    {hang}"
+        "from labeler.supervision.watchdog import Watchdog\n"
+        f"with Watchdog(1.0).waiting():\n    {hang}"
     )
     done = subprocess.run([sys.executable, "-c", child], capture_output=True, timeout=50)
     assert done.returncode == code, done.stderr

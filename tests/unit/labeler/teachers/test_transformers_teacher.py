@@ -11,7 +11,7 @@ from labeler.config import TeacherConfig
 from labeler.corpus.requests import label_request
 from labeler.corpus.windows import all_but_first
 from labeler.supervision.attempts import Attempts
-from labeler.supervision.supervisor import Survivor
+from labeler.supervision.supervisor import EngineSupervisor
 from labeler.teachers.protocol import RowLabels
 from labeler.teachers.transformers_teacher import TransformersTeacher
 from schemas.errors import TeacherError
@@ -65,13 +65,13 @@ def test_a_mistake_of_our_own_is_not_put_down_to_the_engine(tiny_model_dir: Path
 
 
 def test_a_row_without_room_does_not_end_the_job(tiny_model_dir: Path, tmp_path: Path) -> None:
-    survivor = Survivor(
+    supervisor = EngineSupervisor(
         lambda: fragile_teacher(tiny_model_dir, torch.OutOfMemoryError("no room")),
         Attempts(Store(str(tmp_path)), "run"),
         None,
     )
     rows = [np.array([token, 5], np.int32) for token in (7, 8, POISON, 9)]
     requests = [label_request(row, all_but_first(2), "a", at, 0) for at, row in enumerate(rows)]
-    found, _ = survivor.label(requests)
+    found, _ = supervisor.label(requests)
     assert [request.place for request in found.requests] == [0, 1, 3]
     assert [(row.place, row.reason) for row in found.quarantined] == [(2, "kills_engine")]

@@ -107,6 +107,12 @@ def test_each_call_gets_its_own_in_its_order(thread: EngineThread) -> None:
     assert thread.outputs([]) == []
 
 
+def test_each_row_is_reported_when_the_engine_has_finished_it(thread: EngineThread) -> None:
+    finished: list[int] = []
+    thread.outputs(requests("a", REFUSED, "b"), finished.append)
+    assert finished == [0, 2]
+
+
 def test_what_the_engine_refuses_disturbs_nobody(thread: EngineThread) -> None:
     assert texts(thread.outputs(requests("a", REFUSED, "b"))) == ["a", "not this one", "b"]
     assert texts(thread.outputs(requests(REFUSED))) == ["not this one"]
