@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from cluster.demo import closing_report
 from cluster.demo.corpus import write_corpus, write_prompts
+from cluster.output_file import write_file
 from schemas.config import load_toml
 from schemas.errors import ConfigError
 
@@ -86,7 +87,7 @@ def run_demo(out: Path) -> DemoSummary:
         closing_report.plot_curves(out, out / "learning_curves.png")
         closing_report.show_completions(out)
     summary = DemoSummary(label=label, train=train, evaluate=evaluate, seconds=seconds)
-    (out / "summary.json").write_text(summary.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    write_file(str(out / "summary.json"), f"{summary.model_dump_json(indent=2)}\n")
     closing_report.show_closing(out, summary.evaluate, summary.seconds)
     return summary
 

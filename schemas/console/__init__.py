@@ -1,4 +1,4 @@
-"""What a person sees of a long command: progress, and numbers and tables as text.
+"""Output for people: progress of long commands; durations, sizes and tables as text.
 
-Knows nothing of labels or training; every command line and job of the project prints through here.
+Independent of labels and training, so that every command and job of the project can use it.
 """
