@@ -25,6 +25,13 @@ _UNITS = {
     "target rank": "rank of the real token",
     "entropy": "nats",
 }
+# Values are escaped, because a URL or a teacher's name may hold anything.
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+)
 
 
 def write_report(
@@ -52,27 +59,14 @@ def write_report(
     summaries = {name: summary(part) for name, part in values.items()}
     columns, num_footers = measures.bytes_by_column(label_set, seed)
     calibration = measures.calibration(groups)
-    # Escapes every value: a URL or a teacher's name may hold anything.
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
-    page = environment.get_template("report.html.jinja").render(
+    page = _TEMPLATES.get_template("report.html.jinja").render(
         url=label_set.url,
         facts=label_set_facts(label_set),
         run_columns=RUN_COLUMNS,
         runs=run_lines(run_accounts(label_set)),
         seed=seed,
-        num_groups=len(groups),
-        num_rows=sum(len(group.rows) for group in groups),
-        num_labels=sum(group.rows.num_labels for group in groups),
-        quantile_columns=("", *next(iter(summaries.values()), {})),
-        quantiles=[
-            (name, *(f"{number:,.6g}" for number in numbers.values()))
-            for name, numbers in summaries.items()
-        ],
+        groups=groups,
+        summaries=summaries,
         label_plots=_label_plots(values, calibration),
         num_footers=num_footers,
         storage_plots=_storage_plots(label_set, columns),
