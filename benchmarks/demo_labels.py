@@ -1,8 +1,12 @@
-"""Labels of the demo's teacher on real text, for the benchmarks that want real labels."""
+"""Labels of the demo's teacher on real text, for the benchmarks that want real labels.
+
+Shapes: R rows, L tokens of a row.
+"""
 
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,9 @@ from labeler.corpus.windows import all_but_first, cut_windows
 from labeler.teacher_model.identity import load_tokenizer
 from labeler.teachers.protocol import RowLabels
 from labeler.teachers.transformers_teacher import TransformersTeacher
-from schemas.keys import row_key, stack_keys
+from labeler.units.assemble import assemble_rows
+from schemas.keys import content_key, row_key, stack_keys
+from schemas.record import LabelRows
 from schemas.spec import RecordSpec
 
 TEACHER = Path(__file__).resolve().parents[1] / "examples" / "teacher"
@@ -24,55 +30,71 @@ OVERLAP = 64
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Windows of real text, as a label job cuts them.
+    """R windows of text, as a label job cuts them.
 
     Attributes:
-        token_ids: int32 [L] a row.
-        label_spans: int32, flat [start, end) pairs a row.
-        row_keys: uint8 [R, 16].
+        token_ids: int32 [L] for each row.
+        label_spans: int32, flat [start, end) pairs for each row.
     """
 
     token_ids: list[np.ndarray]
     label_spans: list[np.ndarray]
-    row_keys: np.ndarray
+
+    def __getitem__(self, rows: slice) -> "TokenRows":
+        return TokenRows(self.token_ids[rows], self.label_spans[rows])
 
     @property
     def num_labels(self) -> int:
         return sum(int((spans[1::2] - spans[::2]).sum()) for spans in self.label_spans)
 
+    @cached_property
+    def row_keys(self) -> np.ndarray:
+        """uint8 [R, 16]."""
+        return stack_keys(list(map(row_key, self.token_ids, self.label_spans)))
+
+    def assembled(self, labels: Sequence[RowLabels], record: RecordSpec) -> LabelRows:
+        """The rows with their labels, rounded as they are stored."""
+        content = stack_keys(list(map(content_key, self.token_ids, self.label_spans)))
+        return assemble_rows(
+            self.row_keys, content, self.token_ids, self.label_spans, labels, record
+        )
+
 
 def teacher_config() -> TeacherConfig:
-    """The demo's teacher, by transformers, in float32."""
+    """The demo's teacher, run by transformers in float32."""
     return TeacherConfig(
         backend="transformers", model=str(TEACHER), dtype="float32", max_model_len=MAX_TOKENS + 1
     )
 
 
 def real_rows(num_labels: int) -> TokenRows:
-    """Windows of the demo's held-out files, until they have this many labels."""
+    """Windows of the demo's held-out files with at least this many labels."""
     tokenizer: Any = load_tokenizer(teacher_config())
-    tokens: list[np.ndarray] = []
-    spans: list[np.ndarray] = []
+    rows = TokenRows([], [])
     with tempfile.TemporaryDirectory() as folder:
         write_corpus(Path(folder), {"heldout": 8 * num_labels})
         for file in sorted(Path(folder).rglob("*.py")):
             ids = tokenizer(file.read_text(encoding="utf-8"))["input_ids"]
             document = np.array([*ids, tokenizer.eos_token_id], np.int32)
-            for window in cut_windows(
-                len(document), all_but_first(len(document)), MAX_TOKENS, OVERLAP
-            ):
-                tokens.append(document[window.start : window.end])
-                spans.append(window.spans)
-            if sum(int((s[1::2] - s[::2]).sum()) for s in spans) >= num_labels:
+            targets = all_but_first(len(document))
+            for window in cut_windows(len(document), targets, MAX_TOKENS, OVERLAP):
+                rows.token_ids.append(document[window.start : window.end])
+                rows.label_spans.append(window.spans)
+            if rows.num_labels >= num_labels:
                 break
-    keys = [row_key(*pair) for pair in zip(tokens, spans, strict=True)]
-    return TokenRows(tokens, spans, stack_keys(keys))
+    return rows
 
 
 def label(rows: TokenRows, record: RecordSpec) -> Sequence[RowLabels]:
-    """Labels of all rows, before rounding."""
+    """The demo teacher's labels of all rows, before rounding."""
     teacher = TransformersTeacher(teacher_config(), record)
     results = teacher.label(rows.token_ids, rows.label_spans, rows.row_keys)
     labels = [result for result in results if isinstance(result, RowLabels)]
     assert len(labels) == len(results), "the demo's teacher labels every row of its corpus"
     return labels
+
+
+def ids_per_label(labels: Sequence[RowLabels]) -> float:
+    """Mean number of entries of a label."""
+    entries = sum(int((row.head_len + row.tail_len).sum()) for row in labels)
+    return entries / sum(row.num_labels for row in labels)

@@ -1,24 +1,29 @@
 """The demo teacher's distributions at positions of the text that the demo labels."""
 
 import hashlib
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.demo_labels import TEACHER
 from cluster.demo.corpus import library_files, part_of
 
-TEACHER = Path(__file__).parent.parent / "examples" / "teacher"
 WINDOW = 256
 """Tokens of one sequence."""
 PER_WINDOW = 8
-"""Positions taken from one sequence; its others are too much alike to say more."""
+"""Positions sampled from one sequence; neighbours are too similar to add information."""
 FIRST = 32
-"""Positions before it have too little context to look like the others."""
+"""First position sampled: earlier ones have too little context to be typical."""
 
 
 class Positions(NamedTuple):
-    """See `teacher_positions`."""
+    """A teacher at T positions, V vocabulary, H hidden size.
+
+    Attributes:
+        logits: float32 [T, V].
+        target_ids: int64 [T], the token at each position.
+        head: float32 [V, H], the teacher's output head.
+    """
 
     logits: torch.Tensor
     target_ids: torch.Tensor
@@ -26,15 +31,11 @@ class Positions(NamedTuple):
 
 
 def teacher_positions(num_positions: int, seed: int = 0) -> Positions:
-    """Positions of the students' half of the demo's corpus, which the teacher has not read.
+    """Positions of the students' half of the demo's corpus, which the teacher was not trained on.
 
     Args:
-        num_positions: T; a few from each of as many files as it takes.
-        seed: of which positions.
-
-    Returns:
-        float32 [T, V], the demo teacher's logits; int64 [T], the token that stands there; and
-        float32 [V, H], the teacher's output head.
+        num_positions: T; a few from each of as many files as needed.
+        seed: selects the positions.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,9 +47,9 @@ def teacher_positions(num_positions: int, seed: int = 0) -> Positions:
     for window in windows:
         tokens = torch.tensor([window])
         with torch.no_grad():
-            whole = model(tokens).logits[0].float()
+            at_window = model(tokens).logits[0].float()
         picked = FIRST + torch.randperm(WINDOW - FIRST, generator=generator)[:PER_WINDOW]
-        logits.append(whole[picked - 1])
+        logits.append(at_window[picked - 1])
         targets.append(tokens[0, picked])
     return Positions(
         torch.cat(logits)[:num_positions],

@@ -1,44 +1,45 @@
-"""Bias and variance of the gradient that each kind of record gives, at equal ids per label.
+"""Bias and variance of the gradient under each kind of record: ``python -m benchmarks.estimators``.
 
-``python -m benchmarks.estimators --json out.json``
+Positions are the demo teacher's own, on text it was not trained on; the student is a fixed
+perturbation of the teacher. Each position is labelled many times with different draws
+(``record.draw_seed``) by the labeller's own arithmetic. Labels are rounded as they are stored, and
+the trainer's own targets turn them into the gradient of the student's logits over the full
+vocabulary. The reference is q - p, the gradient of the KL to the full distribution.
 
-Positions are the demo teacher's own, on text it has not read; the student is a fixed distribution
-apart from it. A position is labelled again and again with other draws (``record.draw_seed``), by
-the labeller's own arithmetic; labels are rounded as they are stored and become the gradient of the
-student's logits by the trainer's own targets, at the student's logits over the whole vocabulary.
-What is compared with is q - p, the gradient of the KL to the full distribution.
+- bias: the distance of the mean gradient from q - p. Labels with draws are random, so the mean over
+  R labels has an expected squared distance of variance / R even without bias; that part is
+  subtracted, and reported as the noise of the mean.
+- variance: the mean squared distance of one label's gradient from the mean gradient; both for the
+  gradient of the logits and for that of the hidden state, g W with W [V, H] the demo teacher's
+  output head, which is what the body of the student receives. There, errors of ids with similar
+  rows of W cancel. Draws at equal distances along the ids sample a tail evenly, so they gain more.
 
-- bias: the distance of the mean gradient from q - p. Labels with draws are random, so the distance
-  of a mean over R labels has an expectation of variance / R that more labels would remove: it is
-  subtracted, and reported beside it.
-- variance: the mean squared distance of one label's gradient from the mean gradient; once of the
-  gradient of the logits, once of that of the hidden state, g W with W [V, H] an output head (the
-  demo teacher's), which is what the body of the student gets. There, errors of ids that have much
-  the same row of W cancel, and draws at equal distances along the ids, which take them evenly from
-  the whole of a tail, have more of that.
+Norms are root mean squares over positions, relative to that of q - p, or of (q - p) W.
 
-Norms are averaged in the square over positions, relative to that of q - p, or of (q - p) W.
+Of all Horvitz-Thompson estimators that keep this many ids per label, ``threshold`` has the least
+variance of the logits' gradient: inclusion probabilities min(1, p / tau) minimise the sum over ids
+and positions of p^2 (1 / pi - 1). The margin over independent draws depends on the teacher: large
+where a few ids hold most of the mass, none where the distribution is nearly flat, as a small
+teacher's is at temperature 2.
 
-Of all Horvitz-Thompson estimates that keep so many ids a label, ``threshold`` has the least
-variance of the logits' gradient: inclusion probabilities min(1, p / tau) make the sum over ids and
-positions of p^2 (1 / pi - 1) least. How far that is below independent draws is the teacher's
-doing: much where a few ids have most of the mass, nothing where it is nearly flat, as a small
-teacher is at temperature 2.
+Results: the fields of `Measured` by kind of record at temperature 1; those at 2 under
+``temperature_2``.
+
+Shapes: T positions, V vocabulary, H hidden size.
 """
 
-import argparse
-import bisect
-import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.demo_positions import Positions, teacher_positions
+from benchmarks.harness import command_line, write_results
+from benchmarks.records import described, matched_records
 from labeler.label_head.position_labels import PositionLabels, label_logits
+from schemas.console.text import table
 from schemas.record import round_logprobs
 from schemas.record.rounding import FLOAT16_BITS
 from schemas.record.uniforms import uniforms
@@ -48,7 +49,6 @@ from trainer.losses.objectives import StudentPartition, pull_of
 from trainer.losses.targets import SparseTargets
 
 ROW_KEY = bytes(range(16))
-IDS_PER_LABEL = 12.0
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class Measured:
     """One kind of record at one temperature.
 
     Attributes:
-        ids_per_label: entries of a position, on average.
+        ids_per_label: mean entries of a position.
         relative_bias: norm of the mean gradient's error over that of the dense gradient, without
-            what is left of the variance in a mean of so many labels.
-        noise_of_mean: that part, likewise relative.
+            the noise of a mean of finitely many labels.
+        noise_of_mean: that noise, likewise relative.
         variance: of the gradient of the logits, over the squared norm of the dense gradient.
-        hidden_variance: the same of the gradient of the hidden state.
-        record: what was asked for.
+        hidden_variance: the same for the gradient of the hidden state.
+        record: its main field and value.
     """
 
     ids_per_label: float
@@ -74,46 +74,9 @@ class Measured:
 
 
 def perturbed_student(teacher_logits: Tensor, seed: int = 0) -> Tensor:
-    """Logits of a student that is flatter than the teacher and wrong about every id."""
+    """float32 [T, V], logits of a student flatter than the teacher and wrong about every id."""
     noise = torch.randn(teacher_logits.shape, generator=torch.Generator().manual_seed(seed))
     return 0.7 * teacher_logits + noise
-
-
-def matched_records(
-    logits: Tensor, temperature: float, ids_per_label: float = IDS_PER_LABEL
-) -> dict[str, RecordSpec]:
-    """A record of each kind that keeps as many ids per label, drawn at `temperature`.
-
-    The number of draws is whole, so ``sampled`` comes as near as it can and the others follow it.
-    """
-    p = torch.softmax(logits.double(), 1)
-    drawn_from = torch.softmax(logits.double() / temperature, 1)
-    served = {"temperatures": (temperature,)} if temperature != 1.0 else {}
-
-    def distinct(draws: int) -> float:
-        return float((1 - (1 - drawn_from) ** draws).sum(1).mean())
-
-    enough = bisect.bisect_left(range(1, 255), ids_per_label, key=distinct) + 1
-    draws = min((max(1, enough - 1), enough), key=lambda n: abs(distinct(n) - ids_per_label))
-    matched = distinct(draws)
-    ordered = drawn_from.sort(1, descending=True).values
-
-    def kept(tau: float) -> float:
-        exact = ordered >= tau
-        exact[:, 0] = True
-        return float((exact.sum(1) + torch.where(exact, 0.0, ordered).sum(1) / tau).mean())
-
-    before = p.sort(1, descending=True).values.cumsum(1)
-
-    def covering(top_p: float) -> float:
-        return float(((before < top_p).sum(1) + 1).clamp(max=128).double().mean())
-
-    return {
-        "topk": RecordSpec(kind="topk", k=round(matched), **served),
-        "topp": RecordSpec(kind="topp", top_p=_root(covering, matched, 0.1, 0.9999), **served),
-        "sampled": RecordSpec(kind="sampled", draws=draws, **served),
-        "threshold": RecordSpec(kind="threshold", tau=_root(kept, matched, 0.9, 1e-3), **served),
-    }
 
 
 def measure(
@@ -126,11 +89,11 @@ def measure(
     """Labels every position `num_labels` times and compares the gradients with the dense one.
 
     Args:
-        positions: T of them, over V ids.
+        positions: the teacher's.
         student_logits: float32 [T, V].
-        record: what labels are.
+        record: the kind of labels.
         temperature: distillation temperature, of teacher and student.
-        num_labels: of one position; kinds without draws need one.
+        num_labels: labels of each position; kinds without draws need one.
     """
     kind = "forward_kl" if record.has_draws else "ghost"
     loss = LossConfig(kind=kind, temperature=temperature)
@@ -151,12 +114,12 @@ def measure(
         noise_of_mean=(errors.variance / repeats) ** 0.5,
         variance=errors.variance,
         hidden_variance=hidden.variance,
-        record=_named(record),
+        record=described(record),
     )
 
 
 class _Errors:
-    """What the errors of many gradients have in common, and what they do not."""
+    """The systematic and the random part of the errors of many gradients."""
 
     def __init__(self, dense: Tensor) -> None:
         self._sum = torch.zeros_like(dense, dtype=torch.float64)
@@ -170,25 +133,25 @@ class _Errors:
 
     @property
     def variance(self) -> float:
-        """Relative to the squared norm of the dense gradient; 0 of a single one."""
+        """Relative to the squared norm of the dense gradient; 0 for a single one."""
         if self._count < 2:
             return 0.0
-        spread = self._squares - self._count * self._apart
+        spread = self._squares - self._count * self._squared_mean
         return spread / (self._count - 1) / self._scale
 
     @property
     def bias(self) -> float:
-        """Norm of the mean error without what is left of the variance in it, relative."""
-        squared = self._apart / self._scale - self.variance / self._count
+        """Relative norm of the mean error, without the noise of the mean."""
+        squared = self._squared_mean / self._scale - self.variance / self._count
         return float(max(0.0, squared) ** 0.5)
 
     @property
-    def _apart(self) -> float:
+    def _squared_mean(self) -> float:
         return float((self._sum / self._count).square().sum())
 
 
 def labelled(positions: Positions, record: RecordSpec, seed: int) -> SparseTargets:
-    """Labels of these positions as the trainer gets them: the labeller's, rounded."""
+    """Labels of these positions as the trainer reads them: the labeller's, rounded."""
     record = record.model_copy(update={"draw_seed": seed}) if record.has_draws else record
     numbers = None
     if record.has_draws:
@@ -200,7 +163,7 @@ def labelled(positions: Positions, record: RecordSpec, seed: int) -> SparseTarge
 
 
 def gradient(log_q: Tensor, targets: SparseTargets, loss: LossConfig) -> Tensor:
-    """The target's gradient with respect to the student's logits over T, dense.
+    """float32 [T, V], a target's gradient with respect to the student's logits / temperature.
 
     Args:
         log_q: [T, V], log of the student's softmax at the distillation temperature.
@@ -247,39 +210,25 @@ def _stored(values: Tensor, bits: int) -> Tensor:
     return torch.from_numpy(round_logprobs(values.numpy(), bits))
 
 
-def _root(function: Callable[[float], float], wanted: float, low: float, high: float) -> float:
-    """Where a function that rises from `low` to `high` comes to `wanted`, by bisection."""
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if function(middle) < wanted else (low, middle)
-    return (low + high) / 2
-
-
-def _named(record: RecordSpec) -> str:
-    own = {"topk": "k", "topp": "top_p", "sampled": "draws", "threshold": "tau"}[record.kind]
-    return f"{own} = {getattr(record, own):.4g}"
-
-
-def table(found: dict[float, dict[str, Measured]]) -> str:
-    """What was measured, one line for a kind and temperature."""
+def as_text(found: dict[float, dict[str, Measured]]) -> str:
+    """A table with one line per temperature and kind."""
+    head = ["T", "kind", "record", "ids / label", "bias", "noise of mean", "variance", "of hidden"]
     lines = [
-        "| T | record | | ids / label | relative bias | noise of mean | variance | of hidden |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {temperature:g} | {kind} | {one.record} | {one.ids_per_label:.2f} "
-        f"| {one.relative_bias:.4f} | {one.noise_of_mean:.4f} | {one.variance:.4f} "
-        f"| {one.hidden_variance:.4f} |"
+        [f"{temperature:g}", kind, one.record, f"{one.ids_per_label:.2f}"]
+        + [f"{getattr(one, name):.4f}" for name in _ERRORS]
         for temperature, kinds in found.items()
         for kind, one in kinds.items()
     ]
-    return "\n".join(lines)
+    return table(head, lines, right=range(3, len(head)))
+
+
+_ERRORS = ("relative_bias", "noise_of_mean", "variance", "hidden_variance")
 
 
 def run(
     num_positions: int, num_labels: int, temperatures: tuple[float, ...] = (1.0, 2.0), seed: int = 0
 ) -> dict[float, dict[str, Measured]]:
-    """All kinds at all temperatures, at equal ids per label."""
+    """Measures all kinds at all temperatures, at equal ids per label."""
     positions = teacher_positions(num_positions, seed)
     student = perturbed_student(positions.logits, seed)
     return {
@@ -292,22 +241,17 @@ def run(
 
 
 def main() -> None:
-    """Measures, prints the table, writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--json", type=Path, help="where to write what was measured")
+    parser = command_line("estimators", __doc__)
     parser.add_argument("--positions", type=int, default=256)
-    parser.add_argument("--labels", type=int, default=300, help="of each position")
-    parser.add_argument("--seed", type=int, default=0, help="of positions and student")
+    parser.add_argument("--labels", type=int, default=300, help="labels of each position")
+    parser.add_argument("--seed", type=int, default=0, help="seed of positions and student")
     args = parser.parse_args()
     found = run(args.positions, args.labels, seed=args.seed)
-    print(table(found))
-    if args.json:
-        args.json.write_text(json.dumps(as_json(found, vars(args)), indent=1))
+    print(as_text(found))
+    write_results(args, by_field(found))
 
 
-def as_json(
-    found: dict[float, dict[str, Measured]], settings: dict[str, object]
-) -> dict[str, object]:
+def by_field(found: dict[float, dict[str, Measured]]) -> dict[str, Any]:
     """By field, then by kind; temperature 1 at the top, the others under their name."""
     by_temperature = {
         temperature: {
@@ -317,8 +261,7 @@ def as_json(
         for temperature, kinds in found.items()
     }
     others = {f"temperature_{t:g}": values for t, values in by_temperature.items() if t != 1.0}
-    kept = {name: settings[name] for name in ("positions", "labels", "seed")}
-    return {**by_temperature[1.0], **others, "settings": kept}
+    return {**by_temperature[1.0], **others}
 
 
 if __name__ == "__main__":

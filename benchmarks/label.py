@@ -29,6 +29,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.demo_labels import ids_per_label
 from benchmarks.label_cases import MODELS, records
 from benchmarks.label_host import host_us_per_label
 from labeler.run.openmp_env import openmp_env
@@ -88,8 +89,7 @@ def _measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
         mine["host_us_per_label"] = host_us_per_label(
             rows, labels[name], record, vocab_size, args.host_unit_rows, HOST_REPEATS
         )
-        entries = sum(int((row.head_len + row.tail_len).sum()) for row in labels[name])
-        mine["ids_per_label"] = entries / rows.num_labels
+        mine["ids_per_label"] = ids_per_label(labels[name])
     first = figures["records"][next(iter(records(model)))]
     return {**figures, "host_us_per_label": first["host_us_per_label"]["total"]}
 

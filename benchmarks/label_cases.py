@@ -9,7 +9,6 @@ from benchmarks.demo_labels import TEACHER, TokenRows, real_rows
 from labeler.config import TeacherConfig
 from labeler.corpus.windows import all_but_first
 from labeler.teacher_model.identity import load_model_config
-from schemas.keys import row_key, stack_keys
 from schemas.spec import RecordSpec
 
 K = 64
@@ -103,12 +102,10 @@ def make_rows(model: str, num_tokens: int, row_tokens: int, vocab_size: int) -> 
         rows = real_rows(num_tokens)
         sizes = np.cumsum([len(tokens) for tokens in rows.token_ids])
         count = int(np.searchsorted(sizes, num_tokens)) + 1
-        return TokenRows(rows.token_ids[:count], rows.label_spans[:count], rows.row_keys[:count])
+        return rows[:count]
     random = np.random.default_rng(0)
     tokens = [
         random.integers(0, vocab_size, row_tokens).astype(np.int32)
         for _ in range(max(1, num_tokens // row_tokens))
     ]
-    spans = [all_but_first(len(row)) for row in tokens]
-    keys = [row_key(*pair) for pair in zip(tokens, spans, strict=True)]
-    return TokenRows(tokens, spans, stack_keys(keys))
+    return TokenRows(tokens, [all_but_first(len(row)) for row in tokens])

@@ -1,6 +1,6 @@
 """Views of the demo teacher's labels, long enough to train from: for `loader` and `step`."""
 
-import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,31 +8,14 @@ import pyarrow as pa
 
 from benchmarks.demo_labels import TokenRows, label, teacher_config
 from labeler.teacher_model.identity import load_tokenizer
-from labeler.units.assemble import assemble_rows
-from schemas.keys import content_key, stack_keys, unit_key
+from schemas.keys import unit_key
 from schemas.label_set.label_set import LabelSet
 from schemas.label_set.roster import close_roster, write_part
 from schemas.record.rows import LabelRows
 from schemas.spec import LabelSetSpec, RecordSpec, TeacherIdentity, TextSpec
 from schemas.views.view import View, build_view
 
-IDS_PER_LABEL = 12.0
 UNIT_LABELS = 200_000
-TOPK = RecordSpec(kind="topk", k=64, entropy=False)
-
-
-def threshold_record(rows: TokenRows) -> RecordSpec:
-    """The threshold record that keeps 12 ids a label, found on a part of the rows."""
-    every = max(1, len(rows.token_ids) // 12)
-    some = TokenRows(rows.token_ids[::every], rows.label_spans[::every], rows.row_keys[::every])
-    low, high = 1e-3, 0.5
-    while high / low > 1.05:
-        tau = math.sqrt(low * high)
-        labels = label(some, RecordSpec(kind="threshold", tau=tau, entropy=False))
-        entries = sum(int((one.head_len + one.tail_len).sum()) for one in labels)
-        kept = entries / sum(one.num_labels for one in labels)
-        low, high = (tau, high) if kept > IDS_PER_LABEL else (low, tau)
-    return RecordSpec(kind="threshold", tau=low, entropy=False)
 
 
 def make_view(folder: Path, rows: TokenRows, record: RecordSpec, copies: int) -> View:
@@ -45,20 +28,11 @@ def make_view(folder: Path, rows: TokenRows, record: RecordSpec, copies: int) ->
         copies: how often each row is written, each time under another key, so that there is enough
             to read.
     """
-    labels = label(rows, record)
-    content = [content_key(*pair) for pair in zip(rows.token_ids, rows.label_spans, strict=True)]
-    assembled = assemble_rows(
-        rows.row_keys, stack_keys(content), rows.token_ids, rows.label_spans, labels, record
-    )
+    assembled = rows.assembled(label(rows, record), record)
     label_set = _label_set(folder, record)
     rng = np.random.default_rng(0)
     copied = [
-        LabelRows(
-            **{
-                **vars(assembled),
-                "row_key": rng.integers(0, 256, assembled.row_key.shape, np.uint8),
-            }
-        )
+        replace(assembled, row_key=rng.integers(0, 256, assembled.row_key.shape, np.uint8))
         for _ in range(copies)
     ]
     per_unit = max(1, UNIT_LABELS // assembled.num_labels)

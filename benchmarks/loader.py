@@ -1,28 +1,27 @@
-"""From Parquet shards to packed batches, on one core: `python -m benchmarks.loader`.
+"""Parquet shards to packed batches on one core: ``python -m benchmarks.loader``.
 
-A label set of the demo teacher's labels on real text is written, then read for an epoch by the
+The demo teacher's labels of real text are written to a label set and read for an epoch by the
 trainer's own loader, as training reads it: planned, decoded row group by row group with checksums
 verified, gathered, packed and made into tensors. Nothing is decoded before the clock starts.
 
-The loader's threads are held on one core; tokens/s are those of CPU seconds, of all threads, so
-that a busy machine does not matter. Tokens are those of the rows, without padding. The system's
-file cache is warm.
+All threads of the loader run on one core. Tokens/s are per CPU second of all threads, so a busy
+machine does not matter; padding does not count. The system's file cache is warm.
 
-JSON: `tokens_per_s_per_core` by kind of record.
+Results: ``tokens_per_s_per_core`` by kind of record.
 """
 
 import os
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.demo_labels import real_rows
-from benchmarks.harness import command_line, write_results
-from benchmarks.label_views import TOPK, make_view, threshold_record
+from benchmarks.harness import Seconds, command_line, timed, write_results
+from benchmarks.label_views import make_view
+from benchmarks.records import TOPK_64, threshold_record
 from schemas.config import validated
 from schemas.views.view import View
 from trainer.config.train import TrainConfig
@@ -35,13 +34,13 @@ LABELS_ONCE = 20_000
 
 def main() -> None:
     parser = command_line("loader", __doc__)
-    parser.add_argument("--labels", type=int, default=600_000, help="labels to read, about")
-    parser.add_argument("--repeats", type=int, default=5, help="epochs read, each from nothing")
+    parser.add_argument("--labels", type=int, default=600_000, help="approximate number of labels")
+    parser.add_argument("--repeats", type=int, default=5, help="epochs read, from an empty cache")
     args = parser.parse_args()
     rows = real_rows(min(LABELS_ONCE, args.labels))
     copies = max(1, args.labels // rows.num_labels)
     figures: dict[str, Any] = {"tokens_per_s_per_core": {}, "details": {}}
-    for name, record in (("topk_64", TOPK), ("threshold_12", threshold_record(rows))):
+    for name, record in (("topk_64", TOPK_64), ("threshold_12", threshold_record(rows))):
         with tempfile.TemporaryDirectory() as folder:
             view = make_view(Path(folder), rows, record, copies)
             measured = _measure(view, args.repeats)
@@ -56,7 +55,7 @@ def main() -> None:
 
 
 def config(view: View) -> TrainConfig:
-    """A run of one epoch of sequences of 2048 tokens, eight a step."""
+    """One epoch of sequences of 2048 tokens, eight per step."""
     content: dict[str, Any] = {
         "run": "unused",
         "view": view.url,
@@ -78,8 +77,8 @@ def _measure(view: View, repeats: int) -> dict[str, Any]:
     rows = read_row_table(view, config(view).data)
     num_tokens = int(rows.num_tokens.sum())
     return {
-        "tokens_per_cpu_s": num_tokens / statistics.median(cpu_s for cpu_s, _ in runs),
-        "tokens_per_s": num_tokens / statistics.median(wall_s for _, wall_s in runs),
+        "tokens_per_cpu_s": num_tokens / statistics.median(run.cpu_s for run in runs),
+        "tokens_per_s": num_tokens / statistics.median(run.wall_s for run in runs),
         "num_tokens": num_tokens,
         "num_rows": len(rows),
         "num_row_groups": len(rows.groups),
@@ -87,20 +86,22 @@ def _measure(view: View, repeats: int) -> dict[str, Any]:
     }
 
 
-def _epoch(view: View) -> tuple[float, float]:
-    """CPU and wall seconds of one epoch, from a closed view to the last batch."""
+def _epoch(view: View) -> Seconds:
+    """Seconds of one epoch, from a planned view to the last batch."""
     job = config(view)
     rows = read_row_table(view, job.data)
     num_steps = count_steps(rows, job.data)
     start = LoaderState(view_hash=view.view_hash, seed=0, epoch=0, step=0)
-    cpu, wall = time.process_time(), time.perf_counter()
-    loader = Loader(job, view, rows, start, 0, TEACHER_VOCABULARY)
-    try:
-        for _ in range(num_steps):
-            next(loader)
-    finally:
-        loader.close()
-    return time.process_time() - cpu, time.perf_counter() - wall
+
+    def read() -> None:
+        loader = Loader(job, view, rows, start, 0, TEACHER_VOCABULARY)
+        try:
+            for _ in range(num_steps):
+                next(loader)
+        finally:
+            loader.close()
+
+    return timed(read)
 
 
 if __name__ == "__main__":

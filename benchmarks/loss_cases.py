@@ -1,7 +1,9 @@
 """The losses that `benchmarks.loss` measures: the same hidden states and head for all of them.
 
-Teachers are Zipf-like at random (exponents of 1 to 2, other ids at every position), labelled by the
-labeller's own arithmetic. Shapes: T positions, V vocabulary, H hidden size.
+Teachers are random Zipf distributions (exponents 1 to 2, other ids at every position), labelled by
+the labeller's own arithmetic.
+
+Shapes: T positions, V vocabulary, H hidden size.
 """
 
 from collections.abc import Callable
@@ -12,12 +14,12 @@ from torch import Tensor
 
 from benchmarks.demo_positions import Positions
 from benchmarks.estimators import labelled
+from benchmarks.records import threshold_tau
 from schemas.spec import RecordSpec
 from trainer.config.train import LossConfig
 from trainer.head.fused_head import fused_distillation_loss
 from trainer.losses.targets import SparseTargets
 
-IDS_PER_LABEL = 12.0
 TEMPERATURE = 2.0
 CROSS_ENTROPY = "fused_ce"
 DENSE = "dense_kl"
@@ -30,7 +32,7 @@ CASES = (
     "dense_ce",
     DENSE,
 )
-"""`_t1` and `_t2`: at distillation temperature 1 and 2. Dense ones hold all logits at once."""
+"""``_t1`` and ``_t2``: at distillation temperature 1 and 2. Dense ones hold all logits at once."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Shape:
 
 
 class Inputs:
-    """What all cases of one shape share; labels are made where a case wants them."""
+    """Hidden states [T, H] and weight [V, H] of one shape; labels are made by the cases."""
 
     def __init__(
         self, shape: Shape, device: str, dtype: torch.dtype, chunk_tokens: int | None
@@ -63,7 +65,7 @@ class Inputs:
         self._device = torch.device(device)
 
     def case(self, name: str) -> Callable[[], Tensor]:
-        """A forward pass of the named case; what it needs beforehand is made now."""
+        """The forward pass of the named case, with its labels or dense teacher made beforehand."""
         if name == "dense_ce":
             tokens = self.token_ids.to(self._device)
             return lambda: torch.nn.functional.cross_entropy(
@@ -84,13 +86,13 @@ class Inputs:
         if name == CROSS_ENTROPY:
             targets = self._labels(RecordSpec(kind="topk", k=1, entropy=False))
             return targets, LossConfig(kind="hard", chunk_tokens=self._chunk_tokens)
-        kind, _, place = name.partition("_t")
-        temperature = TEMPERATURE if place == "2" else 1.0
+        kind, _, suffix = name.partition("_t")
+        temperature = TEMPERATURE if suffix == "2" else 1.0
         stored = () if temperature == 1.0 else (temperature,)
         if kind == "topk":
             record = RecordSpec(kind="topk", k=64, temperatures=stored, entropy=False)
         else:
-            tau = self._tau(temperature)
+            tau = threshold_tau(torch.softmax(self._teacher_logits()[:256] / temperature, 1))
             record = RecordSpec(kind="threshold", tau=tau, temperatures=stored, entropy=False)
         loss = LossConfig(
             kind="ghost" if kind == "topk" else "forward_kl",
@@ -104,7 +106,7 @@ class Inputs:
         return labelled(positions, record, seed=0).to(self._device)
 
     def _teacher_logits(self) -> Tensor:
-        """float32 [T, V], the same at every call."""
+        """float32 [T, V], the same at every call: keeping it would count as held memory."""
         num_tokens, vocab_size = self._shape.num_tokens, self._shape.vocab_size
         generator = torch.Generator().manual_seed(1)
         exponents = 1.0 + torch.rand(num_tokens, 1, generator=generator)
@@ -112,13 +114,3 @@ class Inputs:
         ranks = torch.randperm(vocab_size, generator=generator)[None]
         ranks = (ranks + starts).remainder_(vocab_size).add_(1)
         return ranks.float().log_().mul_(-exponents)
-
-    def _tau(self, drawn_at: float) -> float:
-        """The tau at which positions keep 12 ids on average."""
-        p = torch.softmax(self._teacher_logits()[:256] / drawn_at, 1)
-        low, high = 1e-3, 0.5
-        while high / low > 1.01:
-            tau = (low * high) ** 0.5
-            kept = ((p >= tau).sum() + torch.where(p < tau, p, 0.0).sum() / tau) / len(p)
-            low, high = (tau, high) if kept > IDS_PER_LABEL else (low, tau)
-        return low

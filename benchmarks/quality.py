@@ -1,22 +1,21 @@
-"""What a student learns from each kind of label: `python -m benchmarks.quality`.
+"""Student quality by kind of label: ``python -m benchmarks.quality``.
 
-The demo's teacher, corpus, student and schedule; from one set of initial weights, in one order, a
-student learns from each target alone, with no hard-label mix: hard labels, 12 and 64 top ids (with
-the tail as a bucket), Random Sampling KD and threshold labels of at most 14 ids, and the full
-distribution (a head as wide as the vocabulary). Repeated over seeds of weights and order.
+The demo's teacher, corpus, student and schedule. From the same initial weights and in the same
+order, one student is trained on each target alone, with no hard-label mix: hard labels, 12 and 64
+top ids (with the tail as a bucket), Random Sampling KD and threshold labels of at most 14 ids, and
+the full distribution (a head as wide as the vocabulary). Repeated over seeds of weights and order.
 
-Prints, and leaves as JSON, the held-out cross-entropy `ce` (nats), `kl` to the teacher (nats) and
-`ece` by target, averaged over the seeds, and `kept`: which share of what the full distribution
-gains over hard labels in cross-entropy a target keeps. About 45 minutes on two cores.
+Results: held-out cross-entropy ``ce`` (nats), ``kl`` to the teacher (nats) and ``ece`` by target,
+averaged over the seeds, and ``kept``: the share of the full distribution's gain in cross-entropy
+over hard labels that a target keeps. About 45 minutes on two cores.
 """
 
-import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import command_line, write_results
 from cluster.__main__ import quiet_libraries
 from cluster.demo.corpus import write_corpus
 from cluster.demo.run import EXAMPLES, HELDOUT_BYTES, STUDENT_BYTES, local_ray
@@ -24,6 +23,7 @@ from labeler.config import LabelConfig
 from labeler.run.job import run_label_job
 from labeler.run.summary import LabelSummary
 from schemas.config import load_toml
+from schemas.console.text import table
 from trainer.config.evaluate import EvaluateConfig
 from trainer.config.train import TrainConfig
 from trainer.run.launch import run_train_job
@@ -33,13 +33,13 @@ MEASURES = {"ce": "cross_entropy", "kl": "kl_to_teacher", "ece": "ece"}
 
 @dataclass(frozen=True)
 class Target:
-    """One row of the table: how positions are labelled, and which loss reads that."""
+    """One row of the table: the record of the labels, and the loss that reads it; as TOML."""
 
     record: str
     loss: str
 
 
-# About 14 ids a label, each.
+# Each keeps about 14 ids per label.
 _THRESHOLD = '{kind = "threshold", tau = 0.048}'
 _SAMPLED = '{kind = "sampled", draws = 24}'
 
@@ -54,24 +54,21 @@ TARGETS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
-    parser.add_argument("--json", metavar="PATH", help="also write the figures there")
+    parser = command_line("quality", __doc__)
     parser.add_argument("--out", default="runs/quality", help="folder of labels and students")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--targets", nargs="*", choices=TARGETS, default=list(TARGETS))
     args = parser.parse_args()
     quiet_libraries()
-    figures = measure(Path(args.out), range(args.seeds), args.targets)
-    if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_results(args, measure(Path(args.out), range(args.seeds), args.targets))
 
 
 def measure(out: Path, seeds: Sequence[int], targets: Sequence[str]) -> dict[str, Any]:
-    """Labels, trains and evaluates; what is there from an earlier run is reused."""
+    """Labels, trains and evaluates, reusing the results of an earlier run."""
     write_corpus(out / "corpus", {"students": STUDENT_BYTES, "heldout": HELDOUT_BYTES})
     with local_ray():
         _label(out, "heldout", "threshold")
-        # Hard labels need none of their own: they are the tokens of any label set.
+        # Hard labels are the tokens of any label set, so they need none of their own.
         labelled = {"hard": "threshold"} | {name: name for name in targets if name != "hard"}
         ids = {name: _label(out, "students", labelled[name]).ids_per_label for name in targets}
         for seed in seeds:
@@ -90,8 +87,8 @@ def _label(out: Path, part: str, target: str) -> LabelSummary:
         f"view={out}/views/{part}_{target}",
         f"corpus.path={out}/corpus/{part}",
         f"record={TARGETS[target].record}",
-        # The order of training goes by row groups. A unit of one row is one row group whatever is
-        # kept of a position, so that the order is the same for all targets.
+        # The training order follows row groups, whose size depends on the record. Units of one row
+        # are one row group under any record, so all targets get the same order.
         "run.unit_rows=1",
     ]
     return run_label_job(load_toml(str(EXAMPLES / "label.toml"), LabelConfig, overrides))
@@ -136,14 +133,19 @@ def _averages(by_seed: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> d
 
 
 def _show(figures: Mapping[str, Any], targets: Sequence[str], num_seeds: int) -> None:
-    print(f"\nmean of {num_seeds} seeds, held-out text\n")
-    print(f"{'target':<12}{'ids':>8}{'CE':>9}{'KL':>9}{'ECE %':>8}{'kept %':>9}")
-    for target in targets:
-        kept = 100 * figures["kept"][target] if "kept" in figures else float("nan")
-        print(
-            f"{target:<12}{figures['ids_per_label'][target]:>8.1f}{figures['ce'][target]:>9.4f}"
-            f"{figures['kl'][target]:>9.4f}{100 * figures['ece'][target]:>8.2f}{kept:>9.1f}"
+    lines = [
+        (
+            target,
+            f"{figures['ids_per_label'][target]:.1f}",
+            f"{figures['ce'][target]:.4f}",
+            f"{figures['kl'][target]:.4f}",
+            f"{100 * figures['ece'][target]:.2f}",
+            f"{100 * figures['kept'][target]:.1f}" if "kept" in figures else "",
         )
+        for target in targets
+    ]
+    print(f"\nmean of {num_seeds} seeds, held-out text\n")
+    print(table(("target", "ids", "CE", "KL", "ECE %", "kept %"), lines, right=range(1, 6)))
 
 
 if __name__ == "__main__":

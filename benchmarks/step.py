@@ -1,31 +1,27 @@
-"""The whole training step, distilled against hard-label: `python -m benchmarks.step`.
+"""A training step, distilled against hard-label: ``python -m benchmarks.step``.
 
 One student, one DeepSpeed engine as the trainer builds it (a process group of one, without Ray),
 and the demo teacher's labels of real text. A step is the trainer's own
 (`trainer.engine.train_step`): wait for the batch, forward and backward of every micro-batch,
-gradient norm, optimizer. The same global steps are taken once on hard labels and once distilled, in
-turns in one process, by two loaders that read the same rows in the same order; which comes first
-alternates.
+gradient norm, optimizer. Distilled and hard-label steps alternate in one process, fed by two
+loaders that read the same rows in the same order; which comes first alternates too.
 
-**Time**: the median over turns of the ratio of the two, for each kind of labels; beside it the same
-of CPU seconds of the whole process, loaders included, and the ratio of the least times, both of
-which a busy machine disturbs less.
+**Time**: the median over turns of the ratio of the two, for each kind of labels; also that of CPU
+seconds of the process, loaders included, and the ratio of the least times, both of which a busy
+machine disturbs less.
 
-**Waiting**: the share of its time that a run of distilled steps alone, one after another, waits for
-the loader. The first step, which nothing was prepared before, is left out.
+**Waiting**: the share of time that consecutive distilled steps wait for the loader. The first step,
+for which nothing was prefetched, is left out.
 
-**Peak memory**: what one step takes above what is held before it, with freed memory given back to
-the system first: by the peak of the resident set (/proc/self/clear_refs, VmHWM), on CUDA by
-max_memory_allocated. Activations and gradients count, weights and optimizer state do not.
+**Peak memory**: the peak of one step above the memory held before it. Activations and gradients
+count, weights and optimizer state do not.
 
-JSON: `kd_over_ce_step_time`, `kd_over_ce_step_peak_memory` and `data_wait_share`, each of the worse
-of the two kinds of labels.
+Results: ``kd_over_ce_step_time``, ``kd_over_ce_step_peak_memory`` and ``data_wait_share``, each of
+the worse of the two kinds of labels.
 """
 
 import argparse
-import ctypes
-import gc
-import json
+import functools
 import os
 import statistics
 import tempfile
@@ -33,13 +29,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from benchmarks.demo_labels import TEACHER, real_rows
-from benchmarks.label_views import TOPK, make_view, threshold_record
+from benchmarks.harness import (
+    MIB,
+    Seconds,
+    command_line,
+    peak_bytes,
+    timed,
+    write_results,
+)
+from benchmarks.label_views import make_view
+from benchmarks.records import TOPK_64, threshold_record
 from schemas.config import validated
 from schemas.views.view import View
 from trainer.config.train import TrainConfig
@@ -53,20 +58,19 @@ from trainer.student.build import StudentWithHead, build_student
 LABELS_ONCE = 20_000
 SKIPPED = 1
 LR = 1e-4
-MIB = 1 << 20
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KEYS = ("kd_over_ce_step_time", "kd_over_ce_step_peak_memory", "data_wait_share")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
-    parser.add_argument("--json", metavar="PATH", help="also write the figures there")
-    parser.add_argument("--labels", type=int, default=200_000, help="labels of the view, about")
-    parser.add_argument("--turns", type=int, default=20, help="pairs of steps that are timed")
-    parser.add_argument("--steps", type=int, default=15, help="steps that the waiting is taken of")
-    parser.add_argument("--hidden-size", type=int, default=256, help="of the student")
-    parser.add_argument("--layers", type=int, default=4, help="of the student")
-    parser.add_argument("--tokens", type=int, default=512, help="of a sequence, 512 up; 2 a step")
-    parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU")
+    parser = command_line("step", __doc__)
+    parser.add_argument("--labels", type=int, default=200_000, help="approximate labels of a view")
+    parser.add_argument("--turns", type=int, default=20, help="timed pairs of steps")
+    parser.add_argument("--steps", type=int, default=15, help="steps to measure waiting on")
+    parser.add_argument("--hidden-size", type=int, default=256, help="student's hidden size")
+    parser.add_argument("--layers", type=int, default=4, help="student's layers")
+    parser.add_argument("--tokens", type=int, default=512, help="sequence length, at least 512")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU")
     args = parser.parse_args()
     started = time.perf_counter()
 
@@ -77,8 +81,8 @@ def main() -> None:
     copies = max(1, args.labels // rows.num_labels)
     say(f"{rows.num_labels} labels of real text, {copies} times")
     details: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as scratch, _alone(Path(scratch)):
-        for name, record in (("threshold_12", threshold_record(rows)), ("topk_64", TOPK)):
+    with tempfile.TemporaryDirectory() as scratch, _process_group(Path(scratch)):
+        for name, record in (("threshold_12", threshold_record(rows)), ("topk_64", TOPK_64)):
             view = make_view(Path(scratch) / name, rows, record, copies)
             say(f"{name}: labelled; {args.turns} turns, then {args.steps} steps of waiting")
             details[name] = one = _measure(view, args)
@@ -86,9 +90,7 @@ def main() -> None:
     figures = {key: max(one[key] for one in details.values()) for key in KEYS}
     for key, value in figures.items():
         print(f"{key} {value:.4f}")
-    if args.json:
-        text = json.dumps({**figures, "arguments": vars(args), "details": details}, indent=2)
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
+    write_results(args, {**figures, "details": details})
 
 
 def _line(one: dict[str, float]) -> str:
@@ -102,11 +104,11 @@ def _line(one: dict[str, float]) -> str:
 
 
 @contextmanager
-def _alone(scratch: Path) -> Iterator[None]:
-    """A process group of this process."""
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for what a launcher would set
+def _process_group(scratch: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it; launchers set it
     store = dist.FileStore(str(scratch / "store"), 1)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "nccl" if DEVICE == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         yield
@@ -122,18 +124,20 @@ def _measure(view: View, args: argparse.Namespace) -> dict[str, float]:
     engine = build_engine(StudentWithHead(model), kd)
     vocab_size = model.get_output_embeddings().weight.shape[0]
     distilled = TrainStep(engine, kd, Guard(kd.guard, {}))
-    with _loading(view, kd, vocab_size) as of_kd, _loading(view, hard, vocab_size) as of_hard:
-        pair = ((distilled, of_kd), (TrainStep(engine, hard, Guard(hard.guard, {})), of_hard))
-        kd_taken, hard_taken = _turns(pair, args.turns)
-        peaks = [_peak(step, next(loader)) for step, loader in pair]
+    with _loading(view, kd, vocab_size) as kd_loader, _loading(view, hard, vocab_size) as loader:
+        hard_step = TrainStep(engine, hard, Guard(hard.guard, {}))
+        pair = ((distilled, kd_loader), (hard_step, loader))
+        pairs = list(zip(*_turns(pair, args.turns), strict=True))
+        peaks = [
+            peak_bytes(functools.partial(_run, step, next(loader)), DEVICE) for step, loader in pair
+        ]
     waited = total = 0.0
     with _loading(view, kd, vocab_size) as loader:
         for number in range(args.steps + SKIPPED):
-            taken = _timed(distilled, loader)
+            seconds = _time_step(distilled, loader)
             if number >= SKIPPED:
                 waited += loader.wait_s
-                total += taken.wall_s
-    pairs = list(zip(kd_taken, hard_taken, strict=True))
+                total += seconds.wall_s
     kd_s, hard_s = [ours.wall_s for ours, _ in pairs], [theirs.wall_s for _, theirs in pairs]
     return {
         "kd_over_ce_step_time": statistics.median(a.wall_s / b.wall_s for a, b in pairs),
@@ -148,24 +152,15 @@ def _measure(view: View, args: argparse.Namespace) -> dict[str, float]:
     }
 
 
-class _Taken(NamedTuple):
-    """Seconds of one step: of the clock, and of all threads of this process."""
-
-    wall_s: float
-    cpu_s: float
-
-
 def _turns(
     pair: tuple[tuple[TrainStep, Loader], tuple[TrainStep, Loader]], num_turns: int
-) -> tuple[list[_Taken], list[_Taken]]:
-    """What every turn's step of either took; a first turn is not counted."""
-    steps: tuple[list[_Taken], list[_Taken]] = [], []
+) -> tuple[list[Seconds], list[Seconds]]:
+    """Seconds of both steps in every turn, without an uncounted first one."""
+    seconds: tuple[list[Seconds], list[Seconds]] = [], []
     for turn in range(num_turns + SKIPPED):
         for which in (0, 1) if turn % 2 else (1, 0):
-            taken = _timed(*pair[which])
-            if turn >= SKIPPED:
-                steps[which].append(taken)
-    return steps
+            seconds[which].append(_time_step(*pair[which]))
+    return seconds[0][SKIPPED:], seconds[1][SKIPPED:]
 
 
 def _config(view: View, args: argparse.Namespace, kind: str) -> TrainConfig:
@@ -187,7 +182,7 @@ def _config(view: View, args: argparse.Namespace, kind: str) -> TrainConfig:
         },
         "loss": {"kind": kind},
         "data": {"max_tokens": args.tokens, "sequences_per_step": 2, "steps": 1_000_000},
-        "ray": {"cpus_per_worker": args.threads, "use_gpu": torch.cuda.is_available()},
+        "ray": {"cpus_per_worker": args.threads, "use_gpu": DEVICE == "cuda"},
     }
     return validated(content, TrainConfig, "benchmark")
 
@@ -203,46 +198,13 @@ def _loading(view: View, config: TrainConfig, vocab_size: int) -> Iterator[Loade
         loader.close()
 
 
-def _timed(step: TrainStep, loader: Loader) -> _Taken:
-    """One optimizer step, waiting for its batch included."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    _run(step, next(loader))
-    return _Taken(time.perf_counter() - wall, time.process_time() - cpu)
+def _time_step(step: TrainStep, loader: Loader) -> Seconds:
+    """Seconds of one optimizer step, including the wait for its batch."""
+    return timed(lambda: _run(step, next(loader)), DEVICE)
 
 
 def _run(step: TrainStep, batch: StepBatch) -> None:
     step.run(batch, step=1, lr=LR)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _peak(step: TrainStep, batch: StepBatch) -> int:
-    """Bytes that a step takes at most, above what is held before it."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        held = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        _run(step, batch)
-        return int(torch.cuda.max_memory_allocated()) - held
-    _give_memory_back()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is now what is held
-    held = _peak_resident()
-    _run(step, batch)
-    return _peak_resident() - held
-
-
-def _give_memory_back() -> None:
-    """Returns what is free to the system, from now on as soon as it is."""
-    libc = ctypes.CDLL("libc.so.6")
-    m_mmap_threshold = -3
-    libc.mallopt(m_mmap_threshold, MIB)
-    gc.collect()
-    libc.malloc_trim(0)
-
-
-def _peak_resident() -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 if __name__ == "__main__":

@@ -1,40 +1,37 @@
-"""What labels cost on disk, and what rounding them costs: `python -m benchmarks.storage`.
+"""Bytes per label on disk, and the error of rounding: ``python -m benchmarks.storage``.
 
-Labels are those of the demo's teacher on held-out text; `threshold_12` and `sampled_12` are set so
-that they keep 12 ids a label. Printed and left as JSON, by record kind:
+Labels are the demo teacher's on held-out text; ``threshold_12`` and ``sampled_12`` keep 12 ids per
+label. Results, by kind of record:
 
-- bytes a label, column by column, as `write_shard` writes them (`bytes_per_label`);
-- the KL on head and tail bucket that rounding to `logprob_bits` adds (`kl_added_by_rounding`);
-- bytes of the entries over the order-0 entropy of their ids and log-probabilities, each column by
-  itself (`over_entropy_bound`), and what a format that packs the same content into bits would take;
-- tokens/s of writing and of reading on one core, in one run with each other.
+- bytes per label, by column, as `write_shard` writes them (``bytes_per_label``);
+- the KL on head and tail bucket that rounding to ``logprob_bits`` adds (``kl_added_by_rounding``);
+- bytes of the entries over the order-0 entropy of their ids and log-probabilities, column by column
+  (``over_entropy_bound``), and the size of the same content packed into bits;
+- tokens per CPU second of writing and reading, measured in the same run.
 """
 
-import argparse
-import json
 import math
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from benchmarks.demo_labels import TokenRows, label, real_rows
+from benchmarks.demo_labels import TokenRows, ids_per_label, label, real_rows
+from benchmarks.harness import command_line, timed, write_results
+from benchmarks.records import TOPK_64, described, sampled_record, threshold_record
 from benchmarks.rounding_kl import rounding_kl
 from labeler.teachers.protocol import RowLabels
-from labeler.units.assemble import assemble_rows
-from schemas.keys import content_key, stack_keys
+from schemas.console.text import table
 from schemas.label_set.shards import read_shard, write_shard
 from schemas.record.rows import LabelRows
 from schemas.spec import RecordSpec
 from schemas.storage.store import Store
 
 VOCAB_SIZE = 4096
-IDS_PER_LABEL = 12.0
 BITS = (10, 9, 8, 7, 6, 5)
 OPTIONAL = ("entropy", "lse", "teacher_context")
 REPEATS = 5
@@ -48,81 +45,47 @@ class Kind:
     record: RecordSpec
     labels: Sequence[RowLabels]
 
-    @property
-    def ids_per_label(self) -> float:
-        return _mean_entries(self.labels)
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.storage", description=__doc__)
-    parser.add_argument("--json", metavar="PATH", help="also write the figures there")
+    parser = command_line("storage", __doc__)
     parser.add_argument("--labels", type=int, default=40_000, help="labels to measure on")
     args = parser.parse_args()
-    figures = measure(args.labels)
-    if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_results(args, measure(args.labels))
 
 
 def measure(num_labels: int) -> dict[str, Any]:
-    """All figures, printed as they come."""
+    """All results, printed as they come."""
     rows = real_rows(num_labels)
     print(f"{rows.num_labels} labels in {len(rows.token_ids)} rows of the demo's held-out text\n")
-    kinds = [
-        _kind("topk_64", rows, RecordSpec(kind="topk", k=64, entropy=False)),
-        _kind("threshold_12", rows, _with_12_ids(rows, "tau")),
-        _kind("sampled_12", rows, _with_12_ids(rows, "draws")),
-    ]
-    figures: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "num_labels": rows.num_labels}
-    for kind in kinds:
-        measured = _measure_kind(kind, rows)
-        for name, value in measured.items():
-            figures.setdefault(name, {})[kind.name] = value
-    return figures
-
-
-def _kind(name: str, rows: TokenRows, record: RecordSpec) -> Kind:
-    return Kind(name, record, label(rows, record))
-
-
-def _with_12_ids(rows: TokenRows, field: str) -> RecordSpec:
-    """The record of 12 ids a label, found on a part of the rows."""
-    every = max(1, len(rows.token_ids) // 12)
-    some = TokenRows(rows.token_ids[::every], rows.label_spans[::every], rows.row_keys[::every])
-    make: Callable[[float], RecordSpec]
-    if field == "tau":
-        make = lambda x: RecordSpec(kind="threshold", tau=1 / x, entropy=False)  # noqa: E731
-    else:
-        make = lambda x: RecordSpec(kind="sampled", draws=round(x), entropy=False)  # noqa: E731
-    low, high = 4.0, 200.0
-    while high / low > 1.01 and (field == "tau" or high - low > 1):
-        middle = math.sqrt(low * high)
-        if _mean_entries(label(some, make(middle))) < IDS_PER_LABEL:
-            low = middle
-        else:
-            high = middle
-    return make(low)
-
-
-def _mean_entries(labels: Sequence[RowLabels]) -> float:
-    entries = sum(int((row.head_len + row.tail_len).sum()) for row in labels)
-    return entries / sum(row.num_labels for row in labels)
+    records = {
+        "topk_64": TOPK_64,
+        "threshold_12": threshold_record(rows),
+        "sampled_12": sampled_record(rows),
+    }
+    results: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "num_labels": rows.num_labels}
+    for name, record in records.items():
+        measured = _measure_kind(Kind(name, record, label(rows, record)), rows)
+        for field, value in measured.items():
+            results.setdefault(field, {})[name] = value
+    return results
 
 
 def _measure_kind(kind: Kind, rows: TokenRows) -> dict[str, Any]:
     by_bits = {bits: _kl_added(kind, rows, bits) for bits in BITS}
-    stored = _assembled(kind, rows, kind.record)
+    stored = rows.assembled(kind.labels, kind.record)
     with tempfile.TemporaryDirectory() as folder:
-        columns, write_s, read_s = _written(stored, kind.record, folder)
+        columns, write_s, read_s = _measure_shard(stored, kind.record, folder)
         sizes = {}
         for bits in BITS:
             record = kind.record.model_copy(update={"logprob_bits": bits})
-            sizes[bits] = sum(_written(_assembled(kind, rows, record), record, folder)[0].values())
+            rounded = rows.assembled(kind.labels, record)
+            sizes[bits] = sum(_measure_shard(rounded, record, folder)[0].values())
     num_labels = stored.num_labels
     entries = ("entry_ids", "entry_logprobs", "entry_counts")
     entry_bytes = sum(columns.get(name, 0.0) for name in entries)
     bound = _entropy_bytes(stored) / num_labels
     result = {
-        "ids_per_label": kind.ids_per_label,
+        "ids_per_label": ids_per_label(kind.labels),
         "logprob_bits": kind.record.logprob_bits,
         "bytes_per_label": sum(columns.values()),
         "bytes_per_label_by_column": columns,
@@ -138,27 +101,17 @@ def _measure_kind(kind: Kind, rows: TokenRows) -> dict[str, Any]:
     return result
 
 
-def _assembled(kind: Kind, rows: TokenRows, record: RecordSpec) -> LabelRows:
-    content = [content_key(*p) for p in zip(rows.token_ids, rows.label_spans, strict=True)]
-    return assemble_rows(
-        rows.row_keys, stack_keys(content), rows.token_ids, rows.label_spans, kind.labels, record
-    )
-
-
-def _written(
+def _measure_shard(
     rows: LabelRows, record: RecordSpec, folder: str
 ) -> tuple[dict[str, float], float, float]:
-    """Bytes a label by column, and the least CPU seconds that writing and reading took."""
+    """Bytes per label by column, and the least CPU seconds of writing and of reading."""
     store = Store(folder)
     write_s, read_s = [], []
     for _ in range(REPEATS):
         store.delete("shard.parquet")
-        started = time.process_time()
-        write_shard(store, "shard.parquet", rows, record, "benchmark", VOCAB_SIZE)
-        write_s.append(time.process_time() - started)
-        started = time.process_time()
-        read_shard(store, "shard.parquet", record)
-        read_s.append(time.process_time() - started)
+        write = partial(write_shard, store, "shard.parquet", rows, record, "benchmark", VOCAB_SIZE)
+        write_s.append(timed(write).cpu_s)
+        read_s.append(timed(partial(read_shard, store, "shard.parquet", record)).cpu_s)
     columns: dict[str, float] = {}
     metadata = pq.ParquetFile(store.path("shard.parquet")).metadata
     for group in range(metadata.num_row_groups):
@@ -172,13 +125,14 @@ def _written(
 
 
 def _kl_added(kind: Kind, rows: TokenRows, bits: int) -> float:
-    """Mean nats a label of KL(before rounding, after it) on the partition that is stored."""
-    stored = _assembled(kind, rows, kind.record.model_copy(update={"logprob_bits": bits}))
+    """Mean KL(before rounding, after it) per label on head and tail bucket, nats."""
+    record = kind.record.model_copy(update={"logprob_bits": bits})
+    stored = rows.assembled(kind.labels, record)
     return float(rounding_kl(kind.labels, stored, kind.record).mean())
 
 
 def _entropy_bytes(rows: LabelRows) -> float:
-    """Order-0 entropy of the entries' columns, each by itself, in bytes."""
+    """Sum of the order-0 entropies of the entries' columns, in bytes."""
     total = 0.0
     for name in ("entry_ids", "entry_logprobs", "entry_counts"):
         values = getattr(rows, name)
@@ -190,9 +144,9 @@ def _entropy_bytes(rows: LabelRows) -> float:
 
 
 def _bit_packed(rows: LabelRows, record: RecordSpec) -> float:
-    """Bytes of the same content with as many bits as each value needs, and no compression."""
+    """Bytes of the same content with the fewest bits that hold each value, uncompressed."""
     id_bits = math.ceil(math.log2(VOCAB_SIZE))
-    logprob_bits = 5 + record.logprob_bits  # no sign: it is never positive
+    logprob_bits = 5 + record.logprob_bits  # no sign bit: never positive
     assert rows.entry_offsets is not None
     num_draws = 0 if rows.entry_counts is None else len(rows.entry_counts)
     count_bits = math.ceil(math.log2(record.draws + 1)) if num_draws else 0
@@ -204,22 +158,19 @@ def _bit_packed(rows: LabelRows, record: RecordSpec) -> float:
 
 
 def _show(kind: Kind, result: dict[str, Any]) -> None:
-    settings = {"topk": "k", "threshold": "tau", "sampled": "draws"}[kind.record.kind]
-    value = getattr(kind.record, settings)
-    print(f"{kind.name}: {settings} = {value:.4g}, {result['ids_per_label']:.2f} ids a label")
+    print(f"{kind.name}: {described(kind.record)}, {result['ids_per_label']:.2f} ids per label")
     print(
-        f"  bytes a label {result['bytes_per_label']:.1f}; packed into bits "
+        f"bytes per label {result['bytes_per_label']:.1f}; packed into bits "
         f"{result['bit_packed_bytes_per_label']:.1f}; entries over their entropy "
         f"{result['over_entropy_bound']:.2f}"
     )
     columns = sorted(result["bytes_per_label_by_column"].items(), key=lambda item: -item[1])
-    print("  " + ", ".join(f"{name} {size:.2f}" for name, size in columns))
-    print("  bits kept:      " + " ".join(f"{bits:>9}" for bits in BITS))
+    print(", ".join(f"{name} {size:.2f}" for name, size in columns))
     sizes, kls = result["bytes_per_label_by_bits"], result["kl_added_by_bits"]
-    print("  bytes a label:  " + " ".join(f"{sizes[bits]:9.1f}" for bits in BITS))
-    print("  KL by rounding: " + " ".join(f"{kls[bits]:9.1e}" for bits in BITS))
+    lines = [(str(bits), f"{sizes[bits]:.1f}", f"{kls[bits]:.1e}") for bits in BITS]
+    print(table(("bits kept", "bytes per label", "KL of rounding"), lines, right=(0, 1, 2)))
     print(
-        f"  tokens/s on one core: written {result['write_tokens_per_s']:,.0f}, "
+        f"tokens per CPU second: written {result['write_tokens_per_s']:,.0f}, "
         f"read {result['read_tokens_per_s']:,.0f}\n"
     )
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from benchmarks.demo_positions import Positions, teacher_positions
-from benchmarks.estimators import Measured, matched_records, measure, perturbed_student, table
+from benchmarks.estimators import Measured, as_text, measure, perturbed_student
+from benchmarks.records import matched_records
 from schemas.spec import RecordSpec
 
 SEED = 0
@@ -33,7 +34,7 @@ def measured(positions: Positions, student: torch.Tensor) -> dict[float, dict[st
             kind: measure(positions, student, records[kind], temperature, num_labels=32)
             for kind in KINDS
         }
-    print(f"\nseed {SEED}\n{table(found)}")
+    print(f"\nseed {SEED}\n{as_text(found)}")
     return found
 
 
