@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from schemas.errors import StudentError, TutelageError
+from schemas.errors import StudentError, TutelageError, first_line
 from schemas.storage.local_files import HashingWriter
 from schemas.storage.store import Store
 from trainer.checkpoints.store import (
@@ -158,12 +158,11 @@ class CheckpointWriter:
         except TutelageError:
             raise
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
             raise StudentError(
                 f"the checkpoint of step {step} could not be written to "
-                f"{self._store.path(FOLDER)} ({type(error).__name__}: {reason}); check that "
-                "the store is reachable and has free space, then start the run again: it resumes "
-                "from the previous checkpoint"
+                f"{self._store.path(FOLDER)} ({type(error).__name__}: {first_line(error)}); "
+                "check that the store is reachable and has free space, then start the run again: "
+                "it resumes from the previous checkpoint"
             ) from error
 
 

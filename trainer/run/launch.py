@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from schemas.console.progress import Progress
-from schemas.errors import StudentError
+from schemas.errors import StudentError, first_line
 from schemas.views.view import View
 from trainer.config.student import StudentConfig
 from trainer.config.train import RayConfig, TrainConfig
@@ -118,8 +118,9 @@ def _vocab_size(student: StudentConfig, tokenizer: Any) -> int:
     try:
         config = AutoConfig.from_pretrained(student.path)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise StudentError(f"student.path = {student.path} cannot be used: {reason}") from error
+        raise StudentError(
+            f"student.path = {student.path} cannot be used: {first_line(error)}"
+        ) from error
     return int(config.get_text_config().vocab_size)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from schemas.console.progress import Progress
-from schemas.errors import ConfigError, StudentError
+from schemas.errors import ConfigError, StudentError, first_line
 from schemas.storage.store import Store
 from trainer.config.train import RayConfig, TrainConfig
 from trainer.run_folder import RunFolder
@@ -38,14 +38,14 @@ def train_on_ray(
     """
     from ray.exceptions import RayError
 
-    from trainer.run.status import RunStatusActor, StatusDisplay
+    from trainer.run.status import RunStatusActor, shown
     from trainer.run.worker import TrainJob, train_worker
 
     with _connected(config.ray, progress.say):
         status = RunStatusActor()
         job = TrainJob(config, os.getcwd(), folder.claim(), view_hash, num_steps, status)
         try:
-            with StatusDisplay(status.news, progress):
+            with shown(status, progress):
                 failure = _fit(_make_trainer(config, train_worker, job, folder.store))
             error_of_worker = status.error()
         except RayError as error:
@@ -130,6 +130,7 @@ def _make_trainer(
             idle = IDLE_CALLBACKS if is_local else ()
             return [callback for callback in callbacks if type(callback).__name__ not in idle]
 
+    bounds = config.ray.min_workers, config.ray.max_workers
     resources: dict[str, float] = {"CPU": config.ray.cpus_per_worker}
     if config.ray.use_gpu:
         resources["GPU"] = 1
@@ -141,7 +142,7 @@ def _make_trainer(
             timeout_s=config.deepspeed.timeout_s,
         ),
         scaling_config=ScalingConfig(
-            num_workers=_scale(config.ray),
+            num_workers=bounds if bounds[0] < bounds[1] else bounds[0],
             use_gpu=config.ray.use_gpu,
             resources_per_worker=resources,
             elastic_resize_monitor_interval_s=config.ray.resize_check_s,
@@ -157,12 +158,6 @@ def _make_trainer(
             ),
         ),
     )
-
-
-def _scale(config: RayConfig) -> int | tuple[int, int]:
-    if config.min_workers == config.max_workers:
-        return config.max_workers
-    return config.min_workers, config.max_workers
 
 
 def _address(config: RayConfig) -> str:
@@ -184,11 +179,10 @@ def _connect(config: RayConfig) -> None:
             logging_level="ERROR",
         )
     except Exception as error:  # Ray's errors have no common base class
-        reason = " ".join(str(error).split())[:200]
         where = f"at {address}" if address else "on this machine"
         raise ConfigError(
-            f"no Ray cluster {where} ({reason}); check that it is running and reachable. Without "
-            "ray.address and RAY_ADDRESS a local one is started"
+            f"no Ray cluster {where} ({first_line(error)}); check that it runs and is reachable. "
+            "Without ray.address and RAY_ADDRESS a local one is started"
         ) from error
 
 

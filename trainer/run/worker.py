@@ -1,6 +1,6 @@
 """Trains on one rank: restore, the loop over steps, checkpoints, export.
 
-Knows nothing of Ray: it needs a default process group and a `StatusReceiver`.
+Independent of Ray: it needs a default process group and a `RunStatus`.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from trainer.student.build import StudentWithHead, build_student
 from trainer.student.lora import base_digest, check_base
 from trainer.tracking.learning_curve import Curve
 from trainer.tracking.reporter import Reporter, no_sums, ratio
-from trainer.tracking.run_status import StatusReceiver
+from trainer.tracking.run_status import RunStatus
 from trainer.tracking.step_lines import RowLog
 
 
@@ -63,7 +63,7 @@ class TrainJob:
     owner: str
     view_hash: str
     num_steps: int
-    status: StatusReceiver
+    status: RunStatus
 
 
 def train_worker(job: TrainJob) -> None:

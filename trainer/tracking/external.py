@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, first_line
 from trainer.config.train import LogConfig, TrainConfig
 
 _CONFIG_KEYS = {"wandb": "log.wandb_project", "mlflow": "log.mlflow_uri"}
@@ -54,9 +54,8 @@ def open_trackers(config: TrainConfig) -> list[Tracker]:
         try:
             trackers.append(_WandbRun(config) if package == "wandb" else _MlflowRun(config))
         except Exception as error:  # these packages document no base class of their errors
-            reason = " ".join(str(error).split())[:300]
             raise ConfigError(
-                f"{_CONFIG_KEYS[package]}: {package} cannot be used: {reason}"
+                f"{_CONFIG_KEYS[package]}: {package} cannot be used: {first_line(error)}"
             ) from error
     return trackers
 
@@ -75,10 +74,9 @@ class Trackers:
                 tracker.log(values, step)
             except Exception as error:  # noqa: BLE001  (an unreachable server must not end a run)
                 self._trackers.remove(tracker)
-                reason = " ".join(str(error).split())[:200]
                 problems.append(
-                    f"{tracker.NAME} failed at step {step} and gets no more points ({reason}); "
-                    "metrics.jsonl has all of them"
+                    f"{tracker.NAME} failed at step {step} and gets no more points "
+                    f"({first_line(error)}); metrics.jsonl has all of them"
                 )
         return problems
 

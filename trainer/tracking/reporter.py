@@ -12,7 +12,7 @@ from trainer.config.train import EvalConfig
 from trainer.data.loader import StepBatch
 from trainer.engine.train_step import StepResult
 from trainer.tracking.learning_curve import Curve, EvalPoint, Point
-from trainer.tracking.run_status import StatusReceiver, StepStatus
+from trainer.tracking.run_status import RunStatus, StepStatus
 from trainer.tracking.step_lines import RowLog
 
 SUMS = ("loss", "ce", "kl", "weight", "tokens", "seconds", "wait_s")
@@ -33,7 +33,7 @@ class Reporter:
     """Sums up steps. Every rank has one, since checkpoints hold the sums; only rank 0 writes."""
 
     def __init__(
-        self, status: StatusReceiver, curve: Curve | None, row_log: RowLog | None, num_steps: int
+        self, status: RunStatus, curve: Curve | None, row_log: RowLog | None, num_steps: int
     ) -> None:
         """
         Args:
@@ -43,6 +43,7 @@ class Reporter:
             num_steps: of the run.
         """
         self._status, self._curve, self._row_log = status, curve, row_log
+        self._files = [file for file in (curve, row_log) if file is not None]
         self._num_steps = num_steps
         self._own = no_sums()  # since this process began
         self._status_at = 0.0
@@ -166,15 +167,13 @@ class Reporter:
 
     def flush(self) -> None:
         """Makes everything written so far durable."""
-        for file in (self._curve, self._row_log):
-            if file is not None:
-                file.flush()
+        for file in self._files:
+            file.flush()
 
     def close(self) -> None:
         """Closes the files."""
-        for file in (self._curve, self._row_log):
-            if file is not None:
-                file.close()
+        for file in self._files:
+            file.close()
 
     def _write(self, point: Point | EvalPoint) -> None:
         if self._curve is not None:

@@ -8,7 +8,7 @@ import ray
 
 from schemas.console.progress import Progress
 from schemas.errors import DamagedError, StudentError
-from trainer.run.status import RunStatusActor, StatusDisplay
+from trainer.run.status import RunStatusActor, shown
 from trainer.tracking.run_status import RunStatus, StepStatus
 
 STATUS = StepStatus(step=120, num_steps=600, tokens=90_000, loss=3.21456, data_wait_share=0.0123)
@@ -44,14 +44,15 @@ def test_notes_are_shown_once_and_the_last_state_always(
     status = RunStatus()
     status.note("one")
     status.note("two")
-    with StatusDisplay(status.news, Progress("train")):
+    with shown(status, Progress("train")):
         status.update(STATUS)
     assert capsys.readouterr().err.splitlines() == ["one", "two", LINE]
 
 
 def test_a_lost_status_does_not_end_the_run() -> None:
-    def lost(_: int) -> tuple[None, list[str]]:
-        raise ConnectionError
+    class Lost(RunStatus):
+        def news(self, num_notes: int) -> tuple[StepStatus | None, list[str]]:
+            raise ConnectionError
 
-    with StatusDisplay(lost, Progress("train")):
+    with shown(Lost(), Progress("train")):
         pass
