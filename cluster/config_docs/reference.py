@@ -84,8 +84,8 @@ def _type(field: Schema, table: str) -> str:
         values = field.get("enum", [field.get("const")])
         return ", ".join(f"`{json.dumps(value)}`" for value in values)
     match field.get("type"):
-        case "array" if "prefixItems" in field:
-            return f"list of {len(field['prefixItems'])} {_type(field['prefixItems'][0], table)}s"
+        case "array" if isinstance(field["items"], list):
+            return f"list of {len(field['items'])} {_type(field['items'][0], table)}s"
         case "array":
             return f"list of {_type(field['items'], table)}s"
         case "object" if isinstance(field.get("additionalProperties"), dict):

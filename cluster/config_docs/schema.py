@@ -19,7 +19,13 @@ COMMANDS: dict[str, tuple[type[StrictModel], str]] = {
 
 
 class _TomlJsonSchema(GenerateJsonSchema):
-    """Schemas without null, which TOML cannot express: optional keys are left out instead."""
+    """Schemas for editors of TOML.
+
+    They never allow null, which TOML cannot express: optional keys are left out instead. The
+    dialect is draft-07, the newest that taplo's validator knows.
+    """
+
+    schema_dialect = "http://json-schema.org/draft-07/schema#"
 
     def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
         return self.generate_inner(schema["schema"])
@@ -30,12 +36,18 @@ class _TomlJsonSchema(GenerateJsonSchema):
             generated.pop("default", None)  # of tables: each of their keys has its own
         return generated
 
+    def tuple_schema(self, schema: core_schema.TupleSchema) -> JsonSchemaValue:
+        generated = super().tuple_schema(schema)
+        if "prefixItems" in generated:
+            generated["items"] = generated.pop("prefixItems")  # as draft-07 spells it
+        return generated
+
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False  # a title such as "Max Tokens" says nothing that max_tokens does not
 
 
 def json_schema(command: str) -> dict[str, Any]:
-    """The JSON Schema, draft 2020-12, of the file that a command reads."""
+    """The JSON Schema of the file that a command reads."""
     schema = COMMANDS[command][0].model_json_schema(schema_generator=_TomlJsonSchema)
     return {
         "$schema": _TomlJsonSchema.schema_dialect,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jsonschema import Draft202012Validator
+from jsonschema import Draft7Validator
 
 from cluster.config_docs import __main__ as config_docs
 from cluster.config_docs.reference import reference
@@ -19,8 +19,8 @@ SHIPPED = sorted((ROOT / "examples").rglob("*.toml"))
 def errors(path: Path, content: dict[str, Any]) -> list[str]:
     prefix = path.stem.partition("_")[0]
     schema = json_schema(prefix if prefix in COMMANDS else "label")
-    Draft202012Validator.check_schema(schema)
-    return [error.message for error in Draft202012Validator(schema).iter_errors(content)]
+    Draft7Validator.check_schema(schema)
+    return [error.message for error in Draft7Validator(schema).iter_errors(content)]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
