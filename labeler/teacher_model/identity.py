@@ -1,7 +1,7 @@
-"""Which teacher this is: its folder, its tokenizer, and the digests that identify its labels.
+"""Resolves a configured teacher: its folder, its tokenizer, and the digests of its identity.
 
-Identity is what the teacher computes, not where it was found: two copies of a model have the same
-identity, and a model that was trained further has another one under the same name.
+Identity is about what the teacher computes, not where it is: two copies of a model have the same
+identity, and a model that was trained further has another one even under the same name.
 """
 
 import hashlib
@@ -23,32 +23,28 @@ from schemas.spec import TeacherIdentity
 
 _DIGEST_BYTES = 16
 
-# What a model needs from a hub: everything but the same weights in other formats.
+# Files to download from a hub: everything except the same weights in other formats.
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
 
-# Keys of config.json that say nothing about what the model computes. The dtype has its own field.
+# Keys of config.json without effect on what the model computes; the dtype has a field of its own.
 _NOT_IDENTITY = frozenset(
     {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
 )
 
-# Engine options that change what the model computes, beside those with a field of their own.
+# Engine options that change what the model computes and have no field of their own.
 _NUMERIC_OPTIONS = ("hf_overrides", "kv_cache_dtype", "rope_scaling", "rope_theta")
 
 
-def teacher_identity(config: TeacherConfig, every_byte: bool = False) -> TeacherIdentity:
-    """The identity of a configured teacher. Reads headers and samples of its weights.
-
-    Args:
-        config: the teacher; with ``backend = "none"`` only its tokenizer is identified.
-        every_byte: hash the weights whole instead of sizes, headers and sampled blocks.
+def teacher_identity(config: TeacherConfig) -> TeacherIdentity:
+    """The identity of a configured teacher; with ``backend = "none"``, of its tokenizer only.
 
     Raises:
-        TeacherError: the model is not there or is not a model.
-        VocabularyError: its tokenizer cannot be used with it.
+        TeacherError: the model is missing or invalid.
+        VocabularyError: its tokenizer does not fit the model.
     """
     tokenizer = load_tokenizer(config)
     template = getattr(tokenizer, "chat_template", None)
-    template_digest = _digest(_canonical(template)) if template else ""
+    template_digest = _digest(template) if template else ""
     if config.backend == "none":
         return TeacherIdentity(
             tokenizer_digest=tokenizer_digest(tokenizer),
@@ -59,7 +55,7 @@ def teacher_identity(config: TeacherConfig, every_byte: bool = False) -> Teacher
     model_config = load_model_config(config)
     dtype = resolve_dtype(config)
     return TeacherIdentity(
-        weights_digest=_declared_weights(config) or weights_digest(folder, every_byte),
+        weights_digest=_declared_weights(config) or weights_digest(folder),
         config_digest=_config_digest(config),
         tokenizer_digest=tokenizer_digest(tokenizer),
         chat_template_digest=template_digest,
@@ -72,18 +68,18 @@ def teacher_identity(config: TeacherConfig, every_byte: bool = False) -> Teacher
 
 
 def _declared_weights(config: TeacherConfig) -> str:
-    """What the user says of a server's weights; empty where a folder can be measured instead."""
+    """The declared identity of a server's weights; empty if a folder is to be measured."""
     return f"declared:{config.weights_digest}" if config.weights_digest else ""
 
 
 def model_folder(config: TeacherConfig) -> Path:
     """The local folder of the teacher's model; a hub name is downloaded into the hub's cache.
 
-    Of a remote teacher whose weights are declared, only config and tokenizer have to be there.
+    A remote teacher with declared weights needs only config and tokenizer.
 
     Raises:
-        TeacherError: there is neither such a folder nor a reachable hub model, or the folder does
-            not hold a model.
+        TeacherError: there is no such folder or reachable hub model, or the folder does not hold a
+            model.
     """
     folder = _resolve(config.model, "teacher.model", not config.weights_digest)
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
@@ -125,12 +121,11 @@ def _download(name: str, field: str, weights: bool) -> Path:
     files = [pattern for pattern in _HUB_FILES if weights or pattern != "*.safetensors"]
     try:
         return Path(snapshot_download(name, allow_patterns=files))
-    except Exception as error:  # the hub's client has no common root for its errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:  # the hub's client has no common base class for its errors
         raise TeacherError(
-            f"{field}: there is no folder {name} here (seen from {os.getcwd()}), and the Hugging "
-            f"Face hub did not give a model of that name ({reason}); expected a model folder with "
-            "config.json, *.safetensors and tokenizer files, or a hub name that can be reached"
+            f"{field}: there is no folder {name} (seen from {os.getcwd()}), and no model of that "
+            f"name could be downloaded from the Hugging Face hub ({first_line(error)}); expected a "
+            "folder with config.json, *.safetensors and tokenizer files, or the name of a hub model"
         ) from error
 
 
@@ -160,10 +155,10 @@ def load_model_config(config: TeacherConfig) -> Any:
 
 
 def model_vocab_size(model_config: Any) -> int:
-    """How many ids the model gives probability to, padding rows of its embedding included.
+    """The number of ids that the model gives probability to, padding rows included.
 
-    Padding ids belong to the teacher's distribution, as its own softmax has it; their probability
-    is tiny, and leaving them out would change every normaliser.
+    Padding ids take part in the model's softmax; their probability is tiny, but leaving them out
+    would change every normaliser.
     """
     return int(model_config.get_text_config().vocab_size)
 
@@ -179,9 +174,9 @@ def load_tokenizer(config: TeacherConfig) -> Any:
     """The tokenizer of the teacher, checked against its model.
 
     Raises:
-        TeacherError: there is no tokenizer there.
-        VocabularyError: it has ids that the model does not have, maps tokens to other ids than the
-            model's own tokenizer, or is far smaller than the model's vocabulary.
+        TeacherError: the folder has no tokenizer.
+        VocabularyError: it has ids that the model lacks, maps tokens to other ids than the model's
+            own tokenizer, or is far smaller than the model's vocabulary.
     """
     folder = tokenizer_folder(config)
     tokenizer = _load_tokenizer_folder(folder, config)
@@ -209,7 +204,7 @@ def _load_tokenizer_folder(folder: Path, config: TeacherConfig) -> Any:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a model folder brings a tokenizer of its own."""
+    """Whether a model folder contains a tokenizer."""
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
     return any((folder / name).is_file() for name in names)
 
@@ -232,18 +227,18 @@ def eos_ids(config: TeacherConfig) -> tuple[int, ...]:
 
 
 def trusts_code(config: TeacherConfig) -> bool:
-    """Whether the user allows code that comes with the model."""
+    """Whether the configuration allows code from the model's folder to run."""
     return bool(config.engine.get("trust_remote_code", False))
 
 
 def resolve_dtype(config: TeacherConfig) -> str:
-    """The dtype that the body runs in: as configured, or that of the checkpoint for ``auto``.
+    """The dtype of the model's body: as configured, or that of the checkpoint for ``auto``.
 
     Engines have an ``auto`` of their own that may round a float32 checkpoint to 16 bits; labels
-    must not depend on that.
+    must not depend on it.
 
     Raises:
-        TeacherError: not a dtype that a model can run in.
+        TeacherError: the dtype is not supported.
     """
     if config.dtype != "auto":
         return _known_dtype(config.dtype, "teacher.dtype")
@@ -270,20 +265,20 @@ def tokenizer_digest(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         content = json.loads(backend.to_str())
-        # How batches are cut and padded is a setting of the last call, not of the tokenizer.
+        # Truncation and padding are settings of the last call, not of the tokenizer.
         rules = {key: content[key] for key in content if key not in ("truncation", "padding")}
     else:
         rules = {"class": type(tokenizer).__name__, "vocabulary": vocabulary(tokenizer)}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return _digest(_canonical({"rules": rules, "special": special}))
+    return _digest({"rules": rules, "special": special})
 
 
 def _config_digest(config: TeacherConfig) -> str:
-    """Digest of config.json as it stands: what a library fills in changes with its version."""
+    """Digest of config.json itself: defaults that a library fills in change with its version."""
     content = json.loads((model_folder(config) / "config.json").read_text(encoding="utf-8"))
     fields = dict(_without(content, _NOT_IDENTITY))
     options = {name: config.engine[name] for name in _NUMERIC_OPTIONS if name in config.engine}
-    return _digest(_canonical({"config": fields, "options": options}))
+    return _digest({"config": fields, "options": options})
 
 
 def _without(fields: dict[str, Any], names: frozenset[str]) -> Iterator[tuple[str, Any]]:
@@ -302,9 +297,6 @@ def _quantization(config: TeacherConfig, model_config: Any) -> str | None:
     return str(fields.get("quant_method", "unknown"))
 
 
-def _canonical(content: object) -> bytes:
-    return json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=_DIGEST_BYTES).hexdigest()
+def _digest(content: object) -> str:
+    canonical = json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
+    return hashlib.blake2b(canonical, digest_size=_DIGEST_BYTES).hexdigest()

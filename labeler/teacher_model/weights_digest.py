@@ -1,7 +1,8 @@
-"""A digest of a checkpoint's weights that reads little of them.
+"""A digest of a checkpoint's weights that reads only a sample of them.
 
-Of each tensor it hashes name, dtype, shape and a few blocks of bytes; training moves every block of
-a tensor, so a model that was trained further has another digest. ``every_byte`` hashes all.
+It hashes the name, dtype, shape and a few blocks of bytes of each tensor. Training changes every
+block of a tensor, so a model that was trained further has another digest; an edit of single numbers
+may go unnoticed.
 """
 
 import hashlib
@@ -14,43 +15,39 @@ from schemas.errors import TeacherError
 _DIGEST_BYTES = 16
 _BLOCK_BYTES = 4096
 _BLOCKS = 3
-# Files of other formats have no header to go by: more blocks, spread over the file.
+# Files of other formats have no readable header: more blocks, spread over the file.
 _OPAQUE_BLOCKS = 256
-_READ_BYTES = 2**24
 
 _FLOAT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Files that hold weights, by name; safetensors where there are any."""
+    """The weight files of a folder, sorted; safetensors if there are any, else *.bin."""
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
 
 
-def weights_digest(folder: Path, every_byte: bool = False) -> str:
+def weights_digest(folder: Path) -> str:
     """32 hexadecimal digits that identify the weights of a model folder.
 
-    The digest does not depend on how tensors are spread over files, with safetensors.
+    With safetensors, independent of the distribution of tensors over files.
 
     Raises:
-        TeacherError: a file is cut short or is not a safetensors file.
+        TeacherError: a file is truncated or not a safetensors file.
     """
     parts: dict[str, bytes] = {}
     for file in weight_files(folder):
         if file.suffix == ".safetensors":
-            parts.update(_tensor_parts(file, every_byte))
+            parts.update(_tensor_parts(file))
         else:
-            parts[file.name] = _range_digest(
-                file, 0, file.stat().st_size, _OPAQUE_BLOCKS, every_byte
-            )
-    total = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-    total.update(b"every byte" if every_byte else b"sampled")
+            parts[file.name] = _range_digest(file, 0, file.stat().st_size, _OPAQUE_BLOCKS)
+    total = hashlib.blake2b(b"sampled", digest_size=_DIGEST_BYTES)
     for name in sorted(parts):
         total.update(len(name.encode()).to_bytes(4, "little") + name.encode() + parts[name])
     return total.hexdigest()
 
 
 def first_float_dtype(folder: Path) -> str:
-    """The dtype of the first floating tensor, for a checkpoint whose config does not say."""
+    """The dtype of the first floating tensor, for a checkpoint whose config has none."""
     for file in weight_files(folder):
         if file.suffix == ".safetensors":
             for entry in read_header(file)[0].values():
@@ -60,10 +57,13 @@ def first_float_dtype(folder: Path) -> str:
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """Tensors of a safetensors file, name -> {dtype, shape, data_offsets}; where the data begins.
+    """Reads the header of a safetensors file.
+
+    Returns:
+        The tensors, name -> {dtype, shape, data_offsets}, and the offset of their data in the file.
 
     Raises:
-        TeacherError: the file is cut short or is not a safetensors file.
+        TeacherError: the file is truncated or not a safetensors file.
     """
     size = file.stat().st_size
     with open(file, "rb") as stream:
@@ -80,25 +80,24 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _tensor_parts(file: Path, every_byte: bool) -> dict[str, bytes]:
+def _tensor_parts(file: Path) -> dict[str, bytes]:
     header, base = read_header(file)
     parts = {}
     for name, entry in header.items():
         start, end = entry["data_offsets"]
         described = json.dumps([entry["dtype"], entry["shape"]]).encode()
-        content = _range_digest(file, base + start, end - start, _BLOCKS, every_byte)
+        content = _range_digest(file, base + start, end - start, _BLOCKS)
         parts[name] = described + content
     return parts
 
 
-def _range_digest(file: Path, start: int, size: int, blocks: int, every_byte: bool) -> bytes:
-    """Digest of evenly spread blocks of a byte range, its first and last ones included."""
+def _range_digest(file: Path, start: int, size: int, blocks: int) -> bytes:
+    """Digest of evenly spaced blocks of a byte range, including its first and last bytes."""
     hasher = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=_DIGEST_BYTES)
     with open(file, "rb") as stream:
-        if every_byte or size <= blocks * _BLOCK_BYTES:
+        if size <= blocks * _BLOCK_BYTES:
             stream.seek(start)
-            for offset in range(0, size, _READ_BYTES):
-                hasher.update(stream.read(min(_READ_BYTES, size - offset)))
+            hasher.update(stream.read(size))
         else:
             for block in range(blocks):
                 stream.seek(start + (size - _BLOCK_BYTES) * block // (blocks - 1))
