@@ -1,22 +1,22 @@
-"""The teachers that labelling is measured on, and the rows that they label."""
+"""Teachers, rows and label sets for the measurement of labelling."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.demo_labels import TEACHER, TokenRows, real_rows
 from labeler.config import TeacherConfig
+from labeler.corpus.requests import Request
 from labeler.corpus.windows import all_but_first
-from labeler.teacher_model.identity import load_model_config
-from schemas.spec import RecordSpec
+from schemas.label_set.label_set import LabelSet
+from schemas.spec import LabelSetSpec, RecordSpec, TeacherIdentity, TextSpec
 
 K = 64
 MODELS = ("demo", "wide")
 MAX_TOKENS = 512
 
-# Taus with which these teachers keep about 12 ids a label. At random, a distribution is so flat
-# that almost every id is below tau: 1 / tau draws.
+# With these taus the teachers keep about 12 ids a label. A random model's distributions are so flat
+# that almost every id is below tau, which makes 1 / tau draws.
 _TAUS = {"demo": 0.047, "wide": 1 / 12}
 
 # The shape of a small teacher with the vocabulary of a large one: the head is a third of its body.
@@ -35,26 +35,8 @@ _WIDE = {
 }
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What of a model decides the limits.
-
-    Attributes:
-        body_params: those that every token goes through: all but the embedding and the head.
-    """
-
-    hidden_size: int
-    vocab_size: int
-    body_params: int
-
-    @property
-    def gemm_limit(self) -> float:
-        """Labelled over plain prefill tokens/s, if the product with the head were all there is."""
-        return 1.0 / (1.0 + self.hidden_size * self.vocab_size / self.body_params)
-
-
 def records(model: str) -> dict[str, RecordSpec]:
-    """The kinds of record that are measured, by name."""
+    """The measured kinds of record, by name."""
     return {
         f"topk_{K}": RecordSpec(kind="topk", k=K),
         "threshold_12": RecordSpec(kind="threshold", tau=_TAUS[model]),
@@ -62,7 +44,7 @@ def records(model: str) -> dict[str, RecordSpec]:
 
 
 def make_folder(model: str, folder: Path) -> Path:
-    """The folder of a model; the random one is made in ``folder``."""
+    """The folder of a model; the random one is created in ``folder``."""
     if model == "demo":
         return TEACHER
     import torch
@@ -78,7 +60,7 @@ def make_folder(model: str, folder: Path) -> Path:
 
 
 def teacher_config(folder: Path) -> TeacherConfig:
-    """The teacher in a folder, by vLLM; the stock paths may be asked for K candidates."""
+    """The teacher in a folder, run by vLLM, with up to K candidates for the stock paths."""
     return TeacherConfig(
         backend="vllm",
         model=str(folder),
@@ -87,17 +69,8 @@ def teacher_config(folder: Path) -> TeacherConfig:
     )
 
 
-def model_shape(config: TeacherConfig) -> Shape:
-    """The shape of a model of the Llama family, from its configuration."""
-    found = load_model_config(config).get_text_config()
-    hidden, head = found.hidden_size, found.head_dim
-    attention = 2 * hidden * head * (found.num_attention_heads + found.num_key_value_heads)
-    layer = attention + 3 * hidden * found.intermediate_size
-    return Shape(hidden, found.vocab_size, found.num_hidden_layers * layer)
-
-
 def make_rows(model: str, num_tokens: int, row_tokens: int, vocab_size: int) -> TokenRows:
-    """Held-out text for the demo's teacher; ids at random for one that is random itself."""
+    """Held-out text for the demo's teacher, random ids for the random one."""
     if model == "demo":
         rows = real_rows(num_tokens)
         sizes = np.cumsum([len(tokens) for tokens in rows.token_ids])
@@ -109,3 +82,24 @@ def make_rows(model: str, num_tokens: int, row_tokens: int, vocab_size: int) -> 
         for _ in range(max(1, num_tokens // row_tokens))
     ]
     return TokenRows(tokens, [all_but_first(len(row)) for row in tokens])
+
+
+def make_label_set(folder: str, record: RecordSpec, vocab_size: int) -> LabelSet:
+    """An empty label set."""
+    spec = LabelSetSpec(
+        record=record,
+        teacher=TeacherIdentity(
+            weights_digest="benchmark", tokenizer_digest="benchmark", vocab_size=vocab_size
+        ),
+        text=TextSpec(max_tokens=4096, overlap=0, add_bos=False, add_eos=False, split_long=True),
+    )
+    return LabelSet.create_or_open(folder, spec)
+
+
+def make_requests(rows: TokenRows) -> list[Request]:
+    """The requests for rows, as a tokenising task sends them."""
+    triples = zip(rows.row_keys, rows.token_ids, rows.label_spans, strict=True)
+    return [
+        Request(key.tobytes(), tokens, spans, "benchmark", place)
+        for place, (key, tokens, spans) in enumerate(triples)
+    ]

@@ -1,116 +1,137 @@
-"""One engine, and everything that it is measured on: the child processes of `benchmarks.label`.
+"""One engine and everything measured on it: the child processes of `benchmarks.label`.
 
-A process holds one engine only, and what is compared has to run in one process: prefill, the stock
-paths, ours and the floor take turns, so that a machine that grows slow is slow for all of them.
+A process holds one engine only, and compared runs must share a process: prefill, the stock paths,
+ours and the floor take turns, so that a slow phase of the machine affects all of them.
 """
 
-import argparse
 import functools
-import json
-import pickle
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from benchmarks.label_cases import K, make_folder, make_rows, model_shape, records, teacher_config
-from benchmarks.label_figures import Generated, engine_figures, generation_figures
+from benchmarks.demo_labels import TokenRows
+from benchmarks.label_cases import (
+    K,
+    make_folder,
+    make_label_set,
+    make_requests,
+    make_rows,
+    records,
+    teacher_config,
+)
 from benchmarks.label_floor import floor_seconds
 from benchmarks.label_profile import profile_us
-from benchmarks.label_units import label_units, make_requests, prompt_requests
+from labeler.config import GatesConfig
+from labeler.quality.gates import Gates
+from labeler.run.unit_labeller import UnitLabeller
+from labeler.supervision.attempts import Attempts
+from labeler.supervision.supervisor import EngineSupervisor
+from labeler.teacher_model.identity import load_model_config
 from labeler.teachers.protocol import RowLabels
 from labeler.teachers.vllm.teacher import VllmTeacher, engine_request
 from schemas.errors import RowFailure
-from schemas.spec import GenerationSpec, RecordSpec
+from schemas.spec import RecordSpec
 
 _CALLS = 3
-"""Units that are in work together, as in a label job's teacher actor."""
+"""Units in work at a time, as in a label job's teacher actor."""
 
-_SAMPLES = 2
-"""Responses a prompt."""
+_GATES = GatesConfig(parity_rows=0)
+"""Audits as in any job; parity is checked once a label set, not once a unit."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.label_engine", description=__doc__)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--out", required=True, help="folder for figures and labels")
-    for name in ("tokens", "row-tokens", "unit-rows", "repeats", "prompts"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    args = parser.parse_args()
-    with TemporaryDirectory() as folder:
-        bench = EngineBenchmark(args, Path(folder))
-        figures = bench.measure()
-        with open(Path(args.out) / f"{args.model}.pickle", "wb") as file:
-            pickle.dump((bench.rows, bench.labels()), file)
-        bench.teacher.close()
-    (Path(args.out) / f"{args.model}.json").write_text(json.dumps(figures), encoding="utf-8")
+def measure_engine(
+    model: str, num_tokens: int, row_tokens: int, unit_rows: int, repeats: int
+) -> tuple[dict[str, Any], TokenRows, dict[str, list[RowLabels]], int]:
+    """Figures of one model, its rows, their labels by kind of record, and its vocabulary size."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        config = teacher_config(make_folder(model, folder / "model"))
+        shape = load_model_config(config).get_text_config()
+        rows = make_rows(model, num_tokens, row_tokens, shape.vocab_size)
+        teacher = VllmTeacher(config, next(iter(records(model).values())))
+        engine = EngineBenchmark(teacher, rows, folder, unit_rows)
+        figures = engine.measure(records(model), repeats, shape.hidden_size)
+        labels = {kind: engine.labels(record) for kind, record in records(model).items()}
+        teacher.close()
+    return figures, rows, labels, shape.vocab_size
 
 
 class EngineBenchmark:
     """An engine with one model, the rows for it, and the ways to run them."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
-        self.args = args
+    def __init__(self, teacher: VllmTeacher, rows: TokenRows, folder: Path, unit_rows: int) -> None:
+        self.teacher = teacher
+        self.rows = rows
         self.folder = folder
-        config = teacher_config(make_folder(args.model, folder / "model"))
-        self.shape = model_shape(config)
-        self.records = records(args.model)
-        self.teacher = VllmTeacher(config, next(iter(self.records.values())))
-        self.rows = make_rows(args.model, args.tokens, args.row_tokens, self.shape.vocab_size)
-        self.num_tokens = sum(len(tokens) for tokens in self.rows.token_ids)
+        self.unit_rows = unit_rows
 
-    def measure(self) -> dict[str, Any]:
-        """Medians over repeats in which everything takes its turn."""
-        tokens = self.rows.token_ids
+    def measure(
+        self, kinds: dict[str, RecordSpec], repeats: int, hidden_size: int
+    ) -> dict[str, Any]:
+        """Medians over repeats in which everything takes its turn.
+
+        Ratios are taken within a repeat before their median.
+        """
         ways: dict[str, Callable[[], float]] = {
-            "plain": lambda: self._prefill(tokens),
-            "stock_flat": lambda: self._prefill(tokens, flat=True),
-            "stock_dict": lambda: self._prefill(tokens, flat=False),
-            "floor": lambda: self._floor(self.rows.num_labels),
+            "plain": self._prefill,
+            "stock_flat": functools.partial(self._prefill, flat=True),
+            "stock_dict": functools.partial(self._prefill, flat=False),
+            "floor": functools.partial(self._floor, hidden_size),
         }
-        for name, record in self.records.items():
-            ways[name] = functools.partial(self._ours, record)
-        for name in ("plain", *self.records):  # the first step of each kind is slow
-            ways[name]()
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        generated = []
-        for _ in range(self.args.repeats):
-            for name, run in ways.items():
-                seconds[name].append(run())
-            generated.append(self._generation())
-        figures = engine_figures(seconds, list(self.records), self.num_tokens)
-        for name, record in self.records.items():
-            ours = functools.partial(self._ours, record)
-            figures["records"][name]["profile_us"] = profile_us(self.teacher, ours, self.num_tokens)
+        ours: dict[str, Callable[[], float]] = {
+            kind: functools.partial(self._ours, record) for kind, record in kinds.items()
+        }
+        for warm_up in (ways["plain"], *ours.values()):  # the first step of each kind is slow
+            warm_up()
+        found: dict[str, list[float]] = {name: [] for name in (*ways, *ours)}
+        for _ in range(repeats):
+            for name, run in (ways | ours).items():
+                found[name].append(run())
+        seconds = {name: np.array(values) for name, values in found.items()}
+        num_tokens = sum(map(len, self.rows.token_ids))
+        plain, floor = seconds["plain"], seconds["floor"]
         return {
-            **figures,
-            "limit_gemm": self.shape.gemm_limit,
-            "generation": generation_figures(generated, _SAMPLES),
-            "vocab_size": self.shape.vocab_size,
+            "num_tokens": num_tokens,
+            "plain_tokens_per_s": num_tokens / median(plain),
+            "stock_tokens_per_s": {
+                form: num_tokens / median(seconds[f"stock_{form}"]) for form in ("flat", "dict")
+            },
+            "limit": float(np.median(plain / (plain + floor))),
+            "floor_us_per_token": 1e6 * median(floor) / num_tokens,
+            "records": {
+                kind: {
+                    "labelled_tokens_per_s": num_tokens / median(seconds[kind]),
+                    "efficiency": float(np.median(plain / seconds[kind])),
+                    "efficiency_over_limit": float(np.median((plain + floor) / seconds[kind])),
+                    "profile_us": profile_us(self.teacher, run, num_tokens),
+                }
+                for kind, run in ours.items()
+            },
+            "seconds": found,
             "provenance": self.teacher.provenance(),
         }
 
-    def labels(self) -> dict[str, list[RowLabels]]:
-        """Labels of all rows before rounding, by kind of record."""
-        found = {}
-        for name, record in self.records.items():
-            self._use_record(record)
-            rows = self.rows
-            results = self.teacher.label(rows.token_ids, rows.label_spans, rows.row_keys)
-            found[name] = [one for one in results if isinstance(one, RowLabels)]
-            assert len(found[name]) == len(results)
-        return found
+    def labels(self, record: RecordSpec) -> list[RowLabels]:
+        """Labels of all rows before rounding."""
+        self._use_record(record)
+        rows = self.rows
+        results = self.teacher.label(rows.token_ids, rows.label_spans, rows.row_keys)
+        labels = [one for one in results if isinstance(one, RowLabels)]
+        assert len(labels) == len(results)
+        return labels
 
     def _use_record(self, record: RecordSpec) -> None:
         """Labels by another record; a new engine would take long to start."""
         self.teacher._record = record
         self.teacher._engine.alone(self.teacher._install_label_path)
 
-    def _prefill(self, token_ids: Sequence[np.ndarray], flat: bool | None = None) -> float:
+    def _prefill(self, flat: bool | None = None) -> float:
         """Seconds of prefill: plain (None), or with K candidates in flat lists or dictionaries."""
         from vllm import SamplingParams
 
@@ -124,7 +145,7 @@ class EngineBenchmark:
         )
         # The engine is driven as the teacher drives it, on the thread that owns its cores.
         started = time.perf_counter()
-        requests = [engine_request(tokens, params) for tokens in token_ids]
+        requests = [engine_request(tokens, params) for tokens in self.rows.token_ids]
         outputs = self.teacher._engine.outputs(requests)
         seconds = time.perf_counter() - started
         assert not any(isinstance(output, RowFailure) for output in outputs)
@@ -133,58 +154,24 @@ class EngineBenchmark:
     def _ours(self, record: RecordSpec) -> float:
         """Seconds from requests to the last manifest."""
         self._use_record(record)
-        requests = make_requests(self.rows)
-        return self._committed(requests, record, None)[0]
-
-    def _committed(
-        self, requests: list[Any], record: RecordSpec, generation: GenerationSpec | None
-    ) -> tuple[float, int]:
-        """Seconds from requests to the last manifest, and the tokens of what is committed."""
-        batches = [
-            requests[first : first + self.args.unit_rows]
-            for first in range(0, len(requests), self.args.unit_rows)
-        ]
+        requests: Sequence[Any] = make_requests(self.rows)
+        starts = range(0, len(requests), self.unit_rows)
+        batches = [requests[first : first + self.unit_rows] for first in starts]
         with TemporaryDirectory(dir=self.folder) as folder, ThreadPoolExecutor(_CALLS) as pool:
-            units = label_units(folder, self.teacher, record, self.shape.vocab_size, generation)
+            label_set = make_label_set(folder, record, self.teacher._limits.vocab_size)
+            attempts = Attempts(label_set.store, "benchmark")
+            supervisor = EngineSupervisor(lambda: self.teacher, attempts, None, _GATES.audit_rate)
+            gates = Gates(label_set, _GATES, lambda: None)
+            units = UnitLabeller(label_set, supervisor, gates=gates)
             started = time.perf_counter()
             done = list(pool.map(units.label, batches))
             seconds = time.perf_counter() - started
         assert not sum(unit.num_quarantined for unit in done)
-        return seconds, sum(unit.num_tokens for unit in done)
+        return seconds
 
-    def _floor(self, num_labels: int) -> float:
-        """Seconds of what no labeller can do without; see ``label_floor``."""
-        seconds = functools.partial(
-            floor_seconds, num_labels=num_labels, hidden_size=self.shape.hidden_size
+    def _floor(self, hidden_size: int) -> float:
+        """Seconds that no labeller can avoid; see ``label_floor``."""
+        floor = functools.partial(
+            floor_seconds, num_labels=self.rows.num_labels, hidden_size=hidden_size
         )
-        return max(self.teacher._engine.alone(self.teacher._llm.apply_model, seconds))
-
-    def _generation(self) -> Generated:
-        """Some responses a prompt: generated alone; and generated, scored and committed."""
-        generation = GenerationSpec(n=_SAMPLES, max_tokens=self.args.row_tokens // 4)
-        prompts = [tokens[: self.args.row_tokens // 4] for tokens in self.rows.token_ids]
-        prompts = prompts[: self.args.prompts]
-        requests = prompt_requests(prompts, generation)
-        seeds = [[one.seed() for one in requests[at::_SAMPLES]] for at in range(_SAMPLES)]
-        record = next(iter(self.records.values()))
-        self._use_record(record)
-        started = time.perf_counter()
-        found = self.teacher.generate(prompts, generation, list(zip(*seeds, strict=True)))
-        alone_s = time.perf_counter() - started
-        committed_s, num_tokens = self._committed(requests, record, generation)
-        rows, num_labels = [], 0
-        for prompt, responses in zip(prompts, found, strict=True):
-            assert not isinstance(responses, RowFailure)
-            rows += [np.concatenate([prompt, response]) for response in responses]
-            num_labels += sum(map(len, responses))
-        return Generated(
-            num_tokens,
-            alone_s,
-            committed_s,
-            self._prefill(rows),
-            self._floor(num_labels),
-        )
-
-
-if __name__ == "__main__":
-    main()
+        return max(self.teacher._engine.alone(self.teacher._llm.apply_model, floor))

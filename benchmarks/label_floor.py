@@ -1,11 +1,11 @@
-"""What no labeller can do without: the head's product and a logsumexp at every label."""
+"""The time that no labeller can avoid: the head's product and a logsumexp at every label."""
 
-import time
 from functools import partial
 from typing import Any
 
 import torch
 
+from benchmarks.harness import timed
 from labeler.label_head.buffers import SliceBuffers
 from labeler.label_head.position_labels import row_slices
 from labeler.label_head.thread_pool import SlicePool
@@ -13,16 +13,16 @@ from labeler.teachers.vllm.worker.label_step import rows_at_once
 from schemas.spec import RecordSpec
 
 _BARE = RecordSpec(kind="topk", k=1, entropy=False)
-"""A record that needs no memory but that of the softmax."""
+"""A record that needs only the memory of the softmax."""
 
 
 def floor_seconds(model: Any, num_labels: int, hidden_size: int) -> float:
-    """Seconds for so many labels, inside the engine.
+    """Seconds for a number of labels, inside the engine.
 
-    The product is the engine's own, in the label head's pieces. The logsumexp is the fastest that
-    we know: on a CPU, log Z = x - log p(x) of a softmax in memory that is used again, the slices
-    dealt to all cores. With torch's product and logsumexp both took twice as long together at
-    V = 4,096, and more than four times at V = 152k.
+    The product is the engine's own, in the label head's parts. The logsumexp is the fastest we
+    know: on a CPU, log Z = x - log p(x) of a softmax in reused memory, with slices shared among all
+    cores. torch's own product and logsumexp took twice as long at V = 4,096, and more than four
+    times as long at V = 152k.
 
     Args:
         model: the engine's, with ``compute_logits``.
@@ -40,12 +40,12 @@ def floor_seconds(model: Any, num_labels: int, hidden_size: int) -> float:
             pool.map(partial(_normaliser, logits), list(row_slices(logits, pool.num_threads)))
 
         piece(0)  # threads and memory
-        _wait(device)
-        started = time.perf_counter()
-        for first in range(0, num_labels, step):
-            piece(first)
-        _wait(device)
-        return time.perf_counter() - started
+
+        def everything() -> None:
+            for first in range(0, num_labels, step):
+                piece(first)
+
+        return timed(everything, device.type).wall_s
 
 
 def _normaliser(logits: torch.Tensor, rows: slice, buffers: SliceBuffers) -> torch.Tensor:
@@ -56,8 +56,3 @@ def _normaliser(logits: torch.Tensor, rows: slice, buffers: SliceBuffers) -> tor
     part = buffers.in_float32(logits[rows])
     probs = torch.softmax(part, dim=-1, out=buffers.probs[: len(part)])
     return part[:, 0] - probs[:, 0].log()
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

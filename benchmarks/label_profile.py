@@ -1,62 +1,53 @@
-"""Where the time of labelling goes, on the thread that drives an engine of this process."""
+"""Time of labelling by kind of work, on the thread that drives an engine of this process."""
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 from labeler.teachers.vllm.teacher import VllmTeacher
-from labeler.teachers.vllm.worker import label_step, runner_v1
+from labeler.teachers.vllm.worker import label_step
 
 
 def profile_us(
     teacher: VllmTeacher, run: Callable[[], object], num_tokens: int
 ) -> dict[str, float]:
-    """Microseconds a token of one run, by what the engine's thread did.
+    """Microseconds a token of one run, by kind of work on the engine's thread.
 
     Returns:
         ``idle``, between steps of the engine; ``forward``, its steps without the label head, so
         with its scheduling; and of the head: ``arithmetic`` from logits to labels, ``audits``,
-        ``carry`` (packing labels and dealing them to their rows), and ``head_rest``, nearly all of
-        which is the product with the vocabulary. Nothing for an engine in a process of its own.
+        ``carry`` (packing labels and copying them to their requests), and ``head_rest``, nearly all
+        of it the product with the vocabulary. Empty for an engine in a process of its own.
     """
     if not teacher.provenance()["in_process"]:
         return {}
     spent: dict[str, float] = defaultdict(float)
-    places: list[tuple[Any, str, str]] = [
+    timed: list[tuple[Any, str, str]] = [
         (teacher._llm.llm_engine, "step", "step"),
-        (runner_v1, "label_step", "head"),
+        (label_step.StepLabeler, "label", "head"),
         (label_step, "label_logits", "arithmetic"),
         (label_step, "audit_rows", "audits"),
         (label_step, "pack", "carry"),
-        (label_step, "deal", "carry"),
+        (label_step, "scatter", "carry"),
     ]
-    started = time.perf_counter()
-    with _timed(places, spent):
+    with ExitStack() as patches:
+        for owner, name, part in timed:
+            function = _timer(getattr(owner, name), part, spent)
+            patches.enter_context(patch.object(owner, name, function))
+        started = time.perf_counter()
         run()
-    whole = time.perf_counter() - started
-    inside = spent["arithmetic"] + spent["audits"] + spent["carry"]
+        total = time.perf_counter() - started
+    inside = {part: spent[part] for part in ("arithmetic", "audits", "carry")}
     parts = {
-        "idle": whole - spent["step"],
+        "idle": total - spent["step"],
         "forward": spent["step"] - spent["head"],
-        **{name: spent[name] for name in ("arithmetic", "audits", "carry")},
-        "head_rest": spent["head"] - inside,
+        **inside,
+        "head_rest": spent["head"] - sum(inside.values()),
     }
     return {name: 1e6 * seconds / num_tokens for name, seconds in parts.items()}
-
-
-@contextmanager
-def _timed(places: list[tuple[Any, str, str]], spent: dict[str, float]) -> Iterator[None]:
-    """Adds up the seconds that functions take, each under a name."""
-    usual = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
-    for (owner, name, function), (_, _, part) in zip(usual, places, strict=True):
-        setattr(owner, name, _timer(function, part, spent))
-    try:
-        yield
-    finally:
-        for owner, name, function in usual:
-            setattr(owner, name, function)
 
 
 def _timer(function: Callable[..., Any], part: str, spent: dict[str, float]) -> Callable[..., Any]:
