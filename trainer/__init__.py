@@ -6,9 +6,9 @@
 ``student/``      the model: built, checked, adapted
 ``data/``         row order, packing, mixtures, the loader
 ``engine/``       one optimizer step under DeepSpeed
-``checkpoints/``  written while training goes on, restored on any world size
+``checkpoints/``  saved in the background, restored on any world size
 ``tracking/``     learning curve, row log, external trackers
-``evaluation/``   students against their teacher on held-out rows
+``evaluation/``   held-out metrics during training, and against the teacher
 ``run/``          checks before launch, Ray Train, the loop of each worker
 
 Imports go up this list, never down; nothing here imports labeler.

@@ -90,6 +90,7 @@ def check_universal(optimizer: str, saved_by: int) -> None:
 
 
 def _load_universal(engine: Any, folder: Path) -> None:
+    # For this load only: from DeepSpeed's configuration the flag would apply to every load.
     engine._config.load_universal_checkpoint = True
     try:
         engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
@@ -126,6 +127,7 @@ def _load_untrained(engine: Any, folder: Path) -> None:
     if not missing:
         return
     path = sorted(folder.glob("*_model_states.pt"))[0]
+    # weights_only=False: DeepSpeed pickles more than tensors; the file's hash was verified.
     saved = torch.load(path, map_location="cpu", weights_only=False)["module"]
     module.load_state_dict({name: saved[name] for name in missing & saved.keys()}, strict=False)
 
@@ -134,6 +136,7 @@ def _universal_copy(folder: Path, manifest: CheckpointManifest, is_leader: bool)
     """Folder of the checkpoint's universal form, converted unless it exists. Collective."""
     copy = folder.with_name(f"{UNIVERSAL_PREFIX}{folder.name}")
     if is_leader and not _is_complete(copy):
+        # Converted under another name and renamed, so that a killed conversion leaves no copy.
         partial = folder.with_name(f".{copy.name}.{os.getpid()}")
         for leftover in folder.parent.glob(f".{copy.name}.*"):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -94,6 +94,7 @@ def find_checkpoint(
         checkpoint that was skipped.
     """
     skipped: list[str] = []
+    # Rank 0 lists for all: nodes may see different listings of a shared file system.
     for _, name in from_rank_0(list_checkpoints(store) if dist.get_rank() == 0 else None):
         manifest, problem = from_rank_0(read_manifest(store, name) if dist.get_rank() == 0 else 0)
         folder = Path(store.path(FOLDER, name)) if store.is_local else cache / name
@@ -121,7 +122,7 @@ def local_checkpoint(
         yield find_checkpoint(store, cache, is_node_leader)
         dist.barrier()  # the ranks of a node read one copy
     finally:
-        # Without the barrier where a rank failed: the others then fail on the missing copy.
+        # Also if this rank failed; other ranks of the node then fail on the missing copy.
         if is_node_leader:
             shutil.rmtree(cache, ignore_errors=True)
 
@@ -137,7 +138,7 @@ def delete_old_checkpoints(
     before: dict[int, str] = {}
     for old_step, old in list_checkpoints(store):
         if old_step < step and store.exists(f"{FOLDER}/{old}/{MANIFEST}"):
-            before.setdefault(old_step, old)
+            before.setdefault(old_step, old)  # two attempts may have saved the same step
     kept = {name, *list(before.values())[: config.keep - 1]}
     if config.keep_best:
         kept.update(_best(store, name, manifest, list(before.values()), config))

@@ -89,10 +89,12 @@ class CheckpointWriter:
         joined = time.perf_counter()
         states = snapshot(engine)
         self.copied_s += time.perf_counter() - joined
+        # Here, not in the thread: the training advances the generators meanwhile.
         states[f"random_state_{self._rank}.pt"] = random_state()
         manifest = CheckpointManifest(
             world_size=self._world_size, label_sets=label_sets, progress=progress, files=[]
         )
+        # A daemon: a store that hangs must not keep a failed worker alive.
         self._thread = threading.Thread(
             target=self._run, args=(states, manifest), name="checkpoint", daemon=True
         )

@@ -1,1 +1,1 @@
-"""What `train.toml` and `evaluate.toml` may say. Imports neither torch nor Ray."""
+"""The fields of `train.toml` and `evaluate.toml`; imports neither torch nor Ray."""

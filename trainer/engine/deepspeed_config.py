@@ -110,8 +110,9 @@ def _defaults(config: TrainConfig, num_parameters: int) -> dict[str, Any]:
         # torch's AdamW works with every stage and offload, and needs no compiler on the workers.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 1 << 31,
+        "steps_per_print": 1 << 31,  # never
         "wall_clock_breakdown": False,
+        # Our checkpoints have names of their own; DeepSpeed's tag is a constant.
         "checkpoint": {"tag_validation": "Ignore"},
     }
 

@@ -9,7 +9,7 @@ Recent = dict[str, list[float]]
 
 LOSS, GRADIENT = "loss", "gradient norm"
 
-FEWEST = 10
+MIN_RECENT_STEPS = 10
 """Steps before any value counts as a spike: a run begins with large losses and gradients."""
 
 
@@ -66,10 +66,11 @@ class Guard:
         return self._check(GRADIENT, step, norm)
 
     def _check(self, what: str, step: int, value: float) -> str:
-        if not abs(value) < float("inf"):
+        if not abs(value) < float("inf"):  # false for nan, too
             raise BadStep(what, value, None, step)
         recent = self._recent[what]
-        median = statistics.median(recent) if len(recent) >= FEWEST else 0.0
+        median = statistics.median(recent) if len(recent) >= MIN_RECENT_STEPS else 0.0
+        # Spikes enter the window as well: a lasting change of level soon stops being one.
         self._recent[what] = [*recent, value][-self._config.window_steps :]
         # Unbiased losses can be negative; a median of zero or less is no scale for a spike.
         is_spike = 0.0 < median * self._config.spike_factor < value

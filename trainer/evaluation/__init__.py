@@ -1,1 +1,1 @@
-"""Students against their teacher and each other on held-out rows."""
+"""Evaluation on held-out rows: during training, and against the teacher afterwards."""

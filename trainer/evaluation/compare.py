@@ -60,14 +60,14 @@ def run_evaluate(config: EvaluateConfig, progress: bool = True) -> EvaluateSumma
     paths = {TEACHER: config.teacher, **config.students}
     runners: dict[str, _Runner] = {}
     total = int(np.sum(rows.column("num_tokens").to_numpy()))
-    shown = Progress("evaluate", enabled=progress)
+    console = Progress("evaluate", enabled=progress)
     for name, path in paths.items():
-        shown.say(f"loading {name} ({path})")
+        console.say(f"loading {name} ({path})")
         runners[name] = _load(name, path, config, view, device)
-    with shown:  # only now: transformers draws bars of its own while it loads
+    with console:  # only now: transformers draws bars of its own while it loads
         for batch in _batches(view, rows, config.batch_tokens, device):
             _measure(runners, batch, config.chunk_tokens)
-            _show(shown, runners, len(rows), total)
+            _show(console, runners, len(rows), total)
     summary = EvaluateSummary(
         view=config.view,
         view_hash=view.view_hash,
@@ -178,6 +178,7 @@ class _Runner:
         )
 
     def _wait(self) -> None:
+        # CUDA kernels are asynchronous: their time would count for whatever runs next.
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

@@ -46,6 +46,7 @@ class HeldOut:
     def measure(self, step: int) -> EvalPoint:
         """Measures the student after ``step`` steps, without changing it."""
         before = time.perf_counter()
+        # Always from the first row, so that every evaluation measures the same rows.
         start = LoaderState(view_hash=self._view.view_hash, seed=0, epoch=0, step=0)
         loader = Loader(
             self._config,

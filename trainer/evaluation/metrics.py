@@ -37,7 +37,8 @@ class Calibration:
             confidence: [T], probability of the most probable token.
             hit: [T] bool, whether it is the token of the text.
         """
-        confidence = confidence.double().cpu()
+        confidence = confidence.double().cpu()  # float32 sums lose digits over many positions
+        # Bins are open below: a confidence of exactly k / 15 belongs to bin k.
         bins = (confidence * NUM_BINS).ceil().long().clamp_(1, NUM_BINS) - 1
         self.counts += torch.bincount(bins, minlength=NUM_BINS)
         self.confidences += torch.bincount(bins, confidence, NUM_BINS)
@@ -105,4 +106,5 @@ def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
     log_p = torch.log_softmax(teacher[:, :shared], 1)
     log_q = torch.log_softmax(student[:, :shared], 1)
     p = log_p.exp()
+    # Where p underflows to 0, the difference of the logs may be infinite.
     return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(1)

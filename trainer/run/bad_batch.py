@@ -17,7 +17,7 @@ from trainer.engine.guards import LOSS, BadStep
 from trainer.engine.train_step import TrainStep
 from trainer.run_folder import BAD_BATCH
 
-MOST_PROBED = 64
+MAX_PROBED_ROWS = 64
 """Most rows that each rank runs one by one, those of the worst micro-batches first."""
 
 
@@ -111,7 +111,7 @@ class BadBatchReport:
             # Equally many forward passes on every rank: ZeRO-3 gathers parameters in each.
             for number in range(max(gathered([len(mine)]))):
                 ids = mine[number : number + 1]
-                loss = self._loss_of(reader, ids)
+                loss = self._row_loss(reader, ids)
                 found.update(dict.fromkeys(ids, loss))
         finally:
             reader.close()
@@ -122,9 +122,9 @@ class BadBatchReport:
         size = self._config.data.micro_batch_size
         packs = batch.packs[dist.get_rank() :: dist.get_world_size()]
         order = sorted(range(len(packs)), key=lambda i: _badness(bad.micro_losses[i // size]))
-        return [int(row) for i in order for row in packs[i]][:MOST_PROBED]
+        return [int(row) for i in order for row in packs[i]][:MAX_PROBED_ROWS]
 
-    def _loss_of(self, reader: RowReader, ids: list[int]) -> float:
+    def _row_loss(self, reader: RowReader, ids: list[int]) -> float:
         pack = np.array(ids, np.int64)
         micro_batch = read_micro_batch(reader, [pack], self._config.data, self._vocab_size)
         with torch.no_grad(), self._step.without_dropout():

@@ -39,35 +39,39 @@ def run_train_job(
     Raises:
         TutelageError: the run cannot start or failed; the message names cause and remedy.
     """
-    shown = Progress("train", enabled=progress)
+    console = Progress("train", enabled=progress)
     # Only for its errors: contradictions in the configuration come before any input or output.
     build_deepspeed_config(config, num_parameters=1, world_size=config.ray.max_workers)
     check_trackers(config.log)
     view = open_view(config.view)
     folder = RunFolder(config.run)
     label_sets = [label_set.fingerprint for label_set in view.label_sets]
+    # First of all: a finished run needs neither its shards nor a cluster.
     finished = folder.finished(config, view.view_hash, label_sets)
     if finished is not None:
-        shown.say(f"{config.run} is finished already: {finished.steps} steps, {finished.exported}")
+        console.say(
+            f"{config.run} is finished already: {finished.steps} steps, {finished.exported}"
+        )
         return finished
     view.check_shards()
     note = _check_labels(config, view)
     if note:
-        shown.say(note)
+        console.say(note)
     rows = read_row_table(view, config.data)
     num_steps = count_steps(rows, config.data)
-    shown.say(
+    console.say(
         f"{len(rows):,} rows, {int(rows.num_tokens.sum()):,} tokens, {num_steps:,} steps of "
         f"{config.data.sequences_per_step} x {config.data.max_tokens} tokens on "
         f"{_workers(config.ray)} workers"
         + (f"; {rows.num_dropped:,} longer rows are dropped" if rows.num_dropped else ""),
     )
+    # Only now, so that a run refused by a check writes nothing.
     folder.start(config, view.view_hash, label_sets)
-    (train_workers or train_on_ray)(config, folder, view.view_hash, num_steps, shown)
+    (train_workers or train_on_ray)(config, folder, view.view_hash, num_steps, console)
     summary = folder.summary()
     if summary is None:
         raise StudentError(f"the run in {config.run} ended without a summary; run it again")
-    shown.say(_outcome(config, summary))
+    console.say(_outcome(config, summary))
     return summary
 
 

@@ -105,7 +105,7 @@ def _connected(config: RayConfig, say: Callable[[str], None]) -> Iterator[None]:
             say(f"{missing}; waiting for more nodes")
         yield
     finally:
-        if started:
+        if started:  # an existing connection belongs to the caller
             ray.shutdown()
 
 

@@ -40,7 +40,7 @@ from trainer.run.bad_batch import BadBatchReport
 from trainer.run_folder import RunFolder, TrainSummary
 from trainer.student.build import StudentWithHead, build_student
 from trainer.student.lora import base_digest, check_base
-from trainer.tracking.learning_curve import Curve
+from trainer.tracking.learning_curve import LearningCurve
 from trainer.tracking.reporter import Reporter, no_sums, ratio
 from trainer.tracking.run_status import RunStatus
 from trainer.tracking.step_lines import RowLog
@@ -99,7 +99,7 @@ class Worker:
         self._rows = read_row_table(self._view, self._config.data)
         model, self._tokenizer = build_student(self._config.student)
         self._vocab_size = model.get_output_embeddings().weight.shape[0]
-        self._base_digest = base_digest(model)
+        self._base_digest = base_digest(model)  # before ZeRO-3 splits the weights
         student = StudentWithHead(model, self._config.deepspeed.gradient_checkpointing)
         self._engine = build_engine(student, self._config)
         self._attempt = from_rank_0(uuid.uuid4().hex[:8])
@@ -148,7 +148,7 @@ class Worker:
             result = self._step.run(batch, step, self._lr(step))
         except BadStep as bad:
             self._check_owner()
-            self._writer.wait()
+            self._writer.wait()  # the error names the last checkpoint, which must be complete
             checkpoint, store = self._last_checkpoint, self._folder.store
             raise self._bad_batch.write(store, bad, batch, checkpoint) from None
         seconds = time.perf_counter() - before
@@ -195,6 +195,7 @@ class Worker:
         if step % every and not self._is_over:
             return
         self._check_owner()
+        # Lines up to a checkpoint must be durable before it: a resumed run starts after them.
         self._reporter.flush()
         progress = self._progress.model_copy(update={"recent": self._guard.recent})
         self._writer.save(self._engine, progress, self._label_sets)
@@ -217,7 +218,7 @@ class Worker:
         self._reporter.close()
         if self._rank == 0:
             self._folder.finish(self._summary())
-        dist.barrier()
+        dist.barrier()  # no rank returns before the summary exists
 
     def _summary(self) -> TrainSummary:
         done = self._progress
@@ -292,7 +293,7 @@ class Worker:
         curve = row_log = None
         if self._rank == 0:
             store, done = self._folder.store, self._progress.step
-            curve = Curve(store, self._config, done)
+            curve = LearningCurve(store, self._config, done)
             if self._config.log.rows:
                 row_log = RowLog(store, self._view, self._config.data, done)
         return Reporter(self._job.status, curve, row_log, self._job.num_steps)

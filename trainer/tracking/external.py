@@ -110,7 +110,7 @@ class _WandbRun:
             project=config.log.wandb_project,
             name=folder.name,
             id=_run_id(config),
-            resume="allow",
+            resume="allow",  # continues the run of this id if it exists
             dir=str(folder) if folder.is_dir() else None,
             config=config.model_dump(mode="json"),
         )

@@ -65,7 +65,7 @@ class EvalPoint(StrictModel):
     seconds: float
 
 
-class Curve:
+class LearningCurve:
     """Writes points. Only one process may have it open.
 
     On a local file system every point is durable at once. On an object store, which cannot append,
@@ -125,4 +125,5 @@ def _summary_writer(folder: Path, done: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
+    # TensorBoard hides the points of a killed process from purge_step on: they come again.
     return SummaryWriter(str(folder), purge_step=done + 1)

@@ -11,7 +11,7 @@ from trainer.checkpoints.train_progress import TrainProgress
 from trainer.config.train import EvalConfig
 from trainer.data.loader import StepBatch
 from trainer.engine.train_step import StepResult
-from trainer.tracking.learning_curve import Curve, EvalPoint, Point
+from trainer.tracking.learning_curve import EvalPoint, LearningCurve, Point
 from trainer.tracking.run_status import RunStatus, StepStatus
 from trainer.tracking.step_lines import RowLog
 
@@ -21,7 +21,7 @@ SUMS = ("loss", "ce", "kl", "weight", "tokens", "seconds", "wait_s")
 STATUS_INTERVAL_S = 1.0
 
 RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
-"""Unit of getrusage's ru_maxrss."""
+"""Unit of getrusage's ru_maxrss: bytes on macOS, KiB elsewhere."""
 
 
 def no_sums() -> dict[str, float]:
@@ -33,7 +33,7 @@ class Reporter:
     """Sums up steps. Every rank has one, since checkpoints hold the sums; only rank 0 writes."""
 
     def __init__(
-        self, status: RunStatus, curve: Curve | None, row_log: RowLog | None, num_steps: int
+        self, status: RunStatus, curve: LearningCurve | None, row_log: RowLog | None, num_steps: int
     ) -> None:
         """
         Args:
@@ -185,7 +185,7 @@ def peak_memory() -> tuple[int, int]:
     """Peak bytes of any rank's process and of any rank's GPU tensors. Collective."""
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT_BYTES
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # NCCL reduces GPU tensors only
     peaks = torch.tensor([rss, gpu], dtype=torch.int64, device=device)
     dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
     rss, gpu = peaks.tolist()

@@ -11,7 +11,7 @@ from schemas.storage.local_files import replace_file
 from schemas.storage.store import Store
 from tests.support.training_runs import losses, make_config
 from trainer.run_folder import RunFolder, TrainSummary
-from trainer.tracking.learning_curve import Curve, Point
+from trainer.tracking.learning_curve import LearningCurve, Point
 
 
 def summary(run: Path) -> TrainSummary:
@@ -131,13 +131,13 @@ def test_only_the_process_started_last_may_write(tmp_path: Path) -> None:
 
 def test_points_after_the_checkpoint_come_again(tmp_path: Path) -> None:
     path, store = tmp_path / "metrics.jsonl", Store(str(tmp_path))
-    curve = Curve(store, make_config(tmp_path / "run", "view", "tokenizer"), done=0)
+    curve = LearningCurve(store, make_config(tmp_path / "run", "view", "tokenizer"), done=0)
     for step in (1, 2, 3):
         curve.append(point(step))
     curve.close()
     with path.open("a") as file:
         file.write('{"step": 4, "lo')  # a line that a killed process began
-    curve = Curve(store, make_config(tmp_path / "run", "view", "tokenizer"), done=2)
+    curve = LearningCurve(store, make_config(tmp_path / "run", "view", "tokenizer"), done=2)
     curve.append(point(3))
     curve.close()
     assert losses(tmp_path) == [1.0, 1 / 2, 1 / 3]

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from trainer.config.train import GuardConfig
-from trainer.engine.guards import FEWEST, LOSS, BadStep, Guard
+from trainer.engine.guards import LOSS, MIN_RECENT_STEPS, BadStep, Guard
 
 
 def guard(spikes: str = "warn", recent: dict[str, list[float]] | None = None) -> Guard:
@@ -26,7 +26,9 @@ def test_what_is_not_finite_always_stops(spikes: str, value: float) -> None:
 
 def test_a_spike_is_measured_against_the_median_of_the_window() -> None:
     mine = guard()
-    assert [mine.check_loss(step, 2.0, 1.0) for step in range(FEWEST)] == [""] * FEWEST
+    assert [mine.check_loss(step, 2.0, 1.0) for step in range(MIN_RECENT_STEPS)] == [
+        ""
+    ] * MIN_RECENT_STEPS
     assert mine.check_loss(10, 11.9, 2.0) == ""
     assert "step 11: loss 6.2, 3.1 times" in mine.check_loss(11, 6.2, 1.0)
     assert len(mine.recent[LOSS]) == 10
@@ -34,7 +36,9 @@ def test_a_spike_is_measured_against_the_median_of_the_window() -> None:
 
 def test_the_first_steps_are_no_spikes() -> None:
     mine = guard("stop")
-    assert [mine.check_gradient(step, 10.0**step) for step in range(FEWEST)] == [""] * FEWEST
+    assert [mine.check_gradient(step, 10.0**step) for step in range(MIN_RECENT_STEPS)] == [
+        ""
+    ] * MIN_RECENT_STEPS
 
 
 def test_a_guard_goes_on_where_another_stood() -> None:
