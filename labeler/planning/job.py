@@ -13,7 +13,6 @@ from labeler.planning.calibration import Calibration, Calibrator
 from labeler.planning.corpus_sample import CorpusSample, sample_corpus
 from labeler.planning.estimate import LabelPlan, describe, make_plan
 from labeler.run.job import label_set_spec, with_absolute_paths
-from labeler.run.openmp_env import openmp_env
 from labeler.run.resources import Resources
 from labeler.run.startup_notice import StartupNotice
 from schemas.console.progress import Progress
@@ -95,31 +94,20 @@ def _calibrate(
     import ray
 
     from labeler.corpus.requests import to_table
-    from labeler.run.ray_session import user_error
-    from labeler.run.replicas import Replicas, make_replica
+    from labeler.run.ray_session import errors_for_users
+    from labeler.run.replicas import make_replica, placed_replicas
 
-    environment = openmp_env(resources.actor_threads) if resources.actor_threads else {}
     notice = StartupNotice(resources, 1, progress.say, ray.available_resources)
-    with Replicas(resources) as replicas:
-        actor = (
-            ray.remote(Calibrator)
-            .options(
-                num_cpus=resources.actor_cpus,
-                num_gpus=resources.actor_gpus or None,
-                max_restarts=0,
-                max_concurrency=2,  # the second call asks for progress
-                runtime_env={"env_vars": environment},
-                **replicas.remote_args(),
-            )
-            .remote(with_absolute_paths(config), spec, make_replica)
+    with errors_for_users(), placed_replicas(resources) as place:
+        calibrator = ray.remote(Calibrator).options(
+            max_restarts=0,
+            max_concurrency=2,  # the second call asks for progress
+            **resources.actor_options(),
+            **place(),
         )
+        actor = calibrator.remote(with_absolute_paths(config), spec, make_replica)
         try:
             return _watch(actor, to_table(sample.requests), notice, progress)
-        except Exception as error:  # everything that the teacher raised arrives here
-            known = user_error(error)
-            if known is None:
-                raise
-            raise known from None
         finally:
             ray.kill(actor)
 

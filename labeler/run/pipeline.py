@@ -7,7 +7,7 @@ task or an actor may run twice, which keys, claims and unit keys make harmless.
 import contextlib
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,10 +15,9 @@ from labeler.corpus.listing import Piece
 from labeler.corpus.piece_reader import KeySnapshot
 from labeler.run.corpus_tasks import cut_into_units, read_pieces
 from labeler.run.ledger import Ledger
-from labeler.run.openmp_env import openmp_env
 from labeler.run.progress import RunState
-from labeler.run.ray_session import quiet_ray_data, this_node, user_error
-from labeler.run.replicas import Replicas
+from labeler.run.ray_session import errors_for_users, quiet_ray_data, this_node
+from labeler.run.replicas import placed_replicas
 from labeler.run.resources import Resources
 from labeler.run.setup import RunSetup
 from labeler.run.shutdown import GracefulShutdown
@@ -66,18 +65,19 @@ def run_pipeline(
     store = LabelSet.open(setup.config.labels).store
     try:
         watched = _watched(ledger, progress, shutdown, notice)
-        with shutdown.draining(), quiet, watched, Replicas(resources) as replicas:
-            _dataset(pieces, setup, ray.put(frozen), resources, ledger, replicas).materialize()
+        with (
+            errors_for_users(),
+            shutdown.draining(),
+            quiet,
+            watched,
+            placed_replicas(resources) as place,
+        ):
+            _dataset(pieces, setup, ray.put(frozen), resources, ledger, place).materialize()
     except (JobStoppedError, KeyboardInterrupt):
         # Only the end of this run would need them: the next run is another one.
         remove_attempts(store, setup.run)
         remove_parts(store, setup.run)
         raise
-    except Exception as error:  # everything that a task raised arrives here
-        known = user_error(error)
-        if known is None:
-            raise
-        raise known from None
     finally:
         ray.kill(ledger)
     remove_attempts(store, setup.run)
@@ -89,12 +89,11 @@ def _dataset(
     frozen: Any,
     resources: Resources,
     ledger: Any,
-    replicas: Replicas,
+    place: Callable[[], dict[str, Any]],
 ) -> Any:
     import ray.data
 
     run = setup.config.run
-    environment = openmp_env(resources.actor_threads) if resources.actor_threads else {}
     # Ray's defaults retry tasks and restart actors without limit.
     return (
         ray.data.from_items(
@@ -132,10 +131,8 @@ def _dataset(
                 max_concurrent_calls_per_actor=3,
                 enable_true_multi_threading=True,
             ),
-            num_cpus=resources.actor_cpus,
-            num_gpus=resources.actor_gpus or None,
-            ray_remote_args_fn=replicas.remote_args,
-            runtime_env={"env_vars": environment},
+            ray_remote_args_fn=place,
+            **resources.actor_options(),
             max_restarts=run.max_restarts,
             max_task_retries=run.max_task_retries,
         )

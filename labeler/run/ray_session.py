@@ -144,6 +144,18 @@ def quiet_ray_data(block_bytes: int, waiting_bytes: int) -> Iterator[None]:
         logger.handlers[:] = handlers
 
 
+@contextmanager
+def errors_for_users() -> Iterator[None]:
+    """Raises the one-line error behind an exception of Ray, if there is one."""
+    try:
+        yield
+    except Exception as error:
+        known = user_error(error)
+        if known is None:
+            raise
+        raise known from None
+
+
 def user_error(error: BaseException) -> TutelageError | None:
     """The one-line error behind an exception of Ray; None if it is a bug of this project."""
     import ray.exceptions

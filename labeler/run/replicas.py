@@ -9,8 +9,8 @@ its own and ends its actors with the execution.
 
 import contextlib
 import uuid
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from labeler.config import TeacherConfig
 from labeler.run.resources import Resources
@@ -35,53 +35,41 @@ def make_replica(config: TeacherConfig, record: RecordSpec) -> Teacher:
     return make_teacher(config, record)
 
 
-class Replicas:
-    """Names actors and makes placement groups; a context manager that releases both."""
+@contextlib.contextmanager
+def placed_replicas(resources: Resources) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Yields a function that places one more actor; releases actors and groups at the end.
 
-    def __init__(self, resources: Resources) -> None:
-        self._resources = resources
-        self._names: list[str] = []
-        self._groups: list[Any] = []
+    The function returns Ray's options for the actor: its name and, if it needs one, its placement
+    group. The actor runs in the first bundle of its group, the workers of its engine in all of
+    them. A restarted actor keeps its group, whose bundles Ray moves to other nodes if one is lost.
+    """
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    def remote_args(self) -> dict[str, Any]:
-        """Options of one more actor: its name and, if it needs one, its placement group.
+    names: list[str] = []
+    groups: list[Any] = []
 
-        The actor runs in the first bundle of its group, the workers of its engine in all of them.
-        A restarted actor keeps its group, whose bundles Ray moves to other nodes if one is lost.
-        """
-        self._names.append(f"teacher-{uuid.uuid4().hex}")
-        options: dict[str, Any] = {"name": self._names[-1]}
-        if self._resources.bundles:
-            options["scheduling_strategy"] = self._place()
-        return options
-
-    def _place(self) -> Any:
-        import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-        bundles = [self._resources.bundle()] * self._resources.bundles
-        group = ray.util.placement_group(bundles, strategy="PACK")
-        self._groups.append(group)
-        return PlacementGroupSchedulingStrategy(
-            placement_group=group,
+    def place() -> dict[str, Any]:
+        names.append(f"teacher-{uuid.uuid4().hex}")
+        if not resources.bundles:
+            return {"name": names[-1]}
+        bundles = [resources.bundle()] * resources.bundles
+        groups.append(ray.util.placement_group(bundles, strategy="PACK"))
+        strategy = PlacementGroupSchedulingStrategy(
+            placement_group=groups[-1],
             placement_group_bundle_index=0,
             placement_group_capture_child_tasks=True,
         )
+        return {"name": names[-1], "scheduling_strategy": strategy}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        import ray
-
+    try:
+        yield place
+    except BaseException:
         # After a successful job they end by themselves, so that engines can close.
-        for name in self._names if error is not None else ():
+        for name in names:
             with contextlib.suppress(ValueError):  # it never started, or has ended
                 ray.kill(ray.get_actor(name))
-        while self._groups:
-            ray.util.remove_placement_group(self._groups.pop())
+        raise
+    finally:
+        for group in groups:
+            ray.util.remove_placement_group(group)

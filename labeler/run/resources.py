@@ -8,8 +8,10 @@ bundle per GPU, the actor in the first, the engine's own Ray workers in all.
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Any
 
 from labeler.config import LabelConfig
+from labeler.run.openmp_env import openmp_env
 from schemas.errors import ConfigError, TeacherError
 
 _WORKER_CPUS = 1.0  # of each of an engine's own workers, where they are spread over nodes
@@ -35,6 +37,15 @@ class Resources:
     min_replicas: int = 1
     max_replicas: int = 1
     bundles: int = 0
+
+    def actor_options(self) -> dict[str, Any]:
+        """Ray's options of one teacher actor, without its placement."""
+        environment = openmp_env(self.actor_threads) if self.actor_threads else {}
+        return {
+            "num_cpus": self.actor_cpus,
+            "num_gpus": self.actor_gpus or None,
+            "runtime_env": {"env_vars": environment},
+        }
 
     def bundle(self) -> dict[str, float]:
         """One bundle of a replica's placement group."""

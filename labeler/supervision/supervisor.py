@@ -13,21 +13,20 @@ with it:
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
-
-import numpy as np
 
 from labeler.corpus.requests import Request, requests_unit_key
 from labeler.supervision.attempts import Attempts, Crashes
 from labeler.supervision.shared_lock import SharedLock
 from labeler.supervision.watchdog import Watchdog
+from labeler.teachers.canary import label_canary
 from labeler.teachers.protocol import Teacher
 from labeler.units.unit_labels import UnitLabels, label_requests
 from labeler.units.unit_progress import UnitProgress
 from schemas.errors import RowFailure, TeacherError, TeacherGoneError, first_line
-from schemas.keys import row_key, stack_keys
 from schemas.spec import GenerationSpec
 
 T = TypeVar("T")
@@ -49,9 +48,6 @@ _PHASES = {
     _CANARY: "on a row of two tokens",
     _PARITY: "during the parity check",
 }
-_CANARY_IDS = np.array([0, 1], np.int32)
-_CANARY_SPANS = np.array([1, 2], np.int32)
-_CANARY_KEY = stack_keys([row_key(_CANARY_IDS, _CANARY_SPANS)])
 
 
 def _ignore(_: str) -> None:
@@ -101,14 +97,13 @@ class EngineSupervisor:
             TeacherError: no engine starts, or engines crash whatever they label.
         """
         batch = list(requests)
-        key = requests_unit_key(batch)
-        if not self._attempts.crashes(key).total:
-            found = self._label_shared(batch, key, progress)
+        if not self._attempts.crashes(requests_unit_key(batch)).total:
+            found = self._label_shared(batch, progress)
             if found is not None:
                 return found
         with self._lock.exclusive():
-            found_alone = self._label_exclusively(batch, progress, suspected=False)
-            return found_alone, self._running_teacher().provenance()
+            labels = self._label_exclusively(batch, progress, suspected=False)
+            return labels, self._running_teacher().provenance()
 
     def run_exclusively(self, task: Callable[[Teacher], T]) -> T:
         """Runs the parity check, or a part of it, while the teacher does nothing else.
@@ -120,7 +115,7 @@ class EngineSupervisor:
             return self._run_blameless(_PARITY, task)
 
     def _label_shared(
-        self, requests: list[Request], key: str, progress: UnitProgress | None
+        self, requests: list[Request], progress: UnitProgress | None
     ) -> tuple[UnitLabels, dict[str, object]] | None:
         """Labels requests beside those of other threads; None: retry them exclusively."""
         while self._teacher is None:
@@ -130,8 +125,7 @@ class EngineSupervisor:
             teacher = self._teacher
             if teacher is None or not teacher.shareable:
                 return None
-            record = self._attempts.begin(key, alone=False)
-            found = self._attempt(requests, teacher, record, progress)
+            found = self._label_once(requests, teacher, progress, alone=False)
             if isinstance(found, UnitLabels):
                 return found, teacher.provenance()
         # By now every call that shared the engine has failed; the first one drops it.
@@ -154,8 +148,7 @@ class EngineSupervisor:
         is_single = len(requests) == 1
         crashes, last = self._attempts.crashes(key), None
         while not _are_to_blame(crashes, suspected, is_single):
-            record = self._attempts.begin(key)
-            found = self._attempt(requests, self._running_teacher(), record, progress)
+            found = self._label_once(requests, self._running_teacher(), progress)
             if isinstance(found, UnitLabels):
                 return found
             self._drop(found)
@@ -168,45 +161,101 @@ class EngineSupervisor:
         first = self._label_exclusively(requests[:middle], progress, suspected=True)
         return first.joined(self._label_exclusively(requests[middle:], progress, suspected=True))
 
-    def _attempt(
+    def _label_once(
         self,
         requests: list[Request],
         teacher: Teacher,
-        record: str,
         progress: UnitProgress | None,
+        alone: bool = True,
     ) -> UnitLabels | TeacherError:
-        """One attempt: labels, or the error of the crash, whose record stays if it counts."""
+        """One attempt at requests, or the error of the crash."""
+        return self._attempt(
+            requests_unit_key(requests),
+            lambda: label_requests(requests, teacher, self._generation, self._audit_rate, progress),
+            alone,
+        )
+
+    def _check_canary(self) -> None:
+        """Labels a row of two tokens.
+
+        Raises:
+            TeacherError: no engine can.
+        """
+        result = self._run_blameless(_CANARY, label_canary)
+        if isinstance(result, RowFailure):
+            raise TeacherError(
+                f"the teacher cannot label a row of two tokens: {result.reason} ({result.detail})"
+            )
+
+    def _run_blameless(self, phase: str, task: Callable[[Teacher], T]) -> T:
+        """Runs a task on one engine after another until one completes it or too many crash."""
+        key, last = self._attempts.own_key(phase), None
+        while True:
+            teacher = self._running_teacher()
+            self._check_crashes(phase, last)
+            result = self._attempt(key, functools.partial(task, teacher))
+            if not isinstance(result, TeacherError):
+                self._attempts.clear(key)
+                return result
+            self._drop(result)
+            last = result
+
+    def _check_crashes(self, phase: str, last: TeacherError | None) -> None:
+        """Gives up on a phase that involves no row of the corpus.
+
+        Args:
+            phase: key of ``_PHASES``.
+            last: why the previous attempt failed; None: there was none, or its process crashed too.
+
+        Raises:
+            TeacherError: too many attempts have failed.
+        """
+        num_crashes = self._attempts.crashes(self._attempts.own_key(phase)).total
+        if num_crashes >= MAX_BLAMELESS_CRASHES:
+            raise TeacherError(
+                f"{num_crashes} engines crashed {_PHASES[phase]}: the teacher cannot run here; try "
+                "fewer replicas, a smaller text.max_tokens or other teacher.engine options"
+                f"{_last_crash(last)}"
+            ) from last
+
+    def _attempt(self, key: str, task: Callable[[], T], alone: bool = True) -> T | TeacherError:
+        """One attempt: its result, or the error of the crash, whose record stays if it counts."""
+        record = self._attempts.begin(key, alone)
         try:
             with self._watchdog.waiting():
-                found = label_requests(
-                    requests, teacher, self._generation, self._audit_rate, progress
-                )
+                result = task()
         except TeacherGoneError:  # a remote server is down, which no row has caused
             self._attempts.end(record)
             raise
         except TeacherError as error:
-            self._record_crash(record, error)
+            if self._was_killed(error):
+                self._attempts.end(record)
+            else:
+                self._attempts.keep(record)
             return error
         self._attempts.end(record)
         self._num_killed = 0
-        return found
+        return result
 
     def _running_teacher(self) -> Teacher:
-        """The teacher, started if there is none.
+        """The teacher, started if necessary.
 
         Raises:
             TeacherError: it cannot be loaded, or crashes whenever it starts.
         """
+        key = self._attempts.own_key(_START)
         last: TeacherError | None = None
         while self._teacher is None:
-            record = self._begin_blameless(_START, last)
+            self._check_crashes(_START, last)
+            record = self._attempts.begin(key)
             try:
                 with self._watchdog.starting():
                     self._teacher = self._make_teacher()
                 self._watchdog.wake = getattr(self._teacher, "wake", None)
             except TeacherError as error:
                 last = self._failed_start(record, error)
-        self._attempts.clear(self._attempts.own_key(_START))
+                self._say_crashed(last)
+        self._attempts.clear(key)
         return self._teacher
 
     def _failed_start(self, record: str, error: TeacherError) -> TeacherError:
@@ -217,23 +266,14 @@ class EngineSupervisor:
         """
         if self._watchdog.has_killed_engine:
             self._attempts.keep(record)
-            error = TeacherError(
+            return TeacherError(
                 f"no result for {self._watchdog.stall_s:.0f}s; if it needs longer to start, raise "
                 f"run.stall_s ({first_line(error)})"
             )
-        else:
-            self._attempts.end(record)
-            if not self._was_killed(error):
-                raise error
-        self._say_crashed(error)
+        self._attempts.end(record)
+        if not self._was_killed(error):
+            raise error
         return error
-
-    def _record_crash(self, record: str, error: TeacherError) -> None:
-        """Keeps the record of an attempt, unless the engine was killed from outside."""
-        if self._was_killed(error):
-            self._attempts.end(record)
-        else:
-            self._attempts.keep(record)
 
     def _was_killed(self, error: TeacherError) -> bool:
         """Whether the engine was killed from outside, so that its rows are not to blame.
@@ -250,57 +290,6 @@ class EngineSupervisor:
                 f"out what sends it, then run the same command again to resume{_last_crash(error)}"
             ) from error
         return True
-
-    def _begin_blameless(self, phase: str, last: TeacherError | None) -> str:
-        """Records an attempt that involves no row of the corpus.
-
-        Args:
-            phase: key of ``_PHASES``.
-            last: why the previous attempt failed; None: there was none, or its process crashed too.
-
-        Raises:
-            TeacherError: too many have failed.
-        """
-        key = self._attempts.own_key(phase)
-        num_crashes = self._attempts.crashes(key).total
-        if num_crashes >= MAX_BLAMELESS_CRASHES:
-            raise TeacherError(
-                f"{num_crashes} engines crashed {_PHASES[phase]}: the teacher cannot run here; try "
-                "fewer replicas, a smaller text.max_tokens or other teacher.engine options"
-                f"{_last_crash(last)}"
-            ) from last
-        return self._attempts.begin(key)
-
-    def _run_blameless(self, phase: str, task: Callable[[Teacher], T]) -> T:
-        """Runs a task on one engine after another until one completes it or too many crash."""
-        last: TeacherError | None = None
-        while True:
-            teacher = self._running_teacher()
-            record = self._begin_blameless(phase, last)
-            try:
-                with self._watchdog.waiting():
-                    result = task(teacher)
-            except TeacherError as error:
-                self._record_crash(record, error)
-                self._drop(error)
-                last = error
-                continue
-            self._attempts.clear(self._attempts.own_key(phase))
-            return result
-
-    def _check_canary(self) -> None:
-        """Labels a row of two tokens.
-
-        Raises:
-            TeacherError: no engine can.
-        """
-        (result,) = self._run_blameless(
-            _CANARY, lambda teacher: teacher.label([_CANARY_IDS], [_CANARY_SPANS], _CANARY_KEY)
-        )
-        if isinstance(result, RowFailure):
-            raise TeacherError(
-                f"the teacher cannot label a row of two tokens: {result.reason} ({result.detail})"
-            )
 
     def _drop(self, error: TeacherError) -> None:
         """Discards a failed engine."""

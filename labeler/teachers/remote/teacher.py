@@ -20,6 +20,7 @@ import numpy as np
 
 from labeler.config import TeacherConfig
 from labeler.teacher_model.identity import eos_ids
+from labeler.teachers.canary import CANARY_IDS, CANARY_SPANS
 from labeler.teachers.protocol import OnRow, RowLabels, ignore_row, usable_or_failure
 from labeler.teachers.remote.client import MAX_INTERNAL_ERRORS, Refusal, VllmClient
 from labeler.teachers.remote.parse_logprobs import row_labels
@@ -34,8 +35,6 @@ _Answer = dict[str, Any]
 # At the start, a wrong URL is more likely than a server that is about to return.
 _START_PATIENCE_S = 20.0
 _COMPLETIONS = "/v1/completions"
-_CANARY = np.array([0, 1], np.int32)
-_CANARY_SPANS = np.array([1, 2], np.int32)
 
 # Explicit, because a server may take other defaults from the model's generation_config.json.
 _PLAIN_SAMPLING: dict[str, Any] = {
@@ -102,8 +101,8 @@ class RemoteTeacher:
                 f"{self._limits.context} is needed for rows of text.max_tokens = "
                 f"{self._limits.context - 1}"
             )
-        canary = await self._check_canary(self._label_payload(_CANARY), _START_PATIENCE_S)
-        self._parse_labels(canary, _CANARY, _CANARY_SPANS)
+        canary = await self._check_canary(self._label_payload(CANARY_IDS), _START_PATIENCE_S)
+        self._parse_labels(canary, CANARY_IDS, CANARY_SPANS)
         answer = await self._client.request("/version", patience_s=0.0)
         version = "unknown" if isinstance(answer, Refusal) else str(answer.get("version"))
         return self._model, {"server": f"vllm {version}", "server_max_model_len": max_len}
@@ -117,7 +116,7 @@ class RemoteTeacher:
         Raises:
             TeacherGoneError: The server refuses the row, or does not answer.
         """
-        canary = {**payload, "prompt": _CANARY.tolist(), "max_tokens": 1}
+        canary = {**payload, "prompt": CANARY_IDS.tolist(), "max_tokens": 1}
         answer = await self._client.request(_COMPLETIONS, canary, patience_s)
         if not isinstance(answer, Refusal):
             return answer
