@@ -49,12 +49,12 @@ class Calibration:
         size_bytes: of the timed units in the label set: data, keys and manifests.
     """
 
-    start_s: float
-    tokens_per_s: float
-    rows: int
-    tokens: int
-    labels: int
-    size_bytes: int
+    start_s: float = 0.0
+    tokens_per_s: float = 0.0
+    rows: int = 0
+    tokens: int = 0
+    labels: int = 0
+    size_bytes: int = 0
 
 
 class Calibrator:

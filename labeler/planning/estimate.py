@@ -1,6 +1,7 @@
 """Scales a sample of the corpus and a calibration up to a whole job: ``tutelage label --plan``."""
 
 import math
+from collections.abc import Callable
 
 from pydantic import Field
 
@@ -17,8 +18,6 @@ SPEED_FACTOR = 1.5
 
 BYTES_FACTOR = 1.2
 """Labels of a job may take this many times more or fewer bytes than those of the calibration."""
-
-_NOTHING = Range(expected=0.0, low=0.0, high=0.0)
 
 
 class LabelPlan(StrictModel):
@@ -63,39 +62,46 @@ def make_plan(
         cluster: CPUs and GPUs of the cluster.
         price_per_hour: of one replica, in any currency.
     """
-    rows, tokens, labels = (sample.counts[name] for name in ("rows", "tokens", "labels"))
-    size = _NOTHING
-    if calibration is not None and calibration.rows:
-        if config.generate is not None:
-            tokens = _scaled(rows, calibration.tokens / calibration.rows)
-            labels = _scaled(rows, calibration.labels / calibration.rows)
-        size = _scaled(labels, calibration.size_bytes / max(calibration.labels, 1), BYTES_FACTOR)
+    counts = dict(sample.counts)
+    measured = calibration or Calibration()
+    if config.generate is not None and measured.rows:
+        counts["tokens"] = _scaled(counts["rows"], measured.tokens / measured.rows)
+        counts["labels"] = _scaled(counts["rows"], measured.labels / measured.rows)
+    bytes_per_label = measured.size_bytes / max(measured.labels, 1)
     units = max(
-        math.ceil(tokens.expected / config.run.unit_tokens),
-        math.ceil(rows.expected / rows_gathered(config)),
+        math.ceil(counts["tokens"].expected / config.run.unit_tokens),
+        math.ceil(counts["rows"].expected / rows_gathered(config)),
     )
     replicas = _count_replicas(config, resources, cluster[1])
-    hours, limited_by = _hours(tokens, calibration, replicas, sample, cluster[0], resources)
-    price = None if price_per_hour is None else replicas * price_per_hour
+    spare_cpus = max(cluster[0] - replicas * resources.actor_cpus, resources.task_cpus)
+    speeds = {
+        "teachers": replicas * measured.tokens_per_s,
+        "tokenising": spare_cpus * sample.tokens_per_s,
+    }
+    limited_by = min(speeds, key=lambda name: speeds[name]) if calibration else "teachers"
+    hours = _hours(counts["tokens"], speeds[limited_by], measured.start_s)
     return LabelPlan(
         corpus_bytes=sample.corpus_bytes,
         exact_counts=sample.is_whole,
         sampled_pieces=sample.pieces_read,
         pieces=sample.pieces,
-        rows_read=sample.counts["rows_read"],
-        rows=rows,
-        tokens=tokens,
-        labels=labels,
-        bytes=size,
+        **counts,
+        bytes=_scaled(counts["labels"], bytes_per_label, BYTES_FACTOR),
         units=units,
         replicas=replicas,
-        tokens_per_s=0.0 if calibration is None else calibration.tokens_per_s,
+        tokens_per_s=measured.tokens_per_s,
         tokenise_tokens_per_s=sample.tokens_per_s,
-        start_s=0.0 if calibration is None else calibration.start_s,
+        start_s=measured.start_s,
         hours=hours,
         limited_by=limited_by,
-        cost=None if price is None else _scaled(hours, price),
+        cost=None if price_per_hour is None else _scaled(hours, replicas * price_per_hour),
     )
+
+
+def _hours(tokens: Range, tokens_per_s: float, start_s: float) -> Range:
+    working = _scaled(tokens, 1 / tokens_per_s if tokens_per_s else 0.0)
+    seconds = {name: value + start_s for name, value in working.model_dump().items()}
+    return _scaled(Range(**seconds), 1 / 3600, SPEED_FACTOR)
 
 
 def _scaled(known: Range, rate: float, factor: float = 1.0) -> Range:
@@ -116,32 +122,6 @@ def _count_replicas(config: LabelConfig, resources: Resources, gpus: float) -> i
     return max(resources.min_replicas, min(resources.max_replicas, room))
 
 
-def _hours(
-    tokens: Range,
-    calibration: Calibration | None,
-    replicas: int,
-    sample: CorpusSample,
-    cpus: float,
-    resources: Resources,
-) -> tuple[Range, str]:
-    """Hours of the job, and what limits it."""
-    if calibration is None or not calibration.tokens_per_s:
-        return _NOTHING, "teachers"
-    spare_cpus = max(cpus - replicas * resources.actor_cpus, resources.task_cpus)
-    speeds = {
-        "teachers": replicas * calibration.tokens_per_s,
-        "tokenising": max(spare_cpus * sample.tokens_per_s, 1e-6),
-    }
-    limited_by = min(speeds, key=lambda name: speeds[name])
-    working = _scaled(tokens, 1 / speeds[limited_by])
-    seconds = Range(
-        expected=working.expected + calibration.start_s,
-        low=working.low + calibration.start_s,
-        high=working.high + calibration.start_s,
-    )
-    return _scaled(seconds, 1 / 3600, SPEED_FACTOR), limited_by
-
-
 def describe(plan: LabelPlan) -> list[str]:
     """The lines that show a plan."""
     counted = (
@@ -150,30 +130,22 @@ def describe(plan: LabelPlan) -> list[str]:
         else f"from {plan.sampled_pieces} of {plan.pieces:,} pieces; a row that occurs in several "
         "pieces counts in each"
     )
-    hours = plan.hours
-    expected, low, high = (
-        duration_text(3600 * each) for each in (hours.expected, hours.low, hours.high)
-    )
-    size, least, most = (
-        size_text(each) for each in (plan.bytes.expected, plan.bytes.low, plan.bytes.high)
-    )
+    time = _text(_scaled(plan.hours, 3600), duration_text)
     lines = [
         f"rows       {_text(plan.rows)} of {_text(plan.rows_read)} still to be labelled "
         f"({counted})",
         f"tokens     {_text(plan.tokens)}, {_text(plan.labels)} labels",
-        f"disk       {size} ({least} to {most}) in about {plan.units:,} units",
+        f"disk       {_text(plan.bytes, size_text)} in about {plan.units:,} units",
         f"speed      {plan.tokens_per_s:,.0f} tokens/s per replica, end to end; one CPU tokenises "
         f"{plan.tokenise_tokens_per_s:,.0f} tokens/s",
-        f"time       {expected} with {plan.replicas} replicas ({low} to {high}; "
-        f"{duration_text(plan.start_s)} of it to start), limited by {plan.limited_by}",
+        f"time       {time} with {plan.replicas} replicas, {duration_text(plan.start_s)} of it to "
+        f"start; limited by {plan.limited_by}",
     ]
     if plan.cost is not None:
-        lines.append(f"cost       {_text(plan.cost, 2)}")
+        lines.append(f"cost       {_text(plan.cost, '{:,.2f}'.format)}")
     return lines
 
 
-def _text(known: Range, digits: int = 0) -> str:
-    text = f"{known.expected:,.{digits}f}"
-    if known.low == known.high:
-        return text
-    return f"{text} ({known.low:,.{digits}f} to {known.high:,.{digits}f})"
+def _text(known: Range, show: Callable[[float], str] = "{:,.0f}".format) -> str:
+    text = show(known.expected)
+    return text if known.low == known.high else f"{text} ({show(known.low)} to {show(known.high)})"
