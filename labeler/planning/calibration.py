@@ -40,7 +40,7 @@ MakeTeacher = Callable[[TeacherConfig, RecordSpec], Teacher]
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a teacher did with a few units.
+    """Measurements of a teacher on a few units.
 
     Attributes:
         start_s: seconds until the first rows were labelled.

@@ -1,4 +1,4 @@
-"""Scales a sample of the corpus and a calibration up to a whole job: ``tutelage label --plan``."""
+"""Scales a sample of the corpus and a calibration up to the job: ``tutelage label --plan``."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ BYTES_FACTOR = 1.2
 
 
 class LabelPlan(StrictModel):
-    """What a label job is expected to take."""
+    """Estimated tokens, bytes, time and cost of a label job."""
 
     corpus_bytes: int = Field(description="bytes of all corpus files as they are stored")
     exact_counts: bool = Field(description="the whole corpus was read, so that counts are exact")

@@ -30,7 +30,7 @@ _POLL_S = 1.0
 def plan_label_job(
     config: LabelConfig, progress: bool = True, price_per_hour: float | None = None
 ) -> LabelPlan:
-    """Says what a label job would take; writes nothing to the label set.
+    """Estimates a label job; writes nothing to the label set.
 
     Args:
         config: of the run.
@@ -101,7 +101,7 @@ def _calibrate(
     with errors_for_users(), placed_replicas(resources) as place:
         calibrator = ray.remote(Calibrator).options(
             max_restarts=0,
-            max_concurrency=2,  # the second call asks for progress
+            max_concurrency=2,  # the second call is for progress
             **resources.actor_options(),
             **place(),
         )

@@ -63,22 +63,12 @@ class Gates:
                 with self._claim() as is_mine:
                     self._is_checked = self._label_set.store.exists(PARITY_FILE)
                     if is_mine and not self._is_checked:
-                        self._compare(found)
+                        reference = self._make_reference()
+                        if reference is not None:
+                            check_parity(self._label_set, self._config, reference, found)
                         self._is_checked = True
                 if not self._is_checked:
                     time.sleep(_POLL_S)
-
-    def _compare(self, found: UnitLabels) -> None:
-        reference = self._make_reference()
-        if reference is not None:
-            check_parity(
-                self._label_set.store,
-                self._label_set.spec,
-                self._config,
-                reference,
-                found.requests,
-                found.labels or [],
-            )
 
     def audit(self, found: UnitLabels, rows: LabelRows | None) -> tuple[Fidelity | None, str]:
         """Compares the audited labels, as they would be stored, with the full distribution.

@@ -16,11 +16,12 @@ from labeler.corpus.requests import Request
 from labeler.corpus.windows import clip_spans
 from labeler.quality.fidelity import partition_kl
 from labeler.teachers.protocol import RowLabels
+from labeler.units.unit_labels import UnitLabels
 from schemas.errors import TeacherError
+from schemas.label_set.label_set import LabelSet
 from schemas.label_set.parity_result import PARITY_FILE, Parity
 from schemas.record.spans import span_targets
 from schemas.spec import LabelSetSpec
-from schemas.storage.store import Store
 
 _MAX_KL = {"float32": 1e-4}
 _MAX_KL_HALF = 1e-2
@@ -50,28 +51,23 @@ class Reference:
 
 
 def check_parity(
-    store: Store,
-    spec: LabelSetSpec,
-    gates: GatesConfig,
-    reference: Reference,
-    requests: Sequence[Request],
-    labels: Sequence[RowLabels],
-) -> Parity:
+    label_set: LabelSet, gates: GatesConfig, reference: Reference, found: UnitLabels
+) -> None:
     """Compares the labels of a few rows with a reference, and records that they agree.
 
     Args:
-        store: of the label set.
-        spec: of the label set.
+        label_set: gets the result.
         gates: number of rows and labels, and the bound.
         reference: scores the same rows.
-        requests, labels: of one unit; at least one.
+        found: labels of one unit; at least one.
 
     Raises:
         TeacherError: the two differ by more than the bound; nothing is recorded then.
     """
+    spec, count = label_set.spec, gates.parity_rows
     some = [
         _first_labels(request, row, gates.parity_tokens)
-        for request, row in list(zip(requests, labels, strict=True))[: gates.parity_rows]
+        for request, row in zip(found.requests[:count], (found.labels or ())[:count], strict=True)
     ]
     scored = reference.logprobs(
         [request.token_ids for request, _ in some],
@@ -84,7 +80,7 @@ def check_parity(
         kl.append(row_kl)
         differences.append(difference)
     bound = gates.max_parity_kl or _MAX_KL.get(spec.teacher.dtype, _MAX_KL_HALF)
-    found = Parity(
+    result = Parity(
         reference=reference.name,
         rows=len(some),
         labels=sum(map(len, kl)),
@@ -93,16 +89,15 @@ def check_parity(
         max_logprob_difference=max(differences),
         bound=bound,
     )
-    if not found.mean_kl <= bound:
+    if not result.mean_kl <= bound:
         raise TeacherError(
-            f"the teacher's labels differ from those of {reference.name}: KL {found.mean_kl:.2e} "
-            f"nats per label on {found.labels} labels of {found.rows} rows, log-probabilities by "
-            f"up to {found.max_logprob_difference:.2g}; at most {bound:.0e} is allowed "
+            f"the teacher's labels differ from those of {reference.name}: KL {result.mean_kl:.2e} "
+            f"nats per label on {result.labels} labels of {result.rows} rows, log-probabilities by "
+            f"up to {result.max_logprob_difference:.2g}; at most {bound:.0e} is allowed "
             "(gates.max_parity_kl). Nothing was published; compare the engine's options with the "
             "model's configuration, or raise the bound if the difference is intended"
         )
-    store.create_exclusive(PARITY_FILE, found.model_dump_json(indent=1).encode())
-    return found
+    label_set.store.create_exclusive(PARITY_FILE, result.model_dump_json(indent=1).encode())
 
 
 def _first_labels(request: Request, row: RowLabels, most: int) -> tuple[Request, RowLabels]:

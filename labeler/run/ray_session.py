@@ -146,7 +146,7 @@ def quiet_ray_data(block_bytes: int, waiting_bytes: int) -> Iterator[None]:
 
 @contextmanager
 def errors_for_users() -> Iterator[None]:
-    """Raises the one-line error behind an exception of Ray, if there is one."""
+    """Replaces an exception of Ray by the one-line error behind it, if one is known."""
     try:
         yield
     except Exception as error:
@@ -165,13 +165,13 @@ def user_error(error: BaseException) -> TutelageError | None:
         if isinstance(found, TutelageError) and not isinstance(found, ray.exceptions.RayError):
             return type(found)(str(found).split(_UDF_NOTE)[0])
         found = getattr(found, "cause", None) or found.__cause__
-    died = (
+    crashes = (
         ray.exceptions.RayActorError,
         ray.exceptions.WorkerCrashedError,
         ray.exceptions.OutOfMemoryError,
         ray.exceptions.ObjectLostError,
     )
-    if isinstance(error, died) and not isinstance(error, ray.exceptions.RayTaskError):
+    if isinstance(error, crashes) and not isinstance(error, ray.exceptions.RayTaskError):
         return TeacherError(
             f"a process of the job crashed and has no retries left ({first_line(error)}), often "
             "because the system killed it for memory: see `dmesg` and Ray's logs. Committed units "

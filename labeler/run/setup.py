@@ -1,4 +1,4 @@
-"""What every process of a run is given, and what each does first."""
+"""Constants of a run and the first steps of each of its processes."""
 
 import functools
 import sys

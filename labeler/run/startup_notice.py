@@ -7,7 +7,7 @@ from labeler.run.resources import Resources
 from schemas.console.text import duration_text
 
 DELAY_S = 30.0
-"""Seconds that a teacher may take to start before the user is told what it waits for."""
+"""Seconds that a teacher may take to start before the user sees what it waits for."""
 
 
 class StartupNotice:
@@ -37,7 +37,7 @@ class StartupNotice:
         self.is_over = False
 
     def update(self, is_up: bool) -> None:
-        """Says what there is to say; call it regularly.
+        """Says the line that is due, if any; call it regularly.
 
         Args:
             is_up: a teacher has started.

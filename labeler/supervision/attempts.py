@@ -5,8 +5,8 @@ the engine and removed when they come back: one that is left over means that the
 these rows. Records count within one run only, and not where the node was lost or the process was
 ended from outside in an orderly way.
 
-A record also says whether its rows had the engine to themselves; where they shared it, nobody knows
-which rows caused the crash.
+A record also says whether its rows had the engine to themselves; where they shared it, which
+rows caused the crash is unknown.
 """
 
 import atexit

@@ -1,8 +1,8 @@
-"""Ends engines that hang, and tells engines that crashed from engines that were killed.
+"""Ends engines that hang, and distinguishes crashed engines from killed ones.
 
 An engine in processes of its own is ended by killing these: the call that waits for it then fails
 as with any crash. An engine inside this process ends with it: the attempt's record stays and counts
-as a crash, and whoever runs the process restarts it.
+as a crash, and Ray restarts the process.
 """
 
 import faulthandler
@@ -108,7 +108,7 @@ class Watchdog:
     def was_killed_from_outside(self) -> bool:
         """Whether a process of the engine got a signal that no row can have caused.
 
-        The kernel's out-of-memory killer, which a row can trigger, is told apart by its counter.
+        The kernel's out-of-memory killer, which a row can trigger, is recognised by its counter.
         """
         end = time.monotonic() + _REAP_S
         while any(process.exitcode is None for process in self._processes):

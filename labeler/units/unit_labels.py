@@ -71,7 +71,7 @@ def label_requests(
         teacher: may be shared with other calls.
         generation: None: the requests are complete.
         audit_rate: share of labels that are audited.
-        progress: told of each row that the engine has finished.
+        progress: counts the rows that the engine has finished.
 
     Raises:
         TeacherError: the engine failed, so that nothing is known about single rows.

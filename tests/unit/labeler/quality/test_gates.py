@@ -30,7 +30,6 @@ from schemas.errors import RowFailure, TeacherError
 from schemas.label_set.label_set import LabelSet
 from schemas.label_set.parity_result import PARITY_FILE
 from schemas.spec import LabelSetSpec, RecordSpec, TeacherIdentity, TextSpec
-from schemas.storage.store import Store
 
 RECORD = RecordSpec(kind="threshold", tau=0.05)
 
@@ -156,7 +155,7 @@ class Comparisons:
         self._failing = failing
         self._lock = threading.Lock()
 
-    def __call__(self, store: Store, *_: object) -> None:
+    def __call__(self, label_set: LabelSet, *_: object) -> None:
         with self._lock:
             self.made += 1
             self.together += 1
@@ -167,7 +166,7 @@ class Comparisons:
             self.together -= 1
         if fails:
             raise TeacherError("the comparison failed")
-        store.create_exclusive(PARITY_FILE, b"{}")
+        label_set.store.create_exclusive(PARITY_FILE, b"{}")
 
 
 UNIT = UnitLabels(make_requests(1), [cast(RowLabels, object())], [])
