@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,6 @@ from schemas.errors import RecordError
 from schemas.record.columns import COLUMNS, Length, arrow_schema
 from schemas.record.spans import (
     Int64s,
-    concatenated_ranges,
     label_offsets,
     offsets_of,
     target_positions,
@@ -105,6 +105,12 @@ class LabelRows:
         """Number of exact entries and draws of all positions; 0 without a teacher."""
         return 0 if self.entry_offsets is None else int(self.entry_offsets[-1])
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all arrays, in bytes."""
+        arrays = (getattr(self, field.name) for field in _FIELDS)
+        return sum(array.nbytes for array in arrays if array is not None)
+
     def target_ids(self) -> Int32s:
         """int32 [sum N]: the token at each target index."""
         indices, offsets = target_positions(self.label_spans, self.span_offsets)
@@ -118,20 +124,29 @@ class LabelRows:
 
     def take(self, indices: npt.NDArray[np.integer[Any]]) -> "LabelRows":
         """The rows with the given indices, in the given order, as a copy."""
+        numbers = indices.tolist()
+        return LabelRows.gather([self] * len(numbers), numbers) if numbers else self.slice(0, 0)
+
+    @staticmethod
+    def gather(parts: Sequence["LabelRows"], numbers: Sequence[int]) -> "LabelRows":
+        """Copies one row of each part; parts may repeat.
+
+        Rows are slices that numpy concatenates column by column, each a plain memory copy. Fancy
+        indexing would first build an index as large as the values.
+
+        Args:
+            parts: at least one, all with the columns of the first.
+            numbers: index of a row in each part, not negative.
+        """
         values: dict[str, Any] = {}
-        for field in _FIELDS:
-            name, column = field.name, getattr(self, field.name)
-            # The constructor derives the other two kinds of offsets.
-            if column is None or name in ("label_offsets", "entry_offsets"):
-                continue
-            if name in _OWN_OFFSETS.values():
-                values[name] = offsets_of(np.diff(column)[indices])
-            elif COLUMNS[name].length is Length.ROW:
-                values[name] = column[indices]
-            else:
-                offsets = self.row_offsets(name)
-                lengths = np.diff(offsets)[indices]
-                values[name] = column[concatenated_ranges(offsets[indices], lengths)]
+        for name in parts[0]._row_bounds:
+            bounds = [part._row_bounds[name] for part in parts]
+            spans = [(bound[n], bound[n + 1]) for bound, n in zip(bounds, numbers, strict=True)]
+            values[name] = np.concatenate(
+                [getattr(part, name)[a:b] for part, (a, b) in zip(parts, spans, strict=True)]
+            )
+            if name in _OWN_OFFSETS:
+                values[_OWN_OFFSETS[name]] = np.cumsum([0, *(b - a for a, b in spans)])
         return LabelRows(**values)
 
     @staticmethod
@@ -216,6 +231,17 @@ class LabelRows:
             raise RecordError(f"the lengths of the lists of column {name} were not read")
         return offsets
 
+    @cached_property
+    def _row_bounds(self) -> dict[str, Sequence[int]]:
+        """Where each row begins in every column; Python integers, which slice faster."""
+        return {
+            name: range(len(self) + 1)
+            if COLUMNS[name].length is Length.ROW
+            else self.row_offsets(name).tolist()
+            for name in _VALUES
+            if getattr(self, name) is not None
+        }
+
     def _cut(self, name: str, start: int, stop: int) -> Any:
         values = getattr(self, name)
         if values is None:
@@ -252,6 +278,7 @@ class LabelRows:
 
 
 _FIELDS = fields(LabelRows)
+_VALUES = tuple(field.name for field in _FIELDS if not field.name.endswith("_offsets"))
 _REQUIRED = ("row_key", "content_key", "token_ids", "label_spans")
 _OWN_OFFSETS = {
     "token_ids": "token_offsets",

@@ -17,7 +17,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from schemas.errors import ConfigError, StudentError
 from schemas.label_set.shards import read_row_group
-from schemas.record import COLUMNS, LabelRows, Length
+from schemas.record import LabelRows, arrow_schema
 from schemas.record.reduce import reduce_rows
 from schemas.spec import RecordSpec
 from schemas.views.view import View
@@ -266,12 +265,15 @@ class RowReader:
         keep_freed_pages()
         self.record = common_record(view)
         self._label_sets, self.rows = view.label_sets, rows
-        self._loss, self._columns = loss, loss_columns(loss, self.record)
+        self._loss = loss
+        columns = loss_columns(loss, self.record)
+        empty = arrow_schema(self.record).empty_table().select(columns)
+        self._no_rows = LabelRows.from_table(empty, self.record)
         self._cache_bytes, self._held_bytes = cache_bytes, 0
-        self._cache: OrderedDict[int, _RowGroup] = OrderedDict()
+        self._cache: OrderedDict[int, LabelRows] = OrderedDict()
         # Decoding releases the GIL, so a second thread reads on while this one gathers.
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="row-group")
-        self._pending: dict[int, Future[_RowGroup]] = {}
+        self._pending: dict[int, Future[LabelRows]] = {}
 
     def prepare(self, ids: Int64s) -> None:
         """Starts to read the row groups that ``gather`` will need."""
@@ -282,16 +284,17 @@ class RowReader:
     def gather(self, ids: Int64s) -> LabelRows:
         """The rows, in the order of the ids; columns that the loss does not read are None."""
         self.prepare(ids)
+        if not len(ids):
+            return self._no_rows
         groups = self.rows.group[ids].tolist()
         held = {group: self._get(group) for group in dict.fromkeys(groups)}
-        picks = [held[group] for group in groups]
-        return _gather(picks, self.rows.row[ids].tolist(), self._columns, self.record)
+        return LabelRows.gather([held[group] for group in groups], self.rows.row[ids].tolist())
 
     def close(self) -> None:
         """Ends the reading threads."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _get(self, group: int) -> "_RowGroup":
+    def _get(self, group: int) -> LabelRows:
         held = self._cache.pop(group, None)
         if held is None:
             future = self._pending.pop(group, None) or self._pool.submit(self._read, group)
@@ -303,25 +306,12 @@ class RowReader:
             self._held_bytes -= oldest.num_bytes
         return held
 
-    def _read(self, group: int) -> "_RowGroup":
+    def _read(self, group: int) -> LabelRows:
         label_set, shard, number = self.rows.groups[group]
         store = self._label_sets[label_set].store
         have = self._label_sets[label_set].spec.record
         rows = read_row_group(store, shard, number, have, columns=loss_columns(self._loss, have))
-        return _RowGroup(reduce_rows(rows, have, self.record), self._columns)
-
-
-class _RowGroup:
-    """A decoded row group, with where each row begins in each of its columns."""
-
-    def __init__(self, rows: LabelRows, columns: Sequence[str]) -> None:
-        self.rows = rows
-        self.bounds = {
-            name: rows.row_offsets(name).tolist()
-            for name in columns
-            if COLUMNS[name].length is not Length.ROW
-        }
-        self.num_bytes = sum(value.nbytes for value in vars(rows).values() if value is not None)
+        return reduce_rows(rows, have, self.record)
 
 
 def loss_columns(loss: LossConfig, record: RecordSpec) -> list[str]:
@@ -345,39 +335,3 @@ def common_record(view: View) -> RecordSpec:
                 "one that promises less of both"
             )
     return first
-
-
-_OFFSETS = {"token_ids": "token_offsets", "label_spans": "span_offsets"}
-
-
-def _gather(
-    groups: list[_RowGroup], numbers: list[int], columns: Sequence[str], record: RecordSpec
-) -> LabelRows:
-    """One row of each group, by its number there, put together column by column."""
-    values: dict[str, Any] = {}
-    for name in columns:
-        if COLUMNS[name].length is Length.ROW:
-            spans = [(number, number + 1) for number in numbers]
-        else:
-            bounds = [group.bounds[name] for group in groups]
-            spans = [
-                (bound[number], bound[number + 1])
-                for bound, number in zip(bounds, numbers, strict=True)
-            ]
-        parts = [
-            getattr(group.rows, name)[start:stop]
-            for group, (start, stop) in zip(groups, spans, strict=True)
-        ]
-        values[name] = np.concatenate(parts) if parts else _nothing(name, record)
-        if name in _OFFSETS:
-            lengths = [stop - start for start, stop in spans]
-            values[_OFFSETS[name]] = np.cumsum([0, *lengths], dtype=np.int64)
-    return LabelRows(**values)
-
-
-def _nothing(name: str, record: RecordSpec) -> np.ndarray:
-    """A column of no rows."""
-    if COLUMNS[name].length is Length.ROW:
-        return np.empty((0, 16), np.uint8)
-    shape = (0, len(record.temperatures)) if name == "lse" else (0,)
-    return np.empty(shape, COLUMNS[name].value_type.to_pandas_dtype())

@@ -160,7 +160,7 @@ def test_a_view_may_promise_less_than_its_label_set_holds(tmp_path: Path) -> Non
 
 
 def test_a_view_cannot_promise_what_its_label_set_lacks(view: View) -> None:
-    with pytest.raises(StoreError, match=r"record\.k: 3 entries are stored"):
+    with pytest.raises(StoreError, match=r"record\.k: only 3 stored"):
         build_view(f"{view.url}-more", [(view.label_sets[0], "run")], RecordSpec(kind="topk", k=4))
 
 
