@@ -91,7 +91,7 @@ class ChatTokenizer:
             if after[: len(before)] != before or ids[: len(after)] != after:
                 return RowFailure("chat_prefix", f"later turns change how turn {turn} is rendered")
             start, end = max(len(before), 1), self._turn_end(ids, len(before), len(after))
-            if spans and spans[-1] == start:
+            if spans and spans[-1] == start:  # adjacent turns form one span
                 spans[-1] = end
             elif start < end:
                 spans += [start, end]

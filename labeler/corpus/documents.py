@@ -201,6 +201,7 @@ def _integers(values: Any) -> np.ndarray | None:
     """A list of integers as int64; None for anything else."""
     if isinstance(values, np.ndarray) and values.dtype.kind in "iu":
         return values.astype(np.int64)
+    # By type(), because isinstance takes booleans for integers.
     if not isinstance(values, list) or not all(type(value) is int for value in values):
         return None
     try:

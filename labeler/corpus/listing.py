@@ -8,7 +8,7 @@ its source (the path of its file, as the configuration names it) and its place i
 format    place of a row                           piece
 ========  =======================================  ==========================================
 parquet   row number in the file                   adjacent row groups
-jsonl     byte offset of its line, decompressed    a byte range; the whole file if compressed
+jsonl     byte offset of its line, decompressed    a byte range; all of it if compressed
 text      0: a file is one document                a group of files
 hf        row number in the Arrow file             adjacent record batches
 ========  =======================================  ==========================================
@@ -252,7 +252,7 @@ def _cut_at_rows(
         row += rows
         total += size
         index += 1
-    if index > start and row > first_row:
+    if index > start and row > first_row:  # trailing groups without rows need no task
         yield Piece((file,), total, start, index, first_row)
 
 

@@ -103,7 +103,7 @@ class PieceReader:
         """Yields the requests to label, and fills in ``result`` on the way.
 
         Args:
-            piece: What to read.
+            piece: The piece to read.
             frozen: Keys that are labelled already.
             claim: Decides for distinct keys which of them this piece labels.
             result: Complete once the iteration is.
@@ -130,6 +130,7 @@ class PieceReader:
             columns = self._kept_columns(row)
             made = document if isinstance(document, RowFailure) else self._cut(document, row)
             if isinstance(made, RowFailure):
+                # By place, because there is no content to derive a key from.
                 key = place_key(row.source, row.place, 0)
                 detail = _printable(made.detail)
                 result.quarantined.append(

@@ -158,7 +158,7 @@ def _values(column: pa.Array) -> Sequence[Any]:
             return arrays
     try:
         return column.to_pylist()
-    except UnicodeDecodeError:
+    except UnicodeDecodeError:  # one bad value fails the column: convert them one by one
         return [_value(scalar) for scalar in column]
 
 

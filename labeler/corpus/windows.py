@@ -83,6 +83,7 @@ def cut_windows(num_tokens: int, spans: Int32Array, max_tokens: int, overlap: in
         end = min(start + max_tokens, num_tokens)
         inside = clip_spans(spans, new, end)
         if inside.size:
+            # Minus an int32, so that the spans stay int32.
             windows.append(Window(index, start, end, inside - np.int32(start)))
         new, index = end, index + 1
     return windows

@@ -8,7 +8,7 @@ Array = TypeVar("Array")
 
 @dataclass(frozen=True)
 class Labels(Generic[Array]):
-    """What is kept of the teacher's distribution at N positions, before rounding.
+    """The kept part of the teacher's distribution at N positions, before rounding.
 
     A label describes the distribution **over** its target token, computed from the tokens before
     that token. Log-probabilities are natural, at temperature 1. K is the most entries that a label

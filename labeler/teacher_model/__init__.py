@@ -1,4 +1,4 @@
-"""What a teacher's checkpoint folder is: identity, vocabulary, digest of the weights.
+"""The checkpoint folder of a teacher: identity, vocabulary, digest of the weights.
 
 Reads files; never runs the model.
 """

@@ -105,6 +105,7 @@ def _resolve(name: str, field: str, weights: bool = True) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
+    # A hub name has at most one slash.
     looks_local = name.startswith(("/", ".", "~")) or len(folder.parts) > 2
     if looks_local or folder.exists():
         found = "is not a folder" if folder.exists() else "does not exist"

@@ -1,4 +1,4 @@
-"""The teacher that a configuration asks for. Engines and torch are imported when it is made."""
+"""Creates the teacher of a configuration. Engines and torch are imported only then."""
 
 from labeler.config import TeacherConfig
 from labeler.teachers.protocol import Teacher

@@ -16,7 +16,7 @@ from schemas.spec import RecordSpec
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """What a teacher can process; an engine aborts a full batch on one prompt beyond it.
+    """Limits of a teacher, checked in advance because an engine aborts a batch over one bad prompt.
 
     Attributes:
         vocab_size: ids are in [0, vocab_size).
