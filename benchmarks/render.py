@@ -46,10 +46,11 @@ def provenance(run: dict[str, Any]) -> str:
     """Where, when and with what a run was measured, as one clause."""
     machine = run["machine"]
     cpu = machine.get("cpu") or "machine not recorded"
-    cores = f"{machine['cores']} cores" if machine.get("cores") else ""
+    note = f" ({machine['note']})" if machine.get("note") else ""
+    cores = f"{machine['cores']} cores{note}" if machine.get("cores") else ""
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     command = f"`{run['command']}`" if run["command"] else ""
-    parts = (run["date"], cpu, cores, machine.get("note", ""), versions, command)
+    parts = (run["date"], cpu, cores, versions, command)
     return ", ".join(part for part in parts if part)
 
 
