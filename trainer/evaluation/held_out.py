@@ -1,5 +1,6 @@
 """Measures the student on held-out rows during training."""
 
+import contextlib
 import time
 from dataclasses import replace
 from typing import Any
@@ -57,10 +58,8 @@ class HeldOut:
             self._vocab_size,
             dist.get_world_size(),
         )
-        try:
+        with contextlib.closing(loader):
             ce, kl, weight = self._sums(loader)
-        finally:
-            loader.close()
         return EvalPoint(
             step=step,
             ce=ce / weight,

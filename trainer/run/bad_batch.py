@@ -182,8 +182,9 @@ def _blame(report: BadBatch) -> str:
         return ", and every row fails on its own: the student's weights are corrupted"
     first = culprits[0]
     return (
-        f", and {len(culprits)} of its rows fail on their own, first row {first.view_row} of the "
-        f"view (shard {first.shard}, row group {first.row_group}, row {first.row})"
+        f", as it is for {len(culprits)} of {len(probed)} rows run on their own; the first is row "
+        f"{first.view_row} of the view (shard {first.shard}, row group {first.row_group}, row "
+        f"{first.row})"
     )
 
 

@@ -130,13 +130,11 @@ class Worker:
             self._vocab_size,
             self._world_size,
         )
-        try:
+        with contextlib.closing(loader):
             while not self._is_over:
                 self._advance(loader)
                 self._save()
             self._writer.wait()
-        finally:
-            loader.close()
         self._finish()
 
     def _advance(self, loader: Loader) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from schemas.errors import ConfigError, first_line
 from trainer.config.train import LogConfig, TrainConfig
 
-_CONFIG_KEYS = {"wandb": "log.wandb_project", "mlflow": "log.mlflow_uri"}
+_KEYS = {"wandb": "wandb_project", "mlflow": "mlflow_uri"}
 _INSTALL = {"wandb": "pip install wandb", "mlflow": "pip install mlflow-skinny"}
 
 
@@ -37,7 +37,7 @@ def check_trackers(config: LogConfig) -> None:
     for package in _configured(config):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(
-                f"{_CONFIG_KEYS[package]} is set, but the package {package} is not installed here; "
+                f"log.{_KEYS[package]} is set, but the package {package} is not installed here; "
                 f"{_INSTALL[package]}, or remove the key"
             )
 
@@ -55,7 +55,7 @@ def open_trackers(config: TrainConfig) -> list[Tracker]:
             trackers.append(_WandbRun(config) if package == "wandb" else _MlflowRun(config))
         except Exception as error:  # these packages document no base class of their errors
             raise ConfigError(
-                f"{_CONFIG_KEYS[package]}: {package} cannot be used: {first_line(error)}"
+                f"log.{_KEYS[package]}: {package} cannot be used: {first_line(error)}"
             ) from error
     return trackers
 
@@ -88,8 +88,7 @@ class Trackers:
 
 
 def _configured(config: LogConfig) -> list[str]:
-    values = {"wandb": config.wandb_project, "mlflow": config.mlflow_uri}
-    return [package for package, value in values.items() if value]
+    return [package for package, key in _KEYS.items() if getattr(config, key)]
 
 
 def _run_id(config: TrainConfig) -> str:

@@ -35,7 +35,7 @@ NAN = BadStep(LOSS, math.nan, None, 9)
 
 def test_the_row_that_gives_it_is_named() -> None:
     found = text(NAN, row(41, False), row(2, True), row(3, None))
-    assert found.startswith("the loss of step 9 is nan, and 1 of its rows fail on their own")
+    assert found.startswith("the loss of step 9 is nan, as it is for 1 of 2 rows run on their own")
     assert "row 41 of the view (shard shards/x.parquet, row group 1, row 7)" in found
     assert "run/bad_batch.json lists the 3 rows of the step" in found
     assert "the last good checkpoint is run/checkpoints/step_8. " in found
