@@ -26,7 +26,7 @@ from benchmarks.records import TOPK_64, described, sampled_record, threshold_rec
 from benchmarks.rounding_kl import rounding_kl
 from labeler.teachers.protocol import RowLabels
 from schemas.console.text import table
-from schemas.label_set.shards import read_shard, write_shard
+from schemas.label_set.shards import read_row_group, write_shard
 from schemas.record.rows import LabelRows
 from schemas.spec import RecordSpec
 from schemas.storage.store import Store
@@ -101,6 +101,13 @@ def _measure_kind(kind: Kind, rows: TokenRows) -> dict[str, Any]:
     return result
 
 
+def _read_shard(store: Store, record: RecordSpec) -> None:
+    with pq.ParquetFile(store.path("shard.parquet")) as file:
+        num_groups = file.num_row_groups
+    for index in range(num_groups):
+        read_row_group(store, "shard.parquet", index, record)
+
+
 def _measure_shard(
     rows: LabelRows, record: RecordSpec, folder: str
 ) -> tuple[dict[str, float], float, float]:
@@ -111,7 +118,7 @@ def _measure_shard(
         store.delete("shard.parquet")
         write = partial(write_shard, store, "shard.parquet", rows, record, "benchmark", VOCAB_SIZE)
         write_s.append(timed(write).cpu_s)
-        read_s.append(timed(partial(read_shard, store, "shard.parquet", record)).cpu_s)
+        read_s.append(timed(partial(_read_shard, store, record)).cpu_s)
     columns: dict[str, float] = {}
     metadata = pq.ParquetFile(store.path("shard.parquet")).metadata
     for group in range(metadata.num_row_groups):

@@ -1,4 +1,4 @@
-"""The two files that describe a label set: its spec, and its teacher's vocabulary."""
+"""The two files that describe a label set: its spec and its teacher's vocabulary."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ LABEL_SET_FILE = "label_set.json"
 
 
 class LabelSetFile(StrictModel):
-    """The content of label_set.json."""
+    """Content of label_set.json."""
 
     fingerprint: str
     spec: LabelSetSpec
@@ -26,8 +26,8 @@ def read_label_set_file(store: Store) -> LabelSetFile:
     """The description of a label set.
 
     Raises:
-        StoreError: there is none, or a later version of this project made it.
-        DamagedError: it is torn, or does not have its own fingerprint.
+        StoreError: it does not exist, or was created by a later version of this project.
+        DamagedError: it is damaged or does not match its fingerprint.
     """
     if not store.exists(LABEL_SET_FILE):
         raise StoreError(f"{store.url}: no label set there (no {LABEL_SET_FILE}); check the path")
@@ -37,8 +37,8 @@ def read_label_set_file(store: Store) -> LabelSetFile:
         version = content["spec"]["schema_version"]
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise StoreError(
-                f"{path}: has schema version {version}, this program knows up to "
-                f"{SCHEMA_VERSION}; use a newer version of it"
+                f"{path}: has schema version {version}, but this version of the program reads up "
+                f"to {SCHEMA_VERSION}; upgrade it"
             )
         file = LabelSetFile.model_validate(content)
     except (ValueError, LookupError, TypeError, pydantic.ValidationError) as error:
@@ -46,14 +46,17 @@ def read_label_set_file(store: Store) -> LabelSetFile:
         raise DamagedError(f"{path}: not a description of a label set ({what})") from error
     if file.spec.fingerprint() != file.fingerprint:
         raise DamagedError(
-            f"{path}: says its fingerprint is {file.fingerprint}, but its spec has "
+            f"{path}: records fingerprint {file.fingerprint}, but its spec has "
             f"{file.spec.fingerprint()}; restore the file from a copy"
         )
     return file
 
 
 def write_vocabulary(store: Store, vocabulary: Mapping[str, int]) -> str:
-    """Its digest is in its name, so that two creators of different sets at one URL cannot mix."""
+    """Writes token -> id to a file and returns its name.
+
+    The name holds a digest, so that concurrent creators of a label set never mix vocabularies.
+    """
     data = json.dumps(vocabulary, sort_keys=True, ensure_ascii=False).encode()
     name = _vocabulary_name(data)
     store.write_bytes(name, data)
@@ -65,7 +68,7 @@ def _vocabulary_name(data: bytes) -> str:
 
 
 def read_vocabulary(store: Store, name: str) -> dict[str, int]:
-    """Token -> id, from a file of ``write_vocabulary``.
+    """Token -> id, from a file written by `write_vocabulary`.
 
     Raises:
         DamagedError: the file is not the one that was written.
@@ -73,8 +76,8 @@ def read_vocabulary(store: Store, name: str) -> dict[str, int]:
     data = store.read_bytes(name)
     if _vocabulary_name(data) != name:
         raise DamagedError(
-            f"{store.path(name)}: its content does not have the digest in its name; restore the "
-            "file from a copy"
+            f"{store.path(name)}: content and name have different digests; restore the file from "
+            "a copy"
         )
     vocabulary: dict[str, int] = json.loads(data)
     return vocabulary

@@ -4,14 +4,14 @@
 label_set.json                    the spec and its fingerprint; created exclusively
 vocabulary-<digest>.json          token -> id of the teacher's tokenizer
 shards/<attempt>.parquet          data
-keys/<unit>.<attempt>.parquet     row keys, lengths and places, so that opening a set reads no shard
-quarantine/<unit>.<attempt>.parquet  rows that could not be labelled, each with its reason
+keys/<unit>.<attempt>.parquet     row keys, lengths and places; opening a set reads no shard
+quarantine/<unit>.<attempt>.parquet  rows that could not be labelled, with reasons
 manifests/<unit>.json             the commit; created exclusively and last
 ```
 
-Everything but a manifest has the attempt in its name, so that two attempts at one unit never touch
-each other's files, and a manifest names the files of its own attempt. What no manifest names is
-garbage of an attempt that lost or died.
+The files of a unit have the attempt in their names, so that two attempts at a unit never touch each
+other's files; a manifest names the files of its own attempt. Files that no manifest names are
+garbage of attempts that lost the race or died.
 """
 
 import re
@@ -42,7 +42,7 @@ from schemas.label_set.manifest import (
     read_manifest,
     write_manifest,
 )
-from schemas.label_set.shards import NO_SHARD, ShardInfo, read_row_group, write_shard
+from schemas.label_set.shards import ShardInfo, read_row_group, write_shard
 from schemas.label_set.tables import (
     INDEX,
     KEYS,
@@ -68,20 +68,20 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 READERS = 16
-"""Small files that are read at the same time; object stores answer slowly but many at once."""
+"""Small files read concurrently; object stores have high latency but serve many at once."""
 
 _UNIT_KEY = re.compile(r"[0-9A-Za-z_-]+")
 
 
 class LabelSet:
-    """A label set that exists. `create_or_open` or `open` make one.
+    """An existing label set; see `create_or_open` and `open`.
 
     Attributes:
-        url: where it is.
+        url: its location.
         store: its files.
-        spec: what its labels mean.
+        spec: of its labels.
         fingerprint: of the spec.
-        vocabulary_file: where the vocabulary is in it; empty where it was made without.
+        vocabulary_file: path of the vocabulary in the set; empty if it was created without one.
     """
 
     def __init__(self, store: Store, file: LabelSetFile) -> None:
@@ -95,20 +95,20 @@ class LabelSet:
     def create_or_open(
         url: str, spec: LabelSetSpec, vocabulary: Mapping[str, int] | None = None
     ) -> "LabelSet":
-        """The label set of this spec at `url`, made if nothing is there.
+        """Opens the label set at `url`, or creates it with this spec.
 
-        One that holds more is used as well; its `spec` is its own, which added rows have too, and
-        readers make what was asked for with `schemas.record.reduce`.
+        An existing set with richer labels is used as well. It keeps its own `spec`, which added
+        rows follow too; readers reduce rows to the requested record by `schemas.record.reduce`.
 
         Args:
-            url: any fsspec URL that can be written to.
-            spec: what the labels mean.
-            vocabulary: token -> id of the teacher's tokenizer, for trainers to compare theirs with;
-                kept on creation only.
+            url: any writable fsspec URL.
+            spec: of the requested labels.
+            vocabulary: token -> id of the teacher's tokenizer, which trainers compare with the
+                student's; stored on creation only.
 
         Raises:
-            StoreError: a label set is there that cannot serve this one; says what differs. Or the
-                store cannot be written to safely.
+            StoreError: an existing label set cannot serve this spec, and how they differ; or the
+                store has no safe writes.
         """
         store = Store(url)
         if not store.exists(LABEL_SET_FILE):
@@ -130,8 +130,8 @@ class LabelSet:
         """The label set at `url`.
 
         Raises:
-            StoreError: none is there, or a later version of this project made it.
-            DamagedError: its description is torn, or does not have its own fingerprint.
+            StoreError: it does not exist, or was created by a later version of this project.
+            DamagedError: its description is damaged or does not match its fingerprint.
         """
         store = Store(url)
         return LabelSet(store, read_label_set_file(store))
@@ -140,11 +140,11 @@ class LabelSet:
         """Token -> id of the teacher's tokenizer.
 
         Raises:
-            StoreError: the set was made without.
+            StoreError: the set was created without one.
             DamagedError: the file is not the one that was written.
         """
         if not self.vocabulary_file:
-            raise StoreError(f"{self.url}: this label set was made without a vocabulary")
+            raise StoreError(f"{self.url}: this label set was created without a vocabulary")
         return read_vocabulary(self.store, self.vocabulary_file)
 
     # Committing
@@ -157,24 +157,24 @@ class LabelSet:
         unit_key: str,
         fidelity: Fidelity | None = None,
     ) -> Manifest:
-        """Commits one unit of work; if it is committed already, returns that manifest.
+        """Commits a unit of work; if it is committed already, returns its manifest.
 
-        Whatever this is killed between leaves either the whole unit or files that no reader trusts.
+        A process killed at any point leaves either the complete unit or files that no reader uses.
 
         Args:
-            rows: the labelled rows; None or empty where there are none.
+            rows: the labelled rows; None or empty if there are none.
             quarantined: the rows that could not be labelled.
             provenance: plain JSON values.
             unit_key: identity of the unit, by `keys.unit_key` over all row keys of the task's
                 input, quarantined ones included.
-            fidelity: what an audit of the labels found.
+            fidelity: result of an audit of the labels.
 
         Returns:
-            The manifest of the attempt that won, which may be another one.
+            The manifest of the attempt that won, possibly another one.
 
         Raises:
-            RecordError: the rows break an invariant, or a row is there twice.
-            StoreError: the store cannot be written to.
+            RecordError: the rows break an invariant, or two rows have the same key.
+            StoreError: the store cannot be written.
         """
         if not _UNIT_KEY.fullmatch(unit_key):
             raise RecordError(f"unit key {unit_key!r}: expected letters, digits, _ and - only")
@@ -182,26 +182,24 @@ class LabelSet:
             rows = None
         if self.store.exists(manifest_path(unit_key)):
             return read_manifest(self.store, manifest_path(unit_key), self.fingerprint)
-        _refuse_twice(rows, quarantined, unit_key)
+        _check_keys(rows, quarantined, unit_key)
         attempt = uuid.uuid4().hex
-        shard = self._write_shard(rows, attempt)
-        keys = self._write_keys(rows, shard, f"keys/{unit_key}.{attempt}.parquet")
-        kept = self._write_quarantine(quarantined, f"quarantine/{unit_key}.{attempt}.parquet")
+        shard, keys, quarantine = ShardInfo(), "", ""
+        if rows is not None:
+            shard = self._write_shard(f"shards/{attempt}.parquet", rows)
+            keys = f"keys/{unit_key}.{attempt}.parquet"
+            self.store.write_bytes(keys, table_bytes(unit_keys_table(rows, shard.row_groups)))
+        if quarantined:
+            quarantine = f"quarantine/{unit_key}.{attempt}.parquet"
+            self.store.write_bytes(quarantine, table_bytes(quarantine_table(quarantined)))
         manifest = Manifest(
+            **shard.model_dump(),
             unit_key=unit_key,
             attempt=attempt,
             fingerprint=self.fingerprint,
-            shard=shard.path,
-            sha256=shard.sha256,
-            size_bytes=shard.size_bytes,
-            num_rows=shard.num_rows,
-            num_tokens=shard.num_tokens,
-            num_labels=shard.num_labels,
-            row_groups=shard.row_groups,
             keys=keys,
-            quarantine=kept,
+            quarantine=quarantine,
             num_quarantined=len(quarantined),
-            num_entries=shard.num_entries,
             fidelity=fidelity,
             provenance=dict(provenance),
         )
@@ -210,44 +208,23 @@ class LabelSet:
         fault_point("before_report")
         return winner
 
-    def _write_shard(self, rows: LabelRows | None, attempt: str) -> ShardInfo:
-        if rows is None:
-            return NO_SHARD
-        rel = f"shards/{attempt}.parquet"
+    def _write_shard(self, rel: str, rows: LabelRows) -> ShardInfo:
+        record, vocab_size = self.spec.record, self.spec.teacher.vocab_size
         return retry(
-            lambda: write_shard(
-                self.store,
-                rel,
-                rows,
-                self.spec.record,
-                self.fingerprint,
-                self.spec.teacher.vocab_size,
-            ),
+            lambda: write_shard(self.store, rel, rows, record, self.fingerprint, vocab_size),
             self.store.path(rel),
         )
 
-    def _write_keys(self, rows: LabelRows | None, shard: ShardInfo, rel: str) -> str:
-        if rows is None:
-            return ""
-        self.store.write_bytes(rel, table_bytes(unit_keys_table(rows, shard.row_groups)))
-        return rel
-
-    def _write_quarantine(self, quarantined: Sequence[QuarantineRow], rel: str) -> str:
-        if not quarantined:
-            return ""
-        self.store.write_bytes(rel, table_bytes(quarantine_table(quarantined)))
-        return rel
-
-    # Reading what is committed, without opening a shard
+    # Reading committed units without opening a shard
 
     def manifests(self) -> list[Manifest]:
         """The manifests of all committed units, by unit key.
 
         Raises:
-            DamagedError: one is torn or of another label set; names the file and the repair.
+            DamagedError: one is damaged or of another label set; names the file and the repair.
         """
         names = self.store.list(MANIFESTS, ".json")
-        return _each(lambda rel: read_manifest(self.store, rel, self.fingerprint), names)
+        return _read_all(lambda rel: read_manifest(self.store, rel, self.fingerprint), names)
 
     def committed_keys(self) -> SortedKeys:
         """S16, rising: the keys of all labelled rows, for `keys.contains`."""
@@ -258,7 +235,7 @@ class LabelSet:
         return keys_to_sorted(key_array(self.quarantine(), "row_key"))
 
     def index(self, progress: Callable[[int, int], None] | None = None) -> pa.Table:
-        """Where every labelled row is, each row key once: the copy in the smallest unit key.
+        """The place of every labelled row; each row key once, in the unit with the smallest key.
 
         Args:
             progress: called with the units read so far, and all units.
@@ -268,59 +245,54 @@ class LabelSet:
             num_labels; by unit key, row group and row.
 
         Raises:
-            DamagedError: the keys of a unit are not what its manifest says.
+            DamagedError: the keys of a unit do not match its manifest.
         """
         units = [manifest for manifest in self.manifests() if manifest.keys]
-        tables = _each(self._index_of, units, progress)
+        tables = _read_all(self._unit_index, units, progress)
         table = pa.concat_tables([INDEX.empty_table(), *tables]).unify_dictionaries()
         return first_of_each_key(table)
 
     def quarantine(self) -> pa.Table:
-        """The rows that could not be labelled and have not been since, each row key once.
+        """The rows that could not be labelled so far, each row key once.
 
         Returns:
             Columns row_key, source, place, window, reason, detail.
 
         Raises:
-            DamagedError: the quarantine of a unit is not what its manifest says.
+            DamagedError: the quarantine of a unit does not match its manifest.
         """
         units = [manifest for manifest in self.manifests() if manifest.quarantine]
-        tables = _each(self._quarantine_of, units)
+        tables = _read_all(self._unit_quarantine, units)
         table = first_of_each_key(pa.concat_tables([QUARANTINE.empty_table(), *tables]))
         if not len(table):
             return table
         labelled = contains(self.committed_keys(), key_array(table, "row_key"))
         return table.filter(pa.array(~labelled))
 
-    def _index_of(self, manifest: Manifest) -> pa.Table:
-        keys = self._unit_table(manifest, manifest.keys, KEYS, manifest.num_rows)
+    def _unit_index(self, manifest: Manifest) -> pa.Table:
+        keys = read_table(self.store, manifest.keys, KEYS, manifest.num_rows, manifest.unit_key)
         columns = {name: keys.column(name) for name in keys.column_names}
         codes = pa.array(np.zeros(len(keys), np.int32))
         for name in ("unit_key", "shard"):
             columns[name] = pa.DictionaryArray.from_arrays(codes, [getattr(manifest, name)])
         return pa.table(columns, schema=INDEX)
 
-    def _quarantine_of(self, manifest: Manifest) -> pa.Table:
-        return self._unit_table(manifest, manifest.quarantine, QUARANTINE, manifest.num_quarantined)
-
-    def _unit_table(
-        self, manifest: Manifest, rel: str, schema: pa.Schema, num_rows: int
-    ) -> pa.Table:
-        return read_table(self.store, rel, schema, num_rows, manifest.unit_key)
+    def _unit_quarantine(self, manifest: Manifest) -> pa.Table:
+        rel, num_rows = manifest.quarantine, manifest.num_quarantined
+        return read_table(self.store, rel, QUARANTINE, num_rows, manifest.unit_key)
 
     def drop_unit(self, unit_key: str) -> None:
-        """Takes a unit out of the set, so that the next job labels its rows again.
+        """Removes a unit from the set, so that the next job labels its rows again.
 
-        Only the manifest goes, which no reader does without; it need not be whole. What it named is
-        garbage from then on.
+        Only the manifest is deleted, even if it is damaged; the files it names become garbage.
 
         Raises:
-            StoreError: there is no such unit.
+            StoreError: no such unit exists.
         """
         rel = manifest_path(unit_key)
         if not _UNIT_KEY.fullmatch(unit_key) or not self.store.exists(rel):
             raise StoreError(
-                f"{self.url}: has no unit {unit_key}; units are the names of the files in "
+                f"{self.url}: no unit {unit_key}; units are named by the files in "
                 f"{self.store.path('manifests')}, without .json"
             )
         self.store.delete(rel)
@@ -328,15 +300,15 @@ class LabelSet:
     # Reading labels
 
     def read_rows(self, where: pa.Table, columns: Sequence[str] | None = None) -> LabelRows:
-        """The rows at the given places, in the given order; each row group is read once.
+        """The rows at the given places, in that order; each row group is read once.
 
         Args:
             where: columns shard, row_group and row, for example a part of `index`.
             columns: columns of labels to read; None: all.
 
         Raises:
-            DamagedError: a shard is not what was written.
-            StoreError: a shard is not there.
+            DamagedError: a shard is damaged.
+            StoreError: a shard is missing.
         """
         spec = self.spec.record
         if not len(where):
@@ -359,7 +331,7 @@ class LabelSet:
         return LabelRows.concat(parts).take(back)
 
 
-def _each(
+def _read_all(
     read: Callable[[S], T],
     items: Sequence[S],
     progress: Callable[[int, int], None] | None = None,
@@ -374,7 +346,7 @@ def _each(
     return found
 
 
-def _refuse_twice(
+def _check_keys(
     rows: LabelRows | None, quarantined: Sequence[QuarantineRow], unit_key: str
 ) -> None:
     keys = [row.row_key for row in quarantined]
@@ -384,4 +356,4 @@ def _refuse_twice(
         raise RecordError(f"unit {unit_key}: neither labelled nor quarantined rows to commit")
     if len(set(keys)) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise RecordError(f"unit {unit_key}: row key {twice.hex()} is there more than once")
+        raise RecordError(f"unit {unit_key}: row key {twice.hex()} occurs more than once")

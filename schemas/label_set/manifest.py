@@ -1,4 +1,4 @@
-"""The commit of one unit: a manifest, created exclusively and last. What has none is not there."""
+"""Manifests: a unit exists once its manifest does, which is created exclusively and last."""
 
 import json
 from typing import Any
@@ -13,14 +13,14 @@ MANIFESTS = "manifests"
 
 
 class Fidelity(StrictModel):
-    """What an audit of some of a unit's labels found, against the full distribution in float64.
+    """Result of auditing some of a unit's labels against the full distribution in float64.
 
     Attributes:
-        labels: how many were audited.
-        mean_kl, max_kl: nats a label, KL(teacher, stored) on the exact entries and one bucket for
-            the rest, the stored side as a trainer reads it; for kind ``sampled`` on the draws.
-        covered_mass: mean probability of the heads.
-        missed_mass: by how much a head fell short of the most probable ids of its length, at most.
+        labels: number of audited labels.
+        mean_kl, max_kl: nats per label, KL(teacher, stored) on the exact entries and one bucket for
+            the rest, with stored values as a trainer reads them; for kind ``sampled`` on the draws.
+        covered_mass: mean probability mass of the heads.
+        missed_mass: largest shortfall of a head against the most probable ids of its length.
     """
 
     labels: int
@@ -31,21 +31,21 @@ class Fidelity(StrictModel):
 
 
 class Manifest(StrictModel):
-    """What one unit of work left, and how it came about.
+    """Files, counts and provenance of one unit of work.
 
     Attributes:
-        unit_key: identity of the unit; the name of this file.
-        attempt: identity of the one attempt that won; part of the names of its files.
+        unit_key: identity of the unit and name of this file.
+        attempt: identity of the attempt that won; part of the names of its files.
         fingerprint: of the label set.
-        shard: path of the data in the label set; empty where no row was labelled.
-        sha256: of the shard; empty where there is none.
+        shard: path of the data in the label set; empty if no row was labelled.
+        sha256: of the shard.
         size_bytes: of the shard.
-        row_groups: rows of each row group of the shard.
+        row_groups: number of rows of each row group of the shard.
         num_entries: exact entries and draws of all labels.
-        keys: path of the row keys and lengths; empty where no row was labelled.
-        quarantine: path of the rows that could not be labelled; empty where there are none.
-        fidelity: what an audit found; None where there was none.
-        provenance: what does not change what a label means: backend, engine, versions, host, time.
+        keys: path of the row keys and lengths; empty if no row was labelled.
+        quarantine: path of the rows that could not be labelled; empty if there are none.
+        fidelity: result of an audit; None without one.
+        provenance: facts that do not affect the labels: backend, engine, versions, host, time.
     """
 
     unit_key: str
@@ -67,20 +67,25 @@ class Manifest(StrictModel):
 
 
 def manifest_path(unit_key: str) -> str:
-    """Where the manifest of a unit is in its label set."""
+    """Path of a unit's manifest in its label set."""
     return f"{MANIFESTS}/{unit_key}.json"
 
 
+def unit_of_manifest(rel: str) -> str:
+    """The unit key in the path of a manifest."""
+    return rel.rsplit("/", 1)[-1].removesuffix(".json")
+
+
 def repair(store: Store, unit_key: str) -> str:
-    """What to do about a damaged unit, for error messages."""
+    """Advice on a damaged unit, for error messages."""
     return (
         f"drop it with `tutelage labels drop {store.url} --unit {unit_key}` and label the corpus "
-        "again, which computes that unit only"
+        "again, which recomputes only that unit"
     )
 
 
 def write_manifest(store: Store, manifest: Manifest) -> Manifest:
-    """Commits a unit. Of several attempts at one unit exactly one wins; all get the winner's."""
+    """Commits a unit and returns its manifest: that of the first attempt, if there were several."""
     data = json.dumps(manifest.model_dump(mode="json"), indent=1).encode()
     if store.create_exclusive(manifest_path(manifest.unit_key), data):
         return manifest
@@ -88,37 +93,37 @@ def write_manifest(store: Store, manifest: Manifest) -> Manifest:
 
 
 def read_manifest(store: Store, rel: str, fingerprint: str) -> Manifest:
-    """Reads one manifest of a label set with this fingerprint.
+    """Reads a manifest of a label set with this fingerprint.
 
     Raises:
-        DamagedError: it is torn, is not a manifest, or is of another label set or unit.
-        StoreError: it is not there.
+        DamagedError: it is not a complete manifest, or belongs to another label set or unit.
+        MissingError: it does not exist.
     """
-    unit_key = rel.rsplit("/", 1)[-1].removesuffix(".json")
+    unit_key = unit_of_manifest(rel)
     try:
         manifest = Manifest.model_validate_json(store.read_bytes(rel))
     except pydantic.ValidationError as error:
-        problem = error.errors()[0]
-        what = f"{'.'.join(map(str, problem['loc']))} {problem['msg']}".strip()
+        first = error.errors()[0]
+        what = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
         raise DamagedError(
-            f"{store.path(rel)}: not a whole manifest ({what}); {repair(store, unit_key)}"
+            f"{store.path(rel)}: not a complete manifest ({what}); {repair(store, unit_key)}"
         ) from error
+    problem = ""
     if manifest.fingerprint != fingerprint:
-        raise DamagedError(
-            f"{store.path(rel)}: belongs to a label set with fingerprint {manifest.fingerprint}, "
-            f"found in one with {fingerprint}; {repair(store, unit_key)}"
+        found = manifest.fingerprint
+        problem = (
+            f"belongs to a label set with fingerprint {found}, found in one with {fingerprint}"
         )
-    if manifest.unit_key != unit_key:
-        raise DamagedError(
-            f"{store.path(rel)}: is the manifest of unit {manifest.unit_key}, expected {unit_key}; "
-            f"{repair(store, unit_key)}"
-        )
+    elif manifest.unit_key != unit_key:
+        problem = f"is the manifest of unit {manifest.unit_key}, expected {unit_key}"
+    if problem:
+        raise DamagedError(f"{store.path(rel)}: {problem}; {repair(store, unit_key)}")
     return manifest
 
 
 def unit_of_shard(store: Store, shard: str) -> str | None:
-    """The unit that a shard belongs to, by looking for it; None where no manifest names it."""
+    """The unit whose manifest names a shard, by reading manifests; None if no manifest does."""
     for rel in store.list(MANIFESTS, ".json"):
         if shard.encode() in store.read_bytes(rel):
-            return rel.rsplit("/", 1)[-1].removesuffix(".json")
+            return unit_of_manifest(rel)
     return None

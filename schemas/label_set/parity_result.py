@@ -1,4 +1,4 @@
-"""What the parity gate found for a label set: the content of its parity.json."""
+"""Result of the parity gate: the content of a label set's parity.json."""
 
 import pydantic
 
@@ -10,14 +10,15 @@ PARITY_FILE = "parity.json"
 
 
 class Parity(StrictModel):
-    """What the comparison found.
+    """Result of comparing labels with those of a reference teacher.
 
     Attributes:
-        reference: what scored the rows again.
-        rows, labels: how many were compared.
-        mean_kl, max_kl: nats a label, KL(reference, teacher) on the stored entries and one bucket.
-        max_logprob_difference: of entries with a probability over 0.001, nats.
-        bound: what mean_kl may be.
+        reference: the teacher that scored the rows again.
+        rows, labels: number compared.
+        mean_kl, max_kl: nats per label, KL(reference, teacher) on the stored entries and one bucket
+            for the rest.
+        max_logprob_difference: over entries with a probability above 0.001, nats.
+        bound: largest accepted mean_kl.
     """
 
     reference: str
@@ -30,10 +31,10 @@ class Parity(StrictModel):
 
 
 def read_parity(store: Store) -> Parity | None:
-    """What was found; None where no comparison was made.
+    """The stored result; None if no comparison was made.
 
     Raises:
-        DamagedError: the file is torn.
+        DamagedError: the file is damaged.
     """
     if not store.exists(PARITY_FILE):
         return None
@@ -42,6 +43,6 @@ def read_parity(store: Store) -> Parity | None:
     except pydantic.ValidationError as error:
         what = str(error).replace("\n", " ")
         raise DamagedError(
-            f"{store.path(PARITY_FILE)}: not what the parity gate writes ({what}); delete it, and "
+            f"{store.path(PARITY_FILE)}: not a result of the parity gate ({what}); delete it, and "
             "the next label job compares again"
         ) from error

@@ -1,9 +1,9 @@
-"""What a run read, row by row, and what became of it.
+"""Rosters: every row that a run read, and its disposition.
 
-While a run goes, each task that reads a piece of the corpus writes a part. A part is named after
-the places it holds, so that a task that runs twice overwrites its own. At the end the parts become
-one roster, ordered by place, and the disposition of every row follows from the keys that were there
-before the run and from the manifests: never from counters of tasks.
+During a run, each task that reads a piece of the corpus writes a part, named after the places in
+it, so that a repeated task overwrites its own part. At the end the parts are merged into one
+roster, ordered by place. The disposition of a row follows from the keys committed before the run
+and from the manifests, never from counters of tasks.
 """
 
 import json
@@ -19,7 +19,15 @@ from schemas.errors import AccountsError, DamagedError, MissingError, RecordErro
 from schemas.fault_points import fault_point
 from schemas.keys import KEY_BYTES, SortedKeys, as_strings, contains, digest, find_keys
 from schemas.label_set.label_set import LabelSet
-from schemas.label_set.tables import first_occurrences, key_array, parse_table, table_bytes
+from schemas.label_set.tables import (
+    first_occurrences,
+    key_array,
+    parse_table,
+    required_fields,
+    table_bytes,
+)
+from schemas.record.key_columns import KEY_TYPE
+from schemas.record.spans import Bools
 from schemas.storage.store import Store
 
 LABELLED = "labelled"
@@ -29,38 +37,36 @@ QUARANTINED = "quarantined"
 
 PLACE_COLUMNS = ("source", "place", "window", "sample")
 ROSTER = pa.schema(
-    [
-        pa.field("row_key", pa.binary(KEY_BYTES), nullable=False),
-        pa.field("source", pa.string(), nullable=False),
-        pa.field("place", pa.int64(), nullable=False),
-        pa.field("window", pa.int32(), nullable=False),
-        pa.field("sample", pa.int32(), nullable=False),
-        pa.field("disposition", pa.string(), nullable=False),
-        pa.field("reason", pa.string(), nullable=False),
-        pa.field("columns", pa.string(), nullable=False),
-    ]
+    required_fields(
+        row_key=KEY_TYPE,
+        source=pa.string(),
+        place=pa.int64(),
+        window=pa.int32(),
+        sample=pa.int32(),
+        disposition=pa.string(),
+        reason=pa.string(),
+        columns=pa.string(),
+    )
 )
 """Columns: row_key; source, place (row number, or byte offset of the line for JSONL), window and
-sample (which generated response; -1 where none was asked for); disposition; reason, of rows in
-quarantine; columns, the kept source columns as JSON."""
+sample (index of the generated response; -1 without generation); disposition; reason, of
+quarantined rows; columns, the kept source columns as JSON."""
 
 _ACCOUNTS = b"tutelage.accounts"
 _SHOWN_ROWS = 5
 
-Bools = npt.NDArray[np.bool_]
-
 
 class Accounts(StrictModel):
-    """What became of the rows of a run. Each row read is in exactly one of the four counts.
+    """Dispositions of the rows of a run. Each row read is in exactly one of the four counts.
 
     Attributes:
         rows_labelled: labelled by this run.
         rows_reused: had labels before the run.
-        rows_duplicate: the same request stands earlier in the corpus.
+        rows_duplicate: repeat a request from earlier in the corpus.
         rows_quarantined: could not be labelled.
         tokens: of the rows that this run labelled.
         labels: positions of the rows that this run labelled.
-        reasons: rows in quarantine by reason.
+        reasons: quarantined rows by reason.
     """
 
     rows_read: int
@@ -73,7 +79,7 @@ class Accounts(StrictModel):
     reasons: dict[str, int]
 
     def check(self) -> None:
-        """Shows that the counts add up.
+        """Checks that the counts add up.
 
         Raises:
             AccountsError: they do not.
@@ -82,22 +88,22 @@ class Accounts(StrictModel):
         if self.rows_read != sum(parts):
             raise AccountsError(
                 f"{self.rows_read} rows read, but {parts[0]} labelled + {parts[1]} reused + "
-                f"{parts[2]} duplicate + {parts[3]} quarantined make {sum(parts)}"
+                f"{parts[2]} duplicate + {parts[3]} quarantined = {sum(parts)}"
             )
         if sum(self.reasons.values()) != self.rows_quarantined:
             raise AccountsError(
-                f"{self.rows_quarantined} rows quarantined, but the reasons {self.reasons} make "
+                f"{self.rows_quarantined} rows quarantined, but the reasons {self.reasons} sum to "
                 f"{sum(self.reasons.values())}"
             )
 
 
 def write_part(store: Store, run: str, part: pa.Table) -> str:
-    """Writes what one task read; the same rows overwrite what the task wrote before.
+    """Writes the rows that one task read; a repeated task overwrites its own part.
 
     Args:
         store: of the label set.
-        run: identity of the run; a name for a file.
-        part: row_key and the place columns; `columns` where source columns were kept. Other columns
+        run: identity of the run, usable as a file name.
+        part: row_key and the place columns; `columns` if source columns are kept. The other columns
             of ROSTER are filled in at the end of the run.
 
     Returns:
@@ -111,7 +117,7 @@ def write_part(store: Store, run: str, part: pa.Table) -> str:
         field.name: part.column(field.name) if field.name in part.column_names else blank
         for field in ROSTER
     }
-    columns["row_key"] = columns["row_key"].cast(pa.binary(KEY_BYTES))
+    columns["row_key"] = columns["row_key"].cast(KEY_TYPE)
     table = pa.table({name: columns[name] for name in ROSTER.names}).cast(ROSTER)
     rel = f"{_parts_folder(run)}/{_hash_of_places(table)}.parquet"
     store.write_bytes(rel, table_bytes(table))
@@ -119,26 +125,26 @@ def write_part(store: Store, run: str, part: pa.Table) -> str:
 
 
 def remove_parts(store: Store, run: str) -> None:
-    """Removes what tasks wrote of a run that ended before its roster could be closed."""
+    """Deletes the parts of a run that ended before its roster was closed."""
     store.delete(_parts_folder(run))
 
 
 def close_roster(label_set: LabelSet, run: str, frozen_keys: SortedKeys | None = None) -> Accounts:
-    """Merges the parts of a run into its roster and accounts for every row. Safe to repeat.
+    """Merges the parts of a run into its roster and accounts for every row. Idempotent.
 
-    The first row of each key, by source, place, window and sample, is reused if its key was among
-    the frozen ones, else labelled if a manifest has it, else quarantined. Later ones are
+    The first row of each key, by source, place, window and sample, is reused if its key is among
+    the frozen ones, else labelled if a manifest has it, else quarantined. Further rows of a key are
     duplicates.
 
     Args:
-        label_set: that the run labelled into.
+        label_set: that the run writes to.
         run: identity of the run.
-        frozen_keys: S16, rising: `LabelSet.committed_keys` as it was when the run started.
+        frozen_keys: S16, rising: `LabelSet.committed_keys` at the start of the run.
 
     Raises:
-        AccountsError: a row is neither labelled nor in quarantine, or two rows of the same place
+        AccountsError: a row is neither labelled nor quarantined, or two rows of the same place
             differ; names the rows.
-        DamagedError: a part or a unit is not what was written.
+        DamagedError: a part or a unit is damaged.
     """
     store, rel = label_set.store, roster_path(run)
     if not store.exists(rel):
@@ -150,7 +156,7 @@ def close_roster(label_set: LabelSet, run: str, frozen_keys: SortedKeys | None =
         fault_point("before_roster")
         store.write_bytes(rel, table_bytes(table.replace_schema_metadata(metadata)))
     fault_point("after_roster")
-    # A roster that is there is whole; parts beside it are left from a run that was stopped here.
+    # Rosters are written atomically, so parts beside one are leftovers of a run stopped here.
     store.delete(_parts_folder(run))
     return read_accounts(label_set, run)
 
@@ -165,14 +171,12 @@ def read_roster(label_set: LabelSet, run: str) -> pa.Table:
     """The closed roster of a run, ordered by source, place, window and sample.
 
     Raises:
-        StoreError: there is none.
-        DamagedError: it is not what was written.
+        StoreError: it does not exist.
+        DamagedError: it is damaged.
     """
     rel = roster_path(run)
     if not label_set.store.exists(rel):
-        raise MissingError(
-            f"{label_set.store.path(rel)}: no roster of a finished run {run!r} there"
-        )
+        raise MissingError(f"{label_set.store.path(rel)}: no roster of a finished run {run!r}")
     return _read(label_set.store, rel)
 
 
@@ -180,12 +184,12 @@ def read_accounts(label_set: LabelSet, run: str) -> Accounts:
     """The accounts of a closed roster; raises as `read_roster`."""
     metadata = read_roster(label_set, run).schema.metadata or {}
     if _ACCOUNTS not in metadata:
-        raise DamagedError(f"{label_set.store.path(roster_path(run))}: has no accounts in it")
+        raise DamagedError(f"{label_set.store.path(roster_path(run))}: contains no accounts")
     return Accounts.model_validate_json(metadata[_ACCOUNTS])
 
 
 def roster_path(run: str) -> str:
-    """Where the roster of a run is in its label set."""
+    """Path of a run's roster in its label set."""
     return f"rosters/{run}.parquet"
 
 
@@ -204,13 +208,13 @@ def _merged_parts(store: Store, run: str) -> pa.Table:
     table = table.sort_by([(name, "ascending") for name in PLACE_COLUMNS]).combine_chunks()
     if len(table) < 2:
         return table
-    # Two tasks may have read one place, where a run was cut differently after a fault.
+    # After a fault the corpus may be cut differently, so that two tasks read the same place.
     again = np.ones(len(table) - 1, bool)
     for name in PLACE_COLUMNS:
         column = table.column(name)
         again &= _bools(pc.equal(column[1:], column[:-1]))
     keys = as_strings(key_array(table, "row_key"))
-    _refuse(
+    _reject(
         table,
         np.append(False, again & (keys[1:] != keys[:-1])),
         "was read twice with different content; the corpus changed during the run",
@@ -228,9 +232,8 @@ def _account(table: pa.Table, label_set: LabelSet, frozen: SortedKeys) -> tuple[
     reason_at = find_keys(key_array(quarantine, "row_key"), keys)
     quarantined = first & ~reused & ~labelled & (reason_at >= 0)
     lost = first & ~reused & ~labelled & ~quarantined
-    _refuse(table, lost, "is neither labelled nor in quarantine; run the job again")
-    reused_but_gone = reused & (found < 0)
-    _refuse(table, reused_but_gone, "had labels when the run started and has none now")
+    _reject(table, lost, "is neither labelled nor in quarantine; run the job again")
+    _reject(table, reused & (found < 0), "had labels when the run started and has none now")
 
     dispositions = np.select(
         [labelled, reused, quarantined], [LABELLED, REUSED, QUARANTINED], DUPLICATE
@@ -253,7 +256,7 @@ def _account(table: pa.Table, label_set: LabelSet, frozen: SortedKeys) -> tuple[
     return table, accounts
 
 
-def _refuse(table: pa.Table, bad: Bools, problem: str) -> None:
+def _reject(table: pa.Table, bad: Bools, problem: str) -> None:
     if not bad.any():
         return
     shown = table.filter(pa.array(bad)).slice(0, _SHOWN_ROWS).select(PLACE_COLUMNS).to_pylist()

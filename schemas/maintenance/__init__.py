@@ -1,4 +1,4 @@
-"""Looking after label sets: verify, list, sample, collect garbage.
+"""Maintenance of label sets: verify, list, sample, collect garbage.
 
-Used by the command line alone; labeler and trainer never import it.
+For the command line only; labeler and trainer never import it.
 """

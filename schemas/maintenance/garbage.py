@@ -1,9 +1,9 @@
-"""What no manifest names: left by attempts that lost or died, and by units that were dropped.
+"""Garbage: files that no manifest names, left by lost or dead attempts and by dropped units.
 
-Only files of the kinds that a label set makes are ever looked at, and only those older than any
-unit lives: a unit that is being written has no manifest yet either. A run may last for days and
-needs the first part of its roster at its end, so what belongs to runs counts as old only when for
-that long nothing was committed to the set at all.
+Considers only files of kinds that a label set creates, and only those older than any unit takes: a
+unit being written has no manifest yet either. A run may last for days and needs the first part of
+its roster at the end, so files of runs count as old only if nothing was committed to the set for
+that long.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,17 +15,17 @@ from schemas.label_set.label_set import LabelSet
 from schemas.storage.local_files import TEMPORARY_PREFIX
 from schemas.storage.store import Store, StoredFile
 
-_OF_A_RUN = "of a run that ended"
+_ENDED_RUN = "of a run that ended"
 _FOLDERS = ("shards", "keys", "quarantine", "attempts", "rosters", "manifests")
 
 
 class GarbageFile(StrictModel):
-    """One file that nothing needs.
+    """A file that nothing needs.
 
     Attributes:
         file: path in the label set.
-        why: in a word or two.
-        age_hours: since it was written.
+        why: reason in a few words.
+        age_hours: hours since it was written.
     """
 
     file: str
@@ -35,11 +35,11 @@ class GarbageFile(StrictModel):
 
 
 class Garbage(StrictModel):
-    """What was found.
+    """Result of a collection.
 
     Attributes:
-        too_young: files that no manifest names but that may belong to a unit being written.
-        deleted: whether `files` are gone now.
+        too_young: number of unnamed files that may belong to a unit being written.
+        deleted: whether `files` were deleted.
     """
 
     url: str
@@ -50,7 +50,7 @@ class Garbage(StrictModel):
 
     @property
     def size_bytes(self) -> int:
-        """Of all files."""
+        """Total size of the files."""
         return sum(file.size_bytes for file in self.files)
 
 
@@ -61,35 +61,35 @@ def collect_garbage(
     now: datetime | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Garbage:
-    """Finds, and on request deletes, the files that no manifest names.
+    """Finds, and optionally deletes, files that no manifest names.
 
     Args:
         url: of the label set.
-        older_than_hours: files written to since are left alone; longer than any unit lives.
-        delete: without it, nothing is touched.
+        older_than_hours: keeps younger files; must exceed the time a unit takes.
+        delete: delete the files.
         now: for tests.
         progress: called with the files deleted so far, and all to delete.
 
     Raises:
         ConfigError: a negative age.
-        StoreError: there is no label set.
-        DamagedError: a manifest cannot be read, so what it names cannot be known.
+        StoreError: the label set does not exist.
+        DamagedError: a manifest cannot be read, so the files it names are unknown.
     """
     if older_than_hours < 0:
         raise ConfigError(f"--older-than is {older_than_hours}; expected hours, 0 or more")
     label_set = LabelSet.open(url)
     now = now or datetime.now(UTC)
-    # Files first: one that is committed in between is then named by a manifest.
+    # List files before manifests, so that a unit committed in between is found named.
     stored = list(_files(label_set.store))
     named = _named(label_set)
     unnamed = [(file, _why(file.rel)) for file in stored if file.rel not in named]
     garbage = [(file, why) for file, why in unnamed if why]
-    last_sign = _last_signs_of_runs(stored)
+    last_activity = _last_run_activity(stored)
     least = timedelta(hours=older_than_hours)
     old = [
         (file, why)
         for file, why in garbage
-        if now - max(file.modified, last_sign if why == _OF_A_RUN else file.modified) >= least
+        if now - max(file.modified, last_activity if why == _ENDED_RUN else file.modified) >= least
     ]
     if delete:
         for number, (file, _) in enumerate(old, start=1):
@@ -122,14 +122,14 @@ def _files(store: Store) -> Iterator[StoredFile]:
             yield from store.walk(name)
 
 
-def _last_signs_of_runs(stored: list[StoredFile]) -> datetime:
-    """When a run last did something: committed a unit, wrote a part of its roster, tried a row."""
-    signs = [
+def _last_run_activity(stored: list[StoredFile]) -> datetime:
+    """Last activity of any run: a committed unit, a part of a roster, an attempt at a row."""
+    times = [
         file.modified
         for file in stored
         if file.rel.startswith(("manifests/", "attempts/")) or ".parts/" in file.rel
     ]
-    return max(signs, default=datetime.fromtimestamp(0, UTC))
+    return max(times, default=datetime.fromtimestamp(0, UTC))
 
 
 def _named(label_set: LabelSet) -> set[str]:
@@ -140,14 +140,14 @@ def _named(label_set: LabelSet) -> set[str]:
 
 
 def _why(rel: str) -> str:
-    """Why a file that no manifest names is garbage; empty where it is not."""
+    """Why a file that no manifest names is garbage; empty if it is not."""
     folder, _, rest = rel.partition("/")
     if rest.rsplit("/", 1)[-1].startswith(TEMPORARY_PREFIX):
         return "never finished"
     if folder in ("shards", "keys", "quarantine"):
         return "no manifest names it"
     if folder == "attempts" or (folder == "rosters" and ".parts/" in rest):
-        return _OF_A_RUN
+        return _ENDED_RUN
     if not rest and rel.startswith("vocabulary-"):
         return "another vocabulary"
     return ""  # manifests and rosters

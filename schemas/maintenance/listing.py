@@ -1,4 +1,4 @@
-"""Every label set below a URL, each with what its manifests say."""
+"""Label sets below a URL, with totals from their manifests."""
 
 from collections.abc import Iterator
 
@@ -12,20 +12,19 @@ from schemas.storage.store import Store
 from schemas.views.view import VIEW_FILE
 
 MAX_DEPTH = 6
-"""Folders below the URL that are looked into."""
+"""Levels of folders that are searched."""
 
 
 class LabelSetEntry(StrictModel):
-    """One label set.
+    """A label set and its totals.
 
     Attributes:
-        url: where it is.
-        teacher: path or name of the teacher's model, from provenance; the model type where no
-            manifest has it.
+        url: its location.
+        teacher: path or name of the teacher's model from provenance, else its type and digest.
         record: kind and its parameters, for example ``threshold tau=0.033``.
         rows, tokens, labels: of all units; a row that two units hold is counted twice.
         bytes: of shards.
-        problem: why the set cannot be read; everything else is empty then.
+        problem: why the set cannot be read; other fields are empty then.
     """
 
     url: str
@@ -49,12 +48,12 @@ def list_label_sets(url: str) -> list[LabelSetEntry]:
     """
     store = Store(url)
     if not store.exists():
-        raise StoreError(f"{url}: there is nothing there; check the path")
+        raise StoreError(f"{url}: does not exist; check the path")
     return [_entry(_joined(url, rel)) for rel in _find(store, "", MAX_DEPTH)]
 
 
 def record_text(record: RecordSpec) -> str:
-    """The kind and what it was asked for, in a few words."""
+    """The kind of a record and its parameters."""
     own = record.identity()
     shown = {name: own[name] for name in ("k", "top_p", "max_head", "tau", "draws") if name in own}
     words = [record.kind, *(f"{name}={_short(value)}" for name, value in shown.items())]
@@ -64,7 +63,7 @@ def record_text(record: RecordSpec) -> str:
 
 
 def teacher_text(label_set: LabelSet, manifests: list[Manifest]) -> str:
-    """The teacher's model by name where a manifest has it, else its type and digest."""
+    """The name of the teacher's model if a manifest has it, else its type and digest."""
     models = {str(m.provenance["model"]) for m in manifests if m.provenance.get("model")}
     if models:
         return ", ".join(sorted(models))

@@ -1,4 +1,4 @@
-"""A seeded sample of row groups of a label set, and what the labels in it are like."""
+"""A seeded sample of row groups of a label set, and distributions of the labels in it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class SampledGroup:
-    """One row group, and where it is."""
+    """A row group and its place."""
 
     shard: str
     row_group: int
@@ -38,11 +38,11 @@ def sample_groups(
         progress: called with the row groups read so far, and all of the sample.
 
     Raises:
-        DamagedError: a manifest or a shard is not what was written.
+        DamagedError: a manifest or a shard is damaged.
     """
     places = [
         (manifest.shard, index)
-        for manifest in label_set.manifests()  # by unit key, so the order is always the same
+        for manifest in label_set.manifests()  # by unit key, in the same order every time
         for index in range(len(manifest.row_groups))
     ]
     order = sorted(np.random.default_rng(seed).permutation(len(places))[:count])
@@ -56,11 +56,11 @@ def sample_groups(
 
 
 def distributions(groups: list[SampledGroup]) -> dict[str, Floats]:
-    """What the sampled labels are like, name by name: one value a row, or one a label.
+    """Values of the sampled labels by name, one per row or one per label.
 
-    ``tokens a row``, ``labels a row`` (by row); ``entropy`` (nats), ``covered mass`` (of the exact
-    head), ``entries a label``, ``of the head``, ``of draws`` (how many), ``target logprob`` (nats),
-    ``target rank`` (by label). Those that the record does not have are left out.
+    By row: ``tokens a row``, ``labels a row``. By label: ``entropy`` (nats), ``covered mass`` (of
+    the exact head), ``entries a label``, ``of the head``, ``of draws`` (counts), ``target logprob``
+    (nats), ``target rank``. Values that the record does not have are left out.
     """
     rows = [group.rows for group in groups]
     found = {
@@ -91,14 +91,14 @@ def distributions(groups: list[SampledGroup]) -> dict[str, Floats]:
 
 @dataclass(frozen=True)
 class LabelledPosition:
-    """One label of a row, for people.
+    """A label of a row, for people.
 
     Attributes:
-        target: index of the token in the row that the distribution is over.
-        token: that token's id.
-        logprob, rank: the teacher's, of that token.
-        head: (id, log-probability) of the exact entries, the most probable first.
-        draws: (id, log-probability, count) of the tail draws; count 1 where none is stored.
+        target: index in the row of the token that the distribution is over.
+        token: id of that token.
+        logprob, rank: of that token, by the teacher.
+        head: (id, log-probability) of the exact entries, most probable first.
+        draws: (id, log-probability, count) of the tail draws; count 1 if none is stored.
     """
 
     target: int

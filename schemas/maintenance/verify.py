@@ -1,8 +1,8 @@
-"""`verify`: shows that a label set is what its manifests say, or lists everything that is not.
+"""`verify`: compares a label set with its manifests and lists every difference.
 
-Every byte is read: the digests of shards and vocabulary, the checksum of every page, every
-invariant of the record, the identity of every row, key files against shards, quarantine, rosters.
-It goes on after a problem, so that one pass says all there is to mend.
+Reads every byte: digests of shards and vocabulary, checksums of pages, invariants of the record,
+identities of rows, key files against shards, quarantine, rosters. It continues after a problem, so
+that one pass reports everything there is to fix.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,29 +12,36 @@ from schemas.config import StrictModel
 from schemas.errors import AccountsError, DamagedError, MissingError, StoreError
 from schemas.label_set.description import LABEL_SET_FILE
 from schemas.label_set.label_set import LabelSet
-from schemas.label_set.manifest import MANIFESTS, Manifest, read_manifest, repair
+from schemas.label_set.manifest import (
+    MANIFESTS,
+    Manifest,
+    manifest_path,
+    read_manifest,
+    repair,
+    unit_of_manifest,
+)
 from schemas.label_set.roster import finished_runs, read_accounts, roster_path
 from schemas.label_set.tables import KEYS, QUARANTINE, parse_table
 from schemas.maintenance.verify_shard import ShardCheck
 from schemas.storage.store import Store
 
 WORKERS = 4
-"""Units that are checked at the same time: decoding and hashing run outside of Python's lock."""
+"""Units checked concurrently; decoding and hashing release Python's global lock."""
 
 
 class Problem(StrictModel):
-    """One thing that is wrong.
+    """A difference between a label set and its manifests.
 
     Attributes:
         what: one word to count by: set, manifest, missing, bytes, pages, record, keys, quarantine,
             roster.
         file: path in the label set.
-        unit_key: of the unit; empty where it is not about one.
-        row_group: in the shard, from 0; None where it is not about one.
-        row: in its row group, from 0; None where it cannot be said more exactly.
+        unit_key: of the unit; empty if none is concerned.
+        row_group: index in the shard; None if none is concerned.
+        row: index in its row group; None if unknown.
         row_key: of that row, hexadecimal.
-        column: that is damaged, where one is known to be.
-        found: what was found, and what was expected.
+        column: damaged column, if known.
+        found: what was found and what was expected.
         repair: what to do.
     """
 
@@ -49,7 +56,7 @@ class Problem(StrictModel):
     repair: str
 
     def line(self) -> str:
-        """For people: where, and what was found."""
+        """Place and finding, for people."""
         place = [f"unit {self.unit_key}", self.file] if self.unit_key else [self.file]
         if self.row_group is not None:
             place.append(f"row group {self.row_group}")
@@ -63,11 +70,11 @@ class Problem(StrictModel):
 
 
 class Verified(StrictModel):
-    """What was checked, and what was found wrong.
+    """Result of `verify`.
 
     Attributes:
-        bytes: read and checked, of all files.
-        garbage: shards that no manifest names; no problem, `labels gc` removes them.
+        bytes: size of all verified shards.
+        garbage: shards that no manifest names; harmless, `labels gc` deletes them.
     """
 
     url: str
@@ -83,19 +90,19 @@ class Verified(StrictModel):
 
     @property
     def units_to_drop(self) -> list[str]:
-        """Units with a problem, each once."""
+        """Units with problems."""
         return sorted({problem.unit_key for problem in self.problems if problem.unit_key})
 
 
 def verify(url: str, progress: Callable[[int, int], None] | None = None) -> Verified:
-    """Checks everything that a label set holds.
+    """Verifies everything in a label set.
 
     Args:
         url: of the label set.
-        progress: called with the bytes of shards that are checked and those that there are.
+        progress: called with the bytes of shards verified so far, and of all shards.
 
     Raises:
-        StoreError: there is no label set, or its store does not give what it has.
+        StoreError: the label set does not exist, or its store cannot be read.
     """
     store = Store(url)
     try:
@@ -158,34 +165,33 @@ def _check_vocabulary(label_set: LabelSet) -> Iterator[Problem]:
             what="missing" if not label_set.store.exists(name) else "bytes",
             file=name,
             found=_without_path(label_set.store, name, error),
-            repair="restore the file from a copy, or take the vocabulary from the teacher again",
+            repair="restore the file from a copy, or export the teacher's vocabulary again",
         )
 
 
 def _manifest_problem(store: Store, rel: str, error: StoreError) -> Problem:
-    unit_key = rel.rsplit("/", 1)[-1].removesuffix(".json")
+    unit_key = unit_of_manifest(rel)
     advice = repair(store, unit_key)
     found = _without_path(store, rel, error).removesuffix(f"; {advice}")
     return Problem(what="manifest", file=rel, unit_key=unit_key, found=found, repair=advice)
 
 
 def _check_unit(label_set: LabelSet, manifest: Manifest) -> list[Problem]:
-    """All problems of one unit whose manifest could be read."""
-    check = _Unit(label_set, manifest)
-    check.manifest_itself()
+    """All problems of a unit with a readable manifest."""
+    check = _UnitCheck(label_set, manifest)
+    check.manifest()
     keys = None
     if manifest.keys:
         keys = check.table(manifest.keys, "keys", KEYS, manifest.num_rows)
     if manifest.quarantine:
         check.table(manifest.quarantine, "quarantine", QUARANTINE, manifest.num_quarantined)
     if manifest.shard:
-        shard = ShardCheck(label_set, manifest, keys, check.report)
-        shard.run()
+        ShardCheck(label_set, manifest, keys, check.report).run()
     return check.problems
 
 
-class _Unit:
-    """Problems of one unit, as they are found."""
+class _UnitCheck:
+    """Collects the problems of a unit."""
 
     def __init__(self, label_set: LabelSet, manifest: Manifest) -> None:
         self.store = label_set.store
@@ -197,35 +203,33 @@ class _Unit:
         fields["repair"] = repair(self.store, self.unit.unit_key)
         self.problems.append(Problem.model_validate(fields | place))
 
-    def manifest_itself(self) -> None:
-        """What a manifest says fits together."""
-        unit, rel = self.unit, f"{MANIFESTS}/{self.unit.unit_key}.json"
+    def manifest(self) -> None:
+        """Checks that a manifest is consistent."""
+        unit, rel = self.unit, manifest_path(self.unit.unit_key)
         if sum(unit.row_groups) != unit.num_rows:
-            self.report(
-                "manifest", rel, f"row_groups make {sum(unit.row_groups)} rows, num_rows says "
-                f"{unit.num_rows}",
-            )  # fmt: skip
+            found = f"row_groups sum to {sum(unit.row_groups)} rows, num_rows is {unit.num_rows}"
+            self.report("manifest", rel, found)
         for name, value, count in (
             ("shard", unit.shard, unit.num_rows),
             ("keys", unit.keys, unit.num_rows),
             ("quarantine", unit.quarantine, unit.num_quarantined),
         ):
             if bool(value) != bool(count):
-                found = f"{name} is {value!r}, but there are {count} rows of it"
+                found = f"{name} is {value!r}, but its number of rows is {count}"
                 self.report("manifest", rel, found)
 
     def table(self, rel: str, what: str, schema: object, num_rows: int) -> object:
-        """A small table of the unit; None where it is not what it has to be."""
-        if not self.store.exists(rel):
-            self.report("missing", rel, "there is no such file, though the manifest names it")
-            return None
+        """A small table of the unit; None if it is missing or damaged."""
         try:
             table = parse_table(self.store.read_bytes(rel), schema)
-        except (MissingError, DamagedError) as error:
+        except MissingError:
+            self.report("missing", rel, "no such file, but the manifest names it")
+            return None
+        except DamagedError as error:
             self.report(what, rel, _without_path(self.store, rel, error))
             return None
         if len(table) != num_rows:
-            self.report(what, rel, f"holds {len(table)} rows, the manifest says {num_rows}")
+            self.report(what, rel, f"has {len(table)} rows, the manifest records {num_rows}")
             return None
         return table
 
@@ -240,8 +244,8 @@ def _check_rosters(label_set: LabelSet) -> Iterator[Problem]:
                 what="roster",
                 file=rel,
                 found=_without_path(label_set.store, rel, error),
-                repair=f"delete {label_set.store.path(rel)} and run the label job again: it labels "
-                "nothing anew and writes a roster of its own",
+                repair=f"delete {label_set.store.path(rel)} and run the label job again: it "
+                "relabels nothing and writes a new roster",
             )
 
 

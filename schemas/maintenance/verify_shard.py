@@ -1,4 +1,4 @@
-"""One shard against its manifest and its key file: bytes, pages, schema, rows, invariants."""
+"""Verifies a shard against its manifest and key file: bytes, pages, schema, rows, invariants."""
 
 from collections.abc import Iterator
 from typing import IO, Any, Protocol
@@ -11,37 +11,35 @@ from schemas.errors import RecordError, first_line
 from schemas.keys import content_key, row_key
 from schemas.label_set.label_set import LabelSet
 from schemas.label_set.manifest import Manifest
-from schemas.label_set.shards import FINGERPRINT_KEY
+from schemas.label_set.shards import FINGERPRINT_KEY, PARQUET_ERRORS, schema_problem
 from schemas.label_set.tables import key_array
-from schemas.record.columns import arrow_schema
 from schemas.record.rows import LabelRows
 from schemas.record.validate import validate
 from schemas.storage.driver_errors import refuse_unreadable
 from schemas.storage.local_files import digest_stream
 
 SHOWN_ROWS = 20
-"""Broken rows of one row group that are named; the others are counted."""
-WHOLE_BYTES = 256 * 2**20
-"""Shards up to this size are read once, as a whole."""
+"""Invalid rows of a row group that are reported by name; the others are counted."""
+MAX_BUFFER_BYTES = 256 * 2**20
+"""Shards up to this size are read once, into memory."""
 
 
 class Report(Protocol):
-    """Takes a problem of the unit; `place` is row_group, row, row_key, column."""
+    """Records a problem of the unit; `place` is row_group, row, row_key, column."""
 
     def __call__(self, what: str, file: str, found: str, **place: object) -> None: ...
 
 
 class ShardCheck:
-    """Checks one shard to its end, whatever is found on the way."""
+    """Verifies a shard to its end, whatever problems it finds."""
 
     def __init__(self, label_set: LabelSet, manifest: Manifest, keys: Any, report: Report) -> None:
-        """Prepares.
-
+        """
         Args:
-            label_set: the shard is of.
+            label_set: of the shard.
             manifest: of its unit.
-            keys: table of the unit's key file, or None where that is damaged.
-            report: is told of every problem.
+            keys: table of the unit's key file; None if that is damaged.
+            report: called for every problem.
         """
         self._store = label_set.store
         self._spec = label_set.spec
@@ -51,17 +49,17 @@ class ShardCheck:
         self._report = report
 
     def run(self) -> None:
-        """Reads all of the shard and reports what is wrong with it.
+        """Reads the entire shard and reports its problems.
 
         Raises:
-            StoreError: the store does not give it now, so nothing can be said about it.
+            StoreError: the store cannot be read now, which says nothing about the shard.
         """
         rel = self._unit.shard
         try:
             with self._store.open(rel) as file:
                 self._bytes(file)
         except FileNotFoundError:
-            self._report("missing", rel, "there is no such shard, though the manifest names it")
+            self._report("missing", rel, "no such shard, but the manifest names it")
         except OSError as error:
             refuse_unreadable(error, self._store.path(rel))
             self._report("bytes", rel, f"cannot be read ({first_line(error)})")
@@ -69,16 +67,15 @@ class ShardCheck:
     def _bytes(self, file: IO[bytes]) -> None:
         unit = self._unit
         source: Any = file
-        if unit.size_bytes <= WHOLE_BYTES:
+        if unit.size_bytes <= MAX_BUFFER_BYTES:
             source = pa.BufferReader(file.read())
         sha256, size = digest_stream(source)
         source.seek(0)
         if size != unit.size_bytes:
-            self._report(
-                "bytes", unit.shard, f"has {size} bytes, the manifest says {unit.size_bytes}"
-            )
+            found = f"has {size} bytes, the manifest records {unit.size_bytes}"
+            self._report("bytes", unit.shard, found)
         elif sha256 != unit.sha256:
-            found = f"sha256 is {sha256}, the manifest says {unit.sha256}"
+            found = f"sha256 is {sha256}, the manifest records {unit.sha256}"
             self._report("bytes", unit.shard, found)
         self._parquet(source)
 
@@ -86,37 +83,33 @@ class ShardCheck:
         try:
             file = pq.ParquetFile(source, page_checksum_verification=True)
             schema, sizes = file.schema_arrow, _group_sizes(file)
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except PARQUET_ERRORS as error:
             refuse_unreadable(error, self._store.path(self._unit.shard))
             found = f"the footer cannot be read: {first_line(error)}"
             self._report("pages", self._unit.shard, found)
             return
-        expected = arrow_schema(self._spec.record)
-        if not schema.equals(expected):
-            found = f"has columns {schema.names}, the label set's are {expected.names}"
-            if schema.names == expected.names:
-                differ = [field.name for field in expected if schema.field(field.name) != field]
-                found = f"has other types than the label set in {differ}"
-            self._report("record", self._unit.shard, found)
+        problem = schema_problem(schema, self._spec.record)
+        if problem:
+            self._report("record", self._unit.shard, problem)
             return
         owner = (schema.metadata or {}).get(FINGERPRINT_KEY, b"").decode(errors="replace")
         if owner != self._fingerprint:
-            found = f"is of a label set with fingerprint {owner or 'none'}, found in one with "
+            found = f"belongs to a label set with fingerprint {owner or 'none'}, found in one with "
             self._report("record", self._unit.shard, found + self._fingerprint)
         self._groups(file, sizes)
 
     def _groups(self, file: pq.ParquetFile, sizes: list[int]) -> None:
         unit = self._unit
         if sizes != unit.row_groups:
-            found = f"has row groups of {sizes} rows, the manifest says {unit.row_groups}"
+            found = f"has row groups of {sizes} rows, the manifest records {unit.row_groups}"
             self._report("record", unit.shard, found)
         if self._keys is not None:
             self._places(sizes)
         tokens = labels = first = 0
-        whole = True
+        complete = True
         for index, size in enumerate(sizes):
             rows = self._decode(file, index)
-            whole = whole and rows is not None
+            complete = complete and rows is not None
             if rows is not None:
                 tokens += rows.num_tokens
                 labels += rows.num_labels
@@ -124,18 +117,17 @@ class ShardCheck:
                 self._identities(rows, index)
                 self._against_keys(rows, index, first)
             first += size
-        if whole and (tokens, labels) != (unit.num_tokens, unit.num_labels):
-            self._report(
-                "record", unit.shard, f"holds {tokens} tokens and {labels} labels, the manifest "
-                f"says {unit.num_tokens} and {unit.num_labels}",
-            )  # fmt: skip
+        if complete and (tokens, labels) != (unit.num_tokens, unit.num_labels):
+            recorded = f"{unit.num_tokens} and {unit.num_labels}"
+            found = f"has {tokens} tokens and {labels} labels, the manifest records {recorded}"
+            self._report("record", unit.shard, found)
 
     def _decode(self, file: pq.ParquetFile, index: int) -> LabelRows | None:
-        """The rows of a row group, or None once its damage is reported, column by column."""
+        """The rows of a row group; None after its damage was reported, column by column."""
         rel, names = self._unit.shard, self._spec.record.columns
         try:
             table = file.read_row_group(index, columns=names, use_threads=False)
-        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        except PARQUET_ERRORS as error:
             refuse_unreadable(error, self._store.path(rel))
             damaged = list(_damaged_columns(file, index, names))
             for name, found in damaged or [("", first_line(error))]:
@@ -148,80 +140,77 @@ class ShardCheck:
             return None
 
     def _invariants(self, rows: LabelRows, index: int) -> None:
-        """The rules of `validate`; where one is broken, row by row, to name all that break one."""
+        """Validates a row group; if that fails, row by row, to report every invalid row."""
+        record, vocab_size = self._spec.record, self._spec.teacher.vocab_size
         try:
-            validate(rows, self._spec.record, self._spec.teacher.vocab_size)
+            validate(rows, record, vocab_size)
             return
         except RecordError as error:
-            whole = first_line(error)
-        broken = 0
+            problem = first_line(error)
+        invalid = []
         for row in range(len(rows)):
             try:
-                one = rows.slice(row, row + 1)
-                validate(one, self._spec.record, self._spec.teacher.vocab_size)
+                validate(rows.slice(row, row + 1), record, vocab_size)
             except RecordError as error:
-                broken += 1
-                if broken <= SHOWN_ROWS:
-                    self._row("record", rows, index, row, first_line(error).removeprefix("row 0, "))
-        if not broken:
-            self._report("record", self._unit.shard, whole, row_group=index)
-        elif broken > SHOWN_ROWS:
-            found = f"{broken - SHOWN_ROWS} more rows break an invariant of the record"
-            self._report("record", self._unit.shard, found, row_group=index)
+                invalid.append((row, first_line(error).removeprefix("row 0, ")))
+        if not invalid:
+            self._report("record", self._unit.shard, problem, row_group=index)
+        self._report_rows(rows, index, invalid, "more rows violate an invariant of the record")
 
     def _identities(self, rows: LabelRows, index: int) -> None:
-        """Keys are the hashes of what the rows hold (generated rows are keyed by their prompts)."""
-        bad = 0
+        """Keys are the hashes of their rows (generated rows are keyed by their prompts)."""
+        wrong = []
         for row in range(len(rows)):
             ids = rows.token_ids[rows.token_offsets[row] : rows.token_offsets[row + 1]]
             spans = rows.label_spans[rows.span_offsets[row] : rows.span_offsets[row + 1]]
-            wanted = {"content_key": content_key(ids, spans)}
+            expected = {"content_key": content_key(ids, spans)}
             if self._spec.generation is None:
-                wanted["row_key"] = row_key(ids, spans, _context(rows, row))
-            for name, key in wanted.items():
-                if getattr(rows, name)[row].tobytes() == key:
-                    continue
-                bad += 1
-                if bad <= SHOWN_ROWS:
-                    found = f"{name} is not the hash of the row, which is {key.hex()}"
-                    self._row("record", rows, index, row, found)
-        if bad > SHOWN_ROWS:
-            found = f"{bad - SHOWN_ROWS} more keys are not the hashes of their rows"
-            self._report("record", self._unit.shard, found, row_group=index)
+                expected["row_key"] = row_key(ids, spans, _context(rows, row))
+            for name, key in expected.items():
+                if getattr(rows, name)[row].tobytes() != key:
+                    wrong.append((row, f"{name} is not the hash of the row, {key.hex()}"))
+        self._report_rows(rows, index, wrong, "more keys are not the hashes of their rows")
+
+    def _report_rows(
+        self, rows: LabelRows, index: int, problems: list[tuple[int, str]], remainder: str
+    ) -> None:
+        shard = self._unit.shard
+        for row, found in problems[:SHOWN_ROWS]:
+            key = rows.row_key[row].tobytes().hex()
+            self._report("record", shard, found, row_group=index, row=row, row_key=key)
+        if len(problems) > SHOWN_ROWS:
+            found = f"{len(problems) - SHOWN_ROWS} {remainder}"
+            self._report("record", shard, found, row_group=index)
 
     def _places(self, sizes: list[int]) -> None:
-        """The key file counts rows through the row groups."""
+        """The key file numbers rows as the row groups do."""
         groups = np.repeat(np.arange(len(sizes)), sizes)
         places = np.concatenate([np.arange(size) for size in sizes] or [np.zeros(0, np.int64)])
         for name, expected in (("row_group", groups), ("row", places)):
             if not np.array_equal(self._keys.column(name).to_numpy(), expected):
-                found = f"{name} does not count through the shard's row groups of {sizes} rows"
+                found = f"{name} does not match the shard's row groups of {sizes} rows"
                 self._report("keys", self._unit.keys, found, column=name)
 
     def _against_keys(self, rows: LabelRows, index: int, first: int) -> None:
-        """The key file says of each row what the shard holds."""
+        """The key file agrees with the rows of the shard."""
         if self._keys is None:
             return
-        mine = self._keys.slice(first, len(rows))
-        if len(mine) != len(rows):
-            return  # numbers of rows differ, which is reported
-        differs = {
-            "row_key": (key_array(mine, "row_key") != rows.row_key).any(axis=1),
-            "num_tokens": mine.column("num_tokens").to_numpy() != np.diff(rows.token_offsets),
-            "num_labels": mine.column("num_labels").to_numpy() != np.diff(rows.label_offsets),
+        keys = self._keys.slice(first, len(rows))
+        if len(keys) != len(rows):
+            return  # numbers of rows differ, which is reported elsewhere
+        differing = {
+            "row_key": (key_array(keys, "row_key") != rows.row_key).any(axis=1),
+            "num_tokens": keys.column("num_tokens").to_numpy() != np.diff(rows.token_offsets),
+            "num_labels": keys.column("num_labels").to_numpy() != np.diff(rows.label_offsets),
         }
-        for name, bad in differs.items():
+        for name, bad in differing.items():
             if bad.any():
                 row = int(np.argmax(bad))
-                self._report(
-                    "keys", self._unit.keys,
-                    f"{int(bad.sum())} rows differ from shard {self._unit.shard}, this the first",
-                    row_group=index, row=row, column=name,
-                )  # fmt: skip
-
-    def _row(self, what: str, rows: LabelRows, index: int, row: int, found: str) -> None:
-        key = rows.row_key[row].tobytes().hex()
-        self._report(what, self._unit.shard, found, row_group=index, row=row, row_key=key)
+                found = (
+                    f"{int(bad.sum())} rows differ from shard {self._unit.shard}, first this one"
+                )
+                place = {"row_group": index, "row": row, "column": name}
+                self._report("keys", self._unit.keys, found, **place)
 
 
 def _group_sizes(file: pq.ParquetFile) -> list[int]:
@@ -234,7 +223,7 @@ def _damaged_columns(
     for name in names:
         try:
             file.read_row_group(index, columns=[name], use_threads=False)
-        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        except PARQUET_ERRORS as error:
             yield name, first_line(error)
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from schemas.errors import RecordError
 from schemas.record.columns import COLUMNS, Length, arrow_schema
+from schemas.record.key_columns import key_column, key_values
 from schemas.record.spans import (
     Int64s,
     label_offsets,
@@ -193,7 +194,7 @@ class LabelRows:
                 if name in _OWN_OFFSETS:
                     values[_OWN_OFFSETS[name]] = found_offsets[name]
             elif name in ("row_key", "content_key"):
-                values[name] = _key_values(column)
+                values[name] = key_values(column)
         if "lse" in values:
             values["lse"] = values["lse"].reshape(-1, len(spec.temperatures))
         rows = LabelRows(**values)
@@ -257,7 +258,6 @@ class LabelRows:
         return values[offsets[start] : offsets[stop]]
 
     def _arrow_column(self, name: str) -> pa.Array:
-        field = COLUMNS[name].field()
         if name == "num_tokens":
             return pa.array(np.diff(self.token_offsets).astype(np.int32))
         if name == "num_labels":
@@ -266,15 +266,16 @@ class LabelRows:
         if values is None:
             raise RecordError(f"column {name} is missing, but the record spec requires it")
         if COLUMNS[name].length is Length.ROW:
-            buffer = pa.py_buffer(np.ascontiguousarray(values))
-            return pa.FixedSizeBinaryArray.from_buffers(field.type, len(values), [None, buffer])
+            return key_column(values)
         offsets = self.row_offsets(name)
         if COLUMNS[name].length is Length.TEMPERATURES:
             offsets = offsets * values.shape[1]
         if offsets[-1] > MAX_LIST_VALUES:
             raise RecordError(f"column {name} has {offsets[-1]} values, over {MAX_LIST_VALUES}")
         flat = pa.array(np.ascontiguousarray(values).reshape(-1))
-        return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), flat, type=field.type)
+        return pa.ListArray.from_arrays(
+            pa.array(offsets.astype(np.int32)), flat, type=COLUMNS[name].field().type
+        )
 
 
 _FIELDS = fields(LabelRows)
@@ -326,12 +327,3 @@ def _list_values(column: pa.ListArray) -> tuple[npt.NDArray[Any], Int64s]:
     if values.null_count:
         raise RecordError(f"a list column holds {values.null_count} null elements; expected none")
     return values.to_numpy(), offsets - offsets[0]
-
-
-def _key_values(column: pa.FixedSizeBinaryArray) -> npt.NDArray[np.uint8]:
-    width = column.type.byte_width
-    if not len(column):
-        return np.empty((0, width), np.uint8)
-    raw = np.frombuffer(column.buffers()[1], np.uint8)
-    first = column.offset * width
-    return raw[first : first + len(column) * width].reshape(-1, width)

@@ -1,1 +1,1 @@
-"""Rows of label sets chosen for training: by roster, filter, split, mixture or sample."""
+"""Rows of label sets selected for training: by roster, filter, split, mixture or sample."""

@@ -1,6 +1,6 @@
-"""The rows that a view may be made of: roster, place in the label set, kept source columns.
+"""Candidate rows of a view: roster, place in the label set, kept source columns.
 
-Made from rosters and key files; no shard is opened.
+Read from rosters and key files; no shard is opened.
 """
 
 import json
@@ -12,37 +12,41 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from schemas.errors import StoreError
-from schemas.keys import KEY_BYTES
 from schemas.label_set.label_set import LabelSet
 from schemas.label_set.roster import finished_runs, read_roster
-from schemas.label_set.tables import key_array
+from schemas.label_set.tables import key_array, required_fields
+from schemas.record.key_columns import KEY_TYPE, key_column
 from schemas.views.view import VIEW, labelled_rows
 
-_EXTRA = (
-    pa.field("document", pa.binary(KEY_BYTES), nullable=False),
-    pa.field("place", pa.int64(), nullable=False),
-    pa.field("window", pa.int32(), nullable=False),
-    pa.field("sample", pa.int32(), nullable=False),
-    pa.field("columns", pa.string(), nullable=False),
+ROWS = pa.schema(
+    [
+        *VIEW,
+        *required_fields(
+            document=KEY_TYPE,
+            place=pa.int64(),
+            window=pa.int32(),
+            sample=pa.int32(),
+            columns=pa.string(),
+        ),
+    ]
 )
-ROWS = pa.schema([*VIEW, *_EXTRA])
 """VIEW, and: document, the row key of its first window; place, window and sample in the source;
 columns, the kept source columns as JSON."""
 
 FILTER_COLUMNS = (
     "source", "place", "window", "sample", "num_tokens", "num_labels", "label_set", "run", "shard",
 )  # fmt: skip
-"""Columns that every row has for `--where`; kept source columns come on top."""
+"""Columns that `--where` can always use, besides kept source columns."""
 
 
 @dataclass(frozen=True)
-class RunOfSet:
-    """A closed run of a label set whose rows may be taken.
+class SourceRun:
+    """A closed run of a label set.
 
     Attributes:
-        label_set: where the labels are.
+        label_set: the label set.
         run: identity of the run.
-        given: which `--from` it came by, from 0.
+        given: index of the `--from` that named it.
     """
 
     label_set: LabelSet
@@ -50,30 +54,30 @@ class RunOfSet:
     given: int
 
 
-def open_sources(names: list[str]) -> list[RunOfSet]:
+def open_sources(names: list[str]) -> list[SourceRun]:
     """The runs that `URL` (all its closed runs) and `URL:RUN` name, in order.
 
     Raises:
-        StoreError: there is no such label set or run, or the set has no closed run.
+        StoreError: a label set or run does not exist, or a set has no closed run.
     """
-    found: list[RunOfSet] = []
+    found: list[SourceRun] = []
     for given, name in enumerate(names):
         url, run = _split(name)
         label_set = LabelSet.open(url)
         runs = finished_runs(label_set)
         if run and run not in runs:
-            raise StoreError(f"{url}: has no finished run {run}; there are: {', '.join(runs)}")
+            raise StoreError(f"{url}: no finished run {run}; finished runs: {', '.join(runs)}")
         if not runs:
-            raise StoreError(f"{url}: no run has finished here, so no roster says what it read")
-        found.extend(RunOfSet(label_set, one, given) for one in ([run] if run else runs))
+            raise StoreError(f"{url}: no finished run, so no roster to select rows from")
+        found.extend(SourceRun(label_set, one, given) for one in ([run] if run else runs))
     return found
 
 
-def rows_of(number: int, source: RunOfSet, index: pa.Table) -> pa.Table:
-    """ROWS of one run, by place in the label set.
+def candidate_rows(number: int, source: SourceRun, index: pa.Table) -> pa.Table:
+    """ROWS of a run, by place in the label set.
 
     Args:
-        number: for the column `label_set`.
+        number: value of the column `label_set`.
         source: the run.
         index: of its label set.
 
@@ -91,8 +95,8 @@ def rows_of(number: int, source: RunOfSet, index: pa.Table) -> pa.Table:
     return pa.table({name: columns[name] for name in ROWS.names}, schema=ROWS)
 
 
-def filter_table(rows: pa.Table, sources: list[RunOfSet], names: set[str]) -> pa.Table:
-    """The columns that a filter may speak of; kept source columns only where it names others."""
+def filter_table(rows: pa.Table, sources: list[SourceRun], names: set[str]) -> pa.Table:
+    """The columns of a filter; kept source columns are parsed only if it uses others."""
     runs = pa.array([source.run for source in sources], pa.string())
     urls = pa.array([source.label_set.url for source in sources], pa.string())
     number = rows.column("label_set")
@@ -107,7 +111,7 @@ def filter_table(rows: pa.Table, sources: list[RunOfSet], names: set[str]) -> pa
 
 
 def _split(name: str) -> tuple[str, str]:
-    """URL and run; a colon belongs to the URL where a slash follows it."""
+    """URL and run; a colon that a slash follows belongs to the URL."""
     url, colon, run = name.rpartition(":")
     return (url, run) if colon and url and "/" not in run else (name, "")
 
@@ -115,12 +119,12 @@ def _split(name: str) -> tuple[str, str]:
 def _documents(roster: pa.Table) -> pa.Array:
     """The row key of the first window (or response) of each row's document.
 
-    By content, and not by place, so that a document stays on its side of a split when the corpus
-    is shuffled or its files get other names. Rosters are ordered by place.
+    Identifies documents by content, not by place, so that a document stays on its side of a split
+    when the corpus is shuffled or its files are renamed. Rosters are ordered by place.
     """
     keys = key_array(roster, "row_key")
     if not len(keys):
-        return pa.array([], pa.binary(KEY_BYTES))
+        return pa.array([], KEY_TYPE)
     first = np.ones(len(keys), bool)
     if len(keys) > 1:
         again = pc.and_(
@@ -128,13 +132,11 @@ def _documents(roster: pa.Table) -> pa.Array:
             pc.equal(roster.column("place")[1:], roster.column("place")[:-1]),
         )
         first[1:] = ~np.asarray(again.to_numpy(), bool)
-    begins = np.flatnonzero(first)[np.cumsum(first) - 1]
-    data = pa.py_buffer(np.ascontiguousarray(keys[begins]))
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(keys), [None, data])
+    return key_column(keys[np.flatnonzero(first)[np.cumsum(first) - 1]])
 
 
 def _kept_columns(packed: pa.ChunkedArray) -> dict[str, pa.Array]:
-    """Typed columns from JSON objects; what has no common type becomes JSON text."""
+    """Typed columns from JSON objects; values without a common type become JSON text."""
     rows = [json.loads(text) if text else {} for text in packed.to_pylist()]
     names = sorted({name for row in rows for name in row})
     columns = {}

@@ -1,7 +1,7 @@
-"""Views by choice: filter, hold out, mix, sample. All of it a function of row keys and a seed.
+"""Selection of rows for views: filter, hold out, mix, sample, as a function of row keys and a seed.
 
-Whether a row is chosen depends on its own key (for splits: on its document's), and never on the
-order or the number of the other rows, except where a number of rows or a mixture is asked for.
+Whether a row is selected depends on its own key (for splits, on its document's) and not on the
+order or number of other rows, except for mixtures and samples of a given number of rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,21 +16,27 @@ from schemas.errors import ConfigError, first_line
 from schemas.keys import Keys
 from schemas.label_set.label_set import LabelSet
 from schemas.label_set.tables import first_of_each_key, key_array
-from schemas.views.candidate_rows import ROWS, RunOfSet, filter_table, open_sources, rows_of
+from schemas.views.candidate_rows import (
+    ROWS,
+    SourceRun,
+    candidate_rows,
+    filter_table,
+    open_sources,
+)
 from schemas.views.view import VIEW, View, write_view
 from schemas.views.where import names_in, parse_filter
 
-_SAMPLE, _HOLD_OUT, _MIX = 1, 2, 3  # streams of the hash: choices do not depend on each other
+_SAMPLE, _HOLD_OUT, _MIX = 1, 2, 3  # hash streams, so that choices are independent
 
 
 class Selection(StrictModel):
-    """What a view was made by; kept in view.json.
+    """How the rows of a view are selected; stored in view.json.
 
     Attributes:
-        sources: `URL` or `URL:RUN` of each label set; a row that several have is the first one's.
-        where: see `view_filter`; empty: every row.
-        holdout: share of the documents that go to the held-out view; 0: no such view.
-        weights: shares of rows of each source; empty: all there are.
+        sources: `URL` or `URL:RUN` of each label set; a row in several is taken from the first.
+        where: a filter, see `schemas.views.where`; empty: every row.
+        holdout: share of the documents for the held-out view; 0: no such view.
+        weights: shares of rows of each source; empty: all rows.
         sample: share of rows (below 1) or number of rows to keep; 0: all.
         seed: of all choices.
     """
@@ -43,13 +49,13 @@ class Selection(StrictModel):
     seed: int = 0
 
     def check(self) -> None:
-        """Raises a ConfigError where a value makes no sense."""
+        """Raises a ConfigError if a value is invalid."""
         if not 0.0 <= self.holdout < 1.0:
             raise ConfigError(f"--holdout is {self.holdout}; expected a share between 0 and 1")
         if self.weights and len(self.weights) != len(self.sources):
             raise ConfigError(
                 f"--weights has {len(self.weights)} values for {len(self.sources)} --from; "
-                "expected one each"
+                "expected one for each"
             )
         if any(not 0.0 < weight < float("inf") for weight in self.weights):
             raise ConfigError(f"--weights is {list(self.weights)}; expected positive numbers")
@@ -63,7 +69,7 @@ def make_views(
     selection: Selection,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[View]:
-    """Makes the view at `out` and, where something is held out, the one at `heldout`.
+    """Builds the view at `out` and, if rows are held out, the one at `heldout`.
 
     Args:
         out: URL of the view.
@@ -72,8 +78,8 @@ def make_views(
         progress: called with the units read so far of one label set, and all units of it.
 
     Raises:
-        ConfigError: the selection makes no sense, or leaves no row.
-        StoreError: a label set or run is not there, or lost rows.
+        ConfigError: the selection is invalid or leaves no rows.
+        StoreError: a label set or run is missing or has lost rows.
     """
     selection.check()
     sources = open_sources(list(selection.sources))
@@ -81,7 +87,7 @@ def make_views(
     for source in sources:
         if source.label_set.url not in indices:
             indices[source.label_set.url] = source.label_set.index(progress)
-    parts = [rows_of(n, s, indices[s.label_set.url]) for n, s in enumerate(sources)]
+    parts = [candidate_rows(n, s, indices[s.label_set.url]) for n, s in enumerate(sources)]
     rows = first_of_each_key(
         pa.concat_tables([ROWS.empty_table(), *parts]).unify_dictionaries().combine_chunks()
     )
@@ -94,11 +100,11 @@ def make_views(
     chosen = [(url, _sampled(_mixed(side, sources, selection), selection)) for url, side in sides]
     for url, side in chosen:
         if not len(side):
-            raise ConfigError(f"{url}: no row is left of {total}; choose less strictly")
+            raise ConfigError(f"{url}: none of {total} rows is left; loosen the selection")
     return [_write(url, side, sources, selection) for url, side in chosen]
 
 
-def _filtered(rows: pa.Table, sources: Sequence[RunOfSet], where: str) -> pa.Table:
+def _filtered(rows: pa.Table, sources: Sequence[SourceRun], where: str) -> pa.Table:
     if not where:
         return rows
     columns = filter_table(rows, list(sources), names_in(where))
@@ -113,8 +119,8 @@ def _filtered(rows: pa.Table, sources: Sequence[RunOfSet], where: str) -> pa.Tab
     return rows.take(kept)
 
 
-def _mixed(rows: pa.Table, sources: Sequence[RunOfSet], selection: Selection) -> pa.Table:
-    """As many rows as keep the shares; which ones, their keys say."""
+def _mixed(rows: pa.Table, sources: Sequence[SourceRun], selection: Selection) -> pa.Table:
+    """The most rows that have the requested shares, selected by key."""
     if not selection.weights:
         return rows
     given = np.array([source.given for source in sources])[rows.column("label_set").to_numpy()]
@@ -157,8 +163,8 @@ def _finalised(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def _write(url: str, rows: pa.Table, sources: Sequence[RunOfSet], selection: Selection) -> View:
-    """Sources without a row are left out, so that a trainer does not open them."""
+def _write(url: str, rows: pa.Table, sources: Sequence[SourceRun], selection: Selection) -> View:
+    """Writes a view; leaves out sources without rows, so that trainers do not open them."""
     numbers = rows.column("label_set").to_numpy()
     used = np.unique(numbers)
     renumbered = pa.array(np.searchsorted(used, numbers).astype(np.int16))
@@ -167,5 +173,5 @@ def _write(url: str, rows: pa.Table, sources: Sequence[RunOfSet], selection: Sel
     )
     table = table.select(VIEW.names).combine_chunks()
     runs: list[tuple[LabelSet, str]] = [(sources[n].label_set, sources[n].run) for n in used]
-    made: dict[str, Any] = selection.model_dump(mode="json", exclude_defaults=True)
-    return write_view(url, runs, table, selection=made)
+    settings: dict[str, Any] = selection.model_dump(mode="json", exclude_defaults=True)
+    return write_view(url, runs, table, selection=settings)

@@ -1,7 +1,7 @@
-"""A view: rows of label sets, chosen for training, with their lengths and places.
+"""Views: rows of label sets selected for training, with their lengths and places.
 
-A trainer plans its epochs from a view without opening a shard. A view pins shards: if a unit is
-dropped or damaged, the view says so instead of training on less.
+A trainer plans its epochs from a view without opening a shard. A view pins shards, so that a
+dropped or damaged unit is an error instead of silently less training data.
 """
 
 import hashlib
@@ -18,11 +18,19 @@ from pydantic import Field
 
 from schemas.config import StrictModel
 from schemas.errors import DamagedError, MissingError, StoreError
-from schemas.keys import KEY_BYTES, find_keys
+from schemas.keys import find_keys
 from schemas.label_set.label_set import LabelSet
 from schemas.label_set.manifest import repair
 from schemas.label_set.roster import LABELLED, REUSED, Accounts, read_accounts, read_roster
-from schemas.label_set.tables import NAMES, first_of_each_key, key_array, parse_table, table_bytes
+from schemas.label_set.tables import (
+    NAMES,
+    first_of_each_key,
+    key_array,
+    parse_table,
+    required_fields,
+    table_bytes,
+)
+from schemas.record.key_columns import KEY_TYPE
 from schemas.record.reduce import record_conflicts
 from schemas.spec import LabelSetSpec, RecordSpec
 from schemas.storage.store import Store
@@ -31,25 +39,25 @@ VIEW_ROWS = "view.parquet"
 VIEW_FILE = "view.json"
 
 VIEW = pa.schema(
-    [
-        pa.field("row_key", pa.binary(KEY_BYTES), nullable=False),
-        pa.field("label_set", pa.int16(), nullable=False),
-        pa.field("shard", NAMES, nullable=False),
-        pa.field("row_group", pa.int32(), nullable=False),
-        pa.field("row", pa.int32(), nullable=False),
-        pa.field("num_tokens", pa.int32(), nullable=False),
-        pa.field("num_labels", pa.int32(), nullable=False),
-        pa.field("source", pa.string(), nullable=False),
-        pa.field("weight", pa.float32(), nullable=False),
-    ]
+    required_fields(
+        row_key=KEY_TYPE,
+        label_set=pa.int16(),
+        shard=NAMES,
+        row_group=pa.int32(),
+        row=pa.int32(),
+        num_tokens=pa.int32(),
+        num_labels=pa.int32(),
+        source=pa.string(),
+        weight=pa.float32(),
+    )
 )
 """Columns: row_key; label_set, index into the view's list; shard, row_group and row in it; lengths;
-source; weight, a factor on the loss of the row. Ordered by label set, unit, row group and row, so
-that all rows of a shard are together, and relabelling the same units gives the same order."""
+source; weight, a factor on the loss of the row. Ordered by label set, unit, row group and row: rows
+of a shard are contiguous, and relabelling the same units gives the same order."""
 
 
 class PinnedShard(StrictModel):
-    """A shard that a view has rows of."""
+    """A shard with rows of a view."""
 
     shard: str
     unit_key: str
@@ -57,12 +65,12 @@ class PinnedShard(StrictModel):
 
 
 class ViewSource(StrictModel):
-    """One label set of a view, and the run whose rows were taken.
+    """A label set of a view, and the run whose rows were selected.
 
     Attributes:
-        url: of the label set; a local one is relative to the view, so that a folder that holds both
-            can be moved and opened from anywhere.
-        record: what readers of the view get, where that is less than the label set holds.
+        url: of the label set; relative to the view if both are local, so that a folder with both
+            can be moved.
+        record: what rows are reduced to for readers of the view; None: the label set's record.
     """
 
     url: str
@@ -75,10 +83,10 @@ class ViewSource(StrictModel):
 
 
 class ViewFile(StrictModel):
-    """The content of view.json, which is written last.
+    """Content of view.json, which is written last.
 
     Attributes:
-        selection: how rows were chosen; empty where all rows of the runs were taken.
+        selection: how rows were selected; empty if all rows of the runs were.
     """
 
     view_hash: str
@@ -90,16 +98,15 @@ class ViewFile(StrictModel):
 
 
 class View:
-    """A view that exists. `build_view` or `View.open` make one.
+    """An existing view; see `build_view` and `View.open`.
 
     Attributes:
-        url: where it is.
-        view_hash: of what it was made from: fingerprints, and rows with weights in order.
-        table: one row for each row of the view, in the schema VIEW.
-        label_sets: the label sets that the column `label_set` counts through.
-        sources: what view.json says of each of them.
-        records: what readers get of each of them; `schemas.record.reduce` makes it of what is
-            stored.
+        url: its location.
+        view_hash: of fingerprints, and of rows with weights in order.
+        table: the rows, in the schema VIEW.
+        label_sets: the label sets that the column `label_set` indexes.
+        sources: their descriptions in view.json.
+        records: the records that readers get of each; see `schemas.record.reduce`.
     """
 
     def __init__(self, url: str, file: ViewFile, table: pa.Table) -> None:
@@ -118,8 +125,8 @@ class View:
         """The view at `url`.
 
         Raises:
-            StoreError: none is there, or one of its label sets is not.
-            DamagedError: its two files do not agree.
+            StoreError: it, or one of its label sets, does not exist.
+            DamagedError: its two files are damaged or do not match.
         """
         store = Store(url)
         if not store.exists(VIEW_FILE):
@@ -132,26 +139,26 @@ class View:
         try:
             table = parse_table(store.read_bytes(VIEW_ROWS), VIEW)
         except (MissingError, DamagedError) as error:
-            raise DamagedError(f"{store.path(VIEW_ROWS)}: {error}; make the view again") from error
+            raise DamagedError(f"{store.path(VIEW_ROWS)}: {error}; rebuild the view") from error
         found = _view_hash(file.sources, table)
         if found != file.view_hash:
             raise DamagedError(
-                f"{store.path(VIEW_ROWS)}: has hash {found}, {VIEW_FILE} says {file.view_hash}; "
-                "make the view again"
+                f"{store.path(VIEW_ROWS)}: has hash {found}, but {VIEW_FILE} records "
+                f"{file.view_hash}; rebuild the view"
             )
         return View(url, file, table)
 
     def __str__(self) -> str:
-        """One line for people: where it is, and how much of what."""
+        """Location and size in one line."""
         counts = f"{self.num_rows:,} rows, {self.num_tokens:,} tokens, {self.num_labels:,} labels"
         return f"{self.url}: {counts} (view {self.view_hash})"
 
     def check_shards(self) -> None:
-        """Shows that every shard that the view pins is there, whole by its size.
+        """Checks that every pinned shard exists and has its recorded size.
 
         Raises:
-            StoreError: one is not there, so its unit was dropped; names shard and unit.
-            DamagedError: one is cut short or too long; names shard, unit and the repair.
+            StoreError: a shard is missing because its unit was dropped; names both.
+            DamagedError: a shard has another size; names shard, unit and repair.
         """
         for source, label_set in zip(self.sources, self.label_sets, strict=True):
             for pinned in source.shards:
@@ -161,18 +168,18 @@ class View:
 def build_view(
     url: str, label_sets: Sequence[tuple[LabelSet, str]], record: RecordSpec | None = None
 ) -> View:
-    """Makes a view of all rows that runs labelled or found labelled.
+    """Builds a view of all rows that runs labelled or reused.
 
-    A row that several of the runs have is taken from the first.
+    A row that occurs in several runs is taken from the first.
 
     Args:
-        url: where to write it; a view that is there is replaced.
+        url: where to write it; replaces an existing view.
         label_sets: label sets, each with the closed run whose rows to take.
-        record: what readers are to get, where that is less than the label sets hold.
+        record: to reduce rows to for readers; None: the records of the label sets.
 
     Raises:
-        StoreError: a run has no closed roster, or a row of it is no longer in the label set; or a
-            label set does not hold what `record` promises.
+        StoreError: a run has no closed roster; a row of it is no longer in the label set; or a
+            label set cannot be reduced to `record`.
     """
     indices = [label_set.index() for label_set, _ in label_sets]
     parts = [
@@ -192,28 +199,28 @@ def write_view(
     record: RecordSpec | None = None,
     selection: Mapping[str, Any] | None = None,
 ) -> View:
-    """Writes a view of chosen rows; one that is there is replaced.
+    """Writes a view of selected rows; replaces an existing view.
 
     Args:
         url: where to write it.
         label_sets: label sets, each with the closed run that its rows are from.
         table: the rows, in the schema and the order of VIEW.
-        record: what readers are to get, where that is less than the label sets hold.
-        selection: plain JSON values that say how they were chosen.
+        record: to reduce rows to for readers; None: the records of the label sets.
+        selection: how rows were selected, as plain JSON values.
 
     Raises:
-        StoreError: a label set does not hold what `record` promises.
+        StoreError: a label set cannot be reduced to `record`.
     """
     store = Store(url)
     sources = [
         ViewSource(
-            url=_url_from(store, label_set.store),
+            url=_relative_url(store, label_set.store),
             fingerprint=label_set.fingerprint,
             spec=label_set.spec,
             run=run,
             accounts=read_accounts(label_set, run),
             shards=_pinned(label_set, table.filter(pc.field("label_set") == number)),
-            record=_promise(label_set, record),
+            record=_reduced_record(label_set, record),
         )
         for number, (label_set, run) in enumerate(label_sets)
     ]
@@ -225,22 +232,22 @@ def write_view(
         sources=sources,
         selection=dict(selection or {}),
     )
-    # A view that is replaced is not there in between, rather than half of one and half of another.
+    # While files are replaced there is no view, rather than a mix of the old and the new one.
     store.delete(VIEW_FILE)
     store.write_bytes(VIEW_ROWS, table_bytes(table))
     store.write_bytes(VIEW_FILE, file.model_dump_json(indent=1).encode())
     return View.open(url)
 
 
-def _promise(label_set: LabelSet, record: RecordSpec | None) -> RecordSpec | None:
-    """The record, or None where it is that of the label set."""
+def _reduced_record(label_set: LabelSet, record: RecordSpec | None) -> RecordSpec | None:
+    """The record, or None if it is that of the label set."""
     if record is None or record.identity() == label_set.spec.record.identity():
         return None
     conflicts = record_conflicts(label_set.spec.record, record)
     if conflicts:
         raise StoreError(
-            f"{label_set.url}: cannot serve the record that the view is to have "
-            f"({'; '.join(conflicts)}); ask for less, or label again"
+            f"{label_set.url}: cannot serve the record requested for the view "
+            f"({'; '.join(conflicts)}); request less, or label again"
         )
     return record
 
@@ -252,12 +259,12 @@ def labelled_rows(
 
     Args:
         label_set: the label set.
-        run: for the message.
-        roster: of the run, perhaps with more columns.
+        run: for messages.
+        roster: of the run; may have further columns.
         index: of the label set.
 
     Returns:
-        Their rows of the index, and those of the roster.
+        Their rows in the index, and those in the roster.
 
     Raises:
         StoreError: a row of the run is no longer in the label set.
@@ -268,7 +275,7 @@ def labelled_rows(
     gone = int((places < 0).sum())
     if gone:
         raise StoreError(
-            f"{label_set.url}: {gone} rows of run {run} have no labels any more, so units were "
+            f"{label_set.url}: {gone} rows of run {run} no longer have labels, since units were "
             "dropped; label the corpus again"
         )
     order = np.argsort(places)
@@ -276,7 +283,7 @@ def labelled_rows(
 
 
 def _rows_of_run(number: int, label_set: LabelSet, run: str, index: pa.Table) -> pa.Table:
-    """The rows of one run in the schema VIEW, in the order of the index."""
+    """The rows of a run in the schema VIEW, in the order of the index."""
     rows, chosen = labelled_rows(label_set, run, read_roster(label_set, run), index)
     columns = {name: rows.column(name) for name in rows.column_names}
     columns["source"] = chosen.column("source")
@@ -286,7 +293,7 @@ def _rows_of_run(number: int, label_set: LabelSet, run: str, index: pa.Table) ->
 
 
 def _pinned(label_set: LabelSet, table: pa.Table) -> list[PinnedShard]:
-    """The shards that rows of `table` are in, by unit key."""
+    """The shards of the rows in `table`, by unit key."""
     wanted = set(pc.unique(pc.cast(table.column("shard"), pa.string())).to_pylist())
     return [
         PinnedShard(
@@ -298,7 +305,7 @@ def _pinned(label_set: LabelSet, table: pa.Table) -> list[PinnedShard]:
 
 
 def _view_hash(sources: Sequence[ViewSource], table: pa.Table) -> str:
-    """32 hexadecimal digits. Places are part of it, names of shards, which are random, are not."""
+    """32 hexadecimal digits; covers places, but not the names of shards, which are random."""
     hasher = hashlib.sha256()
     made_from: list[Any] = [source.fingerprint for source in sources]
     made_from += [source.record.identity() for source in sources if source.record is not None]
@@ -319,7 +326,7 @@ _HASHED = {
 }
 
 
-def _url_from(view: Store, label_set: Store) -> str:
+def _relative_url(view: Store, label_set: Store) -> str:
     if view.is_local and label_set.is_local:
         return os.path.relpath(label_set.root, view.root)
     return label_set.root if label_set.is_local else label_set.url
@@ -332,23 +339,22 @@ def _open_label_set(url: str, source: ViewSource) -> LabelSet:
     label_set = LabelSet.open(where)
     if label_set.fingerprint != source.fingerprint:
         raise StoreError(
-            f"{url}: was made from a label set with fingerprint {source.fingerprint}, but "
-            f"{where} has {label_set.fingerprint} now; make the view again"
+            f"{url}: was built from a label set with fingerprint {source.fingerprint}, but "
+            f"{where} has {label_set.fingerprint} now; rebuild the view"
         )
     return label_set
 
 
 def _check_shard(url: str, label_set: LabelSet, pinned: PinnedShard) -> None:
-    store = label_set.store
-    path: Any = store.path(pinned.shard)
+    store, path = label_set.store, label_set.store.path(pinned.shard)
     if not store.exists(pinned.shard):
         raise StoreError(
-            f"{path}: view {url} has rows of this shard, which is not there any more: unit "
-            f"{pinned.unit_key} was dropped; label the corpus again and make the view anew"
+            f"{path}: view {url} has rows of this shard, which no longer exists: unit "
+            f"{pinned.unit_key} was dropped; label the corpus again and rebuild the view"
         )
     size = store.size(pinned.shard)
     if size != pinned.size_bytes:
         raise DamagedError(
-            f"{path}: damaged, has {size} bytes where its manifest says {pinned.size_bytes}; unit "
+            f"{path}: damaged, has {size} bytes but its manifest records {pinned.size_bytes}; unit "
             f"{pinned.unit_key}: {repair(store, pinned.unit_key)}"
         )

@@ -1,9 +1,9 @@
-"""`--where`: a small language over columns, as an Arrow expression. Parsed, never evaluated.
+"""The `--where` filter language, parsed to an Arrow expression and never evaluated as Python.
 
-It reads like Python: comparisons, ``and``, ``or``, ``not``, ``in``, arithmetic, and for text
-``startswith``, ``endswith``, ``contains`` and ``like`` (``%`` any text, ``_`` one character), each
-as a method or a function: ``source.endswith('.py') and num_labels / num_tokens > 0.5``. A column
-whose name is no identifier is ``col('its name')``.
+Its syntax is that of Python: comparisons, ``and``, ``or``, ``not``, ``in``, arithmetic, and for
+text ``startswith``, ``endswith``, ``contains`` and ``like`` (``%`` any text, ``_`` one character),
+each as a method or a function: ``source.endswith('.py') and num_labels / num_tokens > 0.5``. A
+column whose name is not an identifier is ``col('its name')``.
 """
 
 import ast
@@ -40,10 +40,10 @@ _TEXT: dict[str, Callable[[Expression, str], Expression]] = {
 
 
 def names_in(text: str) -> set[str]:
-    """The columns that an expression speaks of.
+    """The columns that an expression uses.
 
     Raises:
-        ConfigError: it is no expression.
+        ConfigError: it is not an expression.
     """
     tree = _parse(text)
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
@@ -60,13 +60,13 @@ def parse_filter(text: str, columns: Iterable[str]) -> Expression:
     """The expression over the given columns, for `pyarrow.Table.filter`.
 
     Raises:
-        ConfigError: it is no expression, uses something outside of the language, or a column that
-            is not there; names the columns that are.
+        ConfigError: it is not an expression, is outside of the language, or uses an unknown column;
+            names the known ones.
     """
     try:
         expression = _Filter(text, sorted(columns)).build(_parse(text))
     except RecursionError as error:
-        raise ConfigError("--where: the expression is nested too deep") from error
+        raise ConfigError("--where: the expression is nested too deeply") from error
     return expression if isinstance(expression, pc.Expression) else pc.scalar(expression)
 
 
@@ -79,14 +79,14 @@ def _parse(text: str) -> ast.expr:
 
 
 class _Filter:
-    """Builds the expression of one text, node by node."""
+    """Builds an expression from its syntax tree."""
 
     def __init__(self, text: str, columns: list[str]) -> None:
         self._text = text
         self._columns = columns
 
     def build(self, node: ast.expr) -> Any:
-        """An Arrow expression, or a plain value where the node is a constant."""
+        """An Arrow expression, or a plain value for a constant."""
         match node:
             case ast.Constant(value=bool() | int() | float() | str() | None):
                 return node.value
@@ -115,7 +115,7 @@ class _Filter:
             near = difflib.get_close_matches(name, self._columns, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(
-                f"--where {self._text!r}: there is no column {name}{hint} (there are: "
+                f"--where {self._text!r}: no column {name}{hint} (known: "
                 f"{', '.join(self._columns)})"
             )
         return pc.field(name)

@@ -16,11 +16,12 @@ from labeler.config import LabelConfig
 from labeler.run.job import run_label_job
 from schemas.label_set.label_set import LabelSet
 from schemas.label_set.manifest import Manifest
-from schemas.label_set.shards import FINGERPRINT_KEY, read_shard
+from schemas.label_set.shards import FINGERPRINT_KEY
 from schemas.maintenance.verify import verify
 from schemas.record import LabelRows
 from schemas.record.columns import arrow_schema
 from schemas.spec import RecordSpec
+from tests.support.shards import read_shard
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -70,7 +71,7 @@ def forged(change: Callable[[LabelRows], None]) -> Callable[[LabelSet, Manifest]
     """Other values in good Parquet, with a manifest whose digest fits."""
 
     def damage(label_set: LabelSet, unit: Manifest) -> None:
-        rows = read_shard(label_set.store, unit.shard, RECORD)
+        rows = read_shard(label_set.store, unit.shard, RECORD, len(unit.row_groups))
         rows = rows.take(np.arange(len(rows)))
         change(rows)
         path = Path(label_set.store.path(unit.shard))
@@ -88,9 +89,9 @@ def forged(change: Callable[[LabelRows], None]) -> Callable[[LabelSet, Manifest]
 
 DAMAGES: list[tuple[Callable[[LabelSet, Manifest], None], str]] = [
     (flip, "row group 0, column entry_ids: damaged bytes"),
-    (truncate, "bytes, the manifest says"),
-    (remove, "there is no such shard"),
-    (tear, "not a whole manifest"),
+    (truncate, "bytes, the manifest records"),
+    (remove, "no such shard"),
+    (tear, "not a complete manifest"),
     (make_foreign, "belongs to a label set with fingerprint 000"),
     (forged(turn_heads_around), "expected a falling order"),
     (forged(raise_the_tail), "to sum to a probability of 1"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from schemas.errors import RecordError
 from schemas.keys import contains, find_keys, keys_to_sorted
 from schemas.label_set import shards
-from schemas.label_set.shards import read_row_group, read_shard, write_shard
+from schemas.label_set.shards import read_row_group, write_shard
 from schemas.record import LabelRows, round_logprobs, target_positions, validate
 from schemas.spec import RecordSpec
 from schemas.storage.store import Store
@@ -86,7 +86,6 @@ def test_shard_round_trip(spec: RecordSpec, seed: int, group_bytes: int) -> None
         patch.setattr(shards, "ROW_GROUP_BYTES", group_bytes)
         store = Store(folder)
         info = write_shard(store, "a.parquet", rows, spec, "f", VOCAB)
-        assert read_shard(store, "a.parquet", spec).to_table(spec).equals(rows.to_table(spec))
         start = 0
         for index, size in enumerate(info.row_groups):
             group = read_row_group(store, "a.parquet", index, spec)

@@ -10,11 +10,11 @@ import pytest
 
 from schemas.errors import DamagedError, MissingError, RecordError, StoreError, TutelageError
 from schemas.label_set import shards
-from schemas.label_set.shards import check_digest, read_row_group, read_shard, write_shard
-from schemas.record import LabelRows
+from schemas.label_set.shards import read_row_group, write_shard
 from schemas.spec import RecordSpec
 from schemas.storage.store import Store
 from tests.support.label_rows import make_rows
+from tests.support.shards import read_shard
 
 VOCAB = 60
 SPEC = RecordSpec(kind="topk", k=8, temperatures=(2.0,), teacher_context=True)
@@ -36,7 +36,8 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_round_trip(store: Store, spec: RecordSpec) -> None:
     rows = make_rows(90, spec, VOCAB)
     info = write_shard(store, REL, rows, spec, "f", VOCAB)
-    assert read_shard(store, REL, spec).to_table(spec).equals(rows.to_table(spec))
+    got = read_shard(store, REL, spec, len(info.row_groups))
+    assert got.to_table(spec).equals(rows.to_table(spec))
     assert (info.num_rows, info.num_tokens, info.num_labels) == (
         90, rows.num_tokens, rows.num_labels,
     )  # fmt: skip
@@ -48,26 +49,14 @@ def test_round_trip(store: Store, spec: RecordSpec) -> None:
     assert second.to_table(spec).equals(expected.to_table(spec))
     data = Path(store.path(REL)).read_bytes()
     assert (info.size_bytes, info.sha256) == (len(data), hashlib.sha256(data).hexdigest())
-    read_shard(store, REL, spec, sha256=info.sha256)
 
 
-@pytest.mark.usefixtures("small_groups")
-def test_batches_are_put_together(store: Store) -> None:
-    rows = make_rows(40, SPEC, VOCAB)
-    batches = (rows.slice(i, i + 3) for i in range(0, 40, 3))
-    info = write_shard(store, REL, batches, SPEC, "f", VOCAB)
-    assert max(info.row_groups) > 3
-    assert read_shard(store, REL, SPEC).to_table(SPEC).equals(rows.to_table(SPEC))
-
-
-def test_empty_and_object_stores(store: Store) -> None:
-    write_shard(store, REL, [], SPEC, "f", VOCAB)
-    assert len(read_shard(store, REL, SPEC)) == 0
+def test_round_trip_on_an_object_store() -> None:
     memory = Store("memory://shards-test")
     rows = make_rows(5, SPEC, VOCAB)
     info = write_shard(memory, REL, rows, SPEC, "f", VOCAB)
-    check_digest(memory, REL, info.sha256)
-    assert read_shard(memory, REL, SPEC).to_table(SPEC).equals(rows.to_table(SPEC))
+    assert hashlib.sha256(memory.read_bytes(REL)).hexdigest() == info.sha256
+    assert read_shard(memory, REL, SPEC, 1).to_table(SPEC).equals(rows.to_table(SPEC))
     memory.delete("shards")
 
 
@@ -108,7 +97,7 @@ def test_invalid_rows_leave_no_file(store: Store) -> None:
 
 
 def test_missing_shard_says_why(store: Store) -> None:
-    with pytest.raises(StoreError, match="no such shard, so its unit was dropped") as caught:
+    with pytest.raises(StoreError, match="no such shard: its unit was dropped") as caught:
         read_row_group(store, REL, 0, SPEC)
     assert not isinstance(caught.value, DamagedError)
 
@@ -124,13 +113,13 @@ def test_truncated_shard_is_found(store: Store, kept: int) -> None:
 
 def test_row_group_that_is_not_there(store: Store) -> None:
     write_shard(store, REL, make_rows(6, SPEC, VOCAB), SPEC, "f", VOCAB)
-    with pytest.raises(DamagedError, match="found 1 row groups, wanted number 1"):
+    with pytest.raises(DamagedError, match="has 1 row groups, number 1 requested"):
         read_row_group(store, REL, 1, SPEC)
 
 
 def test_shard_of_another_spec_is_found(store: Store) -> None:
     write_shard(store, REL, make_rows(6, SPEC, VOCAB), SPEC, "f", VOCAB)
-    with pytest.raises(DamagedError, match=r"schema differs .* \['entropy'\]|schema differs"):
+    with pytest.raises(DamagedError, match="the schema has columns"):
         read_row_group(store, REL, 0, RecordSpec())
 
 
@@ -206,7 +195,7 @@ def test_damage_without_words_is_named(store: Store, monkeypatch: pytest.MonkeyP
 def test_no_flipped_byte_goes_unnoticed(store: Store) -> None:
     """Any byte: what is read is an error or, for a byte that means nothing, the same rows."""
     rows = make_rows(10, SPEC, VOCAB)
-    write_shard(store, REL, rows, SPEC, "f", VOCAB)
+    info = write_shard(store, REL, rows, SPEC, "f", VOCAB)
     expected = rows.to_table(SPEC)
     path = Path(store.path(REL))
     whole = path.read_bytes()
@@ -219,7 +208,7 @@ def test_no_flipped_byte_goes_unnoticed(store: Store) -> None:
         damaged[place] ^= 1 << int(rng.integers(0, 8))
         path.write_bytes(damaged)
         try:
-            got: LabelRows = read_shard(store, REL, SPEC)
+            got = read_shard(store, REL, SPEC, len(info.row_groups))
         except TutelageError as error:
             errors.append(error)
         else:
@@ -227,15 +216,3 @@ def test_no_flipped_byte_goes_unnoticed(store: Store) -> None:
     assert len(errors) > 250
     assert all(type(error) is DamagedError for error in errors)
     assert all("a.parquet: damaged" in str(error) for error in errors)
-
-
-def test_digest_finds_every_flipped_byte(store: Store) -> None:
-    info = write_shard(store, REL, make_rows(3, SPEC, VOCAB), SPEC, "f", VOCAB)
-    path = Path(store.path(REL))
-    whole = path.read_bytes()
-    for place in range(0, len(whole), 97):
-        damaged = bytearray(whole)
-        damaged[place] ^= 1
-        path.write_bytes(damaged)
-        with pytest.raises(DamagedError, match="sha256 is"):
-            read_shard(store, REL, SPEC, sha256=info.sha256)

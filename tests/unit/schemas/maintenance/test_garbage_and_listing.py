@@ -149,5 +149,5 @@ def test_a_broken_set_does_not_hide_the_others(
     shown = capsys.readouterr().out
     assert str(tmp_path / "good") in shown
     assert "unreadable" in shown
-    with pytest.raises(StoreError, match="nothing there"):
+    with pytest.raises(StoreError, match="nowhere: does not exist"):
         list_label_sets(str(tmp_path / "nowhere"))

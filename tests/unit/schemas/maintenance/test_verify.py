@@ -130,13 +130,13 @@ def other_unit(path: Path) -> None:
 
 
 FILES: dict[str, tuple[str, Callable[[Path], None], str, str]] = {
-    "truncated shard": ("shard", truncate, "bytes", "bytes, the manifest says"),
+    "truncated shard": ("shard", truncate, "bytes", "bytes, the manifest records"),
     "missing shard": ("shard", Path.unlink, "missing", "no such shard"),
     "missing keys": ("keys", Path.unlink, "missing", "no such file"),
     "damaged keys": ("keys", lambda path: flip(path, 60), "keys", ""),
     "missing quarantine": ("quarantine", Path.unlink, "missing", "no such file"),
     "damaged quarantine": ("quarantine", truncate, "quarantine", "cannot be read"),
-    "torn manifest": ("manifest", truncate, "manifest", "not a whole manifest"),
+    "torn manifest": ("manifest", truncate, "manifest", "not a complete manifest"),
     "foreign manifest": ("manifest", foreign, "manifest", "belongs to a label set with"),
     "manifest of another unit": ("manifest", other_unit, "manifest", "is the manifest of unit"),
 }

@@ -251,7 +251,7 @@ class TestView:
     def test_rows_without_labels_any_more(self, label_set: LabelSet, tmp_path: Path) -> None:
         self.view(label_set)
         label_set.store.delete(f"manifests/{label_set.manifests()[0].unit_key}.json")
-        with pytest.raises(StoreError, match="6 rows of run r have no labels any more"):
+        with pytest.raises(StoreError, match="6 rows of run r no longer have labels"):
             build_view(str(tmp_path / "again"), [(label_set, "r")])
 
     def test_files_that_do_not_agree(self, label_set: LabelSet, tmp_path: Path) -> None:
@@ -261,13 +261,13 @@ class TestView:
         other = LabelSet.create_or_open(str(tmp_path / "other"), label_set.spec)
         fewer = self.view(other, KEYS[:-1], url=str(tmp_path / "fewer"))
         shutil.copy(Path(fewer.url) / "view.parquet", store / "view.parquet")
-        with pytest.raises(DamagedError, match=r"view\.json says"):
+        with pytest.raises(DamagedError, match=r"view\.json records"):
             View.open(view.url)
         (store / "view.parquet").write_bytes(whole[:-30])
         with pytest.raises(DamagedError, match=r"view\.parquet: cannot be read"):
             View.open(view.url)
         (store / "view.parquet").unlink()
-        with pytest.raises(DamagedError, match="make the view again"):
+        with pytest.raises(DamagedError, match="rebuild the view"):
             View.open(view.url)
         (store / "view.json").write_text("{")
         with pytest.raises(DamagedError, match=r"view\.json: not a view"):
@@ -280,5 +280,5 @@ class TestView:
         view = self.view(label_set)
         shutil.rmtree(label_set.store.root)
         LabelSet.create_or_open(label_set.url, make_spec(RecordSpec(kind="topk", k=4), VOCAB))
-        with pytest.raises(StoreError, match="was made from a label set with fingerprint"):
+        with pytest.raises(StoreError, match="was built from a label set with fingerprint"):
             View.open(view.url)

@@ -94,7 +94,7 @@ def test_filters_over_roster_and_kept_columns(tmp_path: Path) -> None:
     again.check_shards()
     with pytest.raises(ConfigError, match=r"no column nothing.*id, label_set, lang, num_labels"):
         one(tmp_path, "x", url, where="nothing == 1")
-    with pytest.raises(ConfigError, match="no row is left of 90"):
+    with pytest.raises(ConfigError, match="none of 90 rows is left"):
         one(tmp_path, "x", url, where="num_labels > 100000")
     with pytest.raises(ConfigError, match=r"columns: .*lang string"):
         one(tmp_path, "x", url, where="lang > 1")
@@ -161,13 +161,13 @@ def test_runs_of_one_set(tmp_path: Path) -> None:
     assert one(tmp_path, "both", url).num_rows == 105
     assert one(tmp_path, "first", f"{url}:r1").num_rows == 90
     assert one(tmp_path, "second", f"{url}:r2", f"{url}:r1").sources[0].run == "r2"
-    with pytest.raises(StoreError, match="no finished run r9; there are: r1, r2"):
+    with pytest.raises(StoreError, match="no finished run r9; finished runs: r1, r2"):
         one(tmp_path, "x", f"{url}:r9")
     label_set.drop_unit(label_set.manifests()[0].unit_key)
     with pytest.raises(StoreError, match="units were dropped"):
         one(tmp_path, "x", url)
     LabelSet.create_or_open(str(tmp_path / "empty"), SPEC)
-    with pytest.raises(StoreError, match="no run has finished"):
+    with pytest.raises(StoreError, match="empty: no finished run"):
         one(tmp_path, "x", str(tmp_path / "empty"))
 
 
