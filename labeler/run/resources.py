@@ -187,13 +187,13 @@ def _threads(nodes: list[_Node], most: int) -> int:
 
 def _task_cpus(planned: Resources, nodes: list[_Node]) -> float:
     """CPUs of a tokenising task, which must fit one node wherever the teachers are."""
-    of_replica = planned.replica()["CPU"]
+    replica_cpus = planned.replica()["CPU"]
     total = sum(node.cpus for node in nodes)
-    left = total - of_replica * planned.min_replicas
+    left = total - replica_cpus * planned.min_replicas
     if left < _ROUNDING:
         raise ConfigError(
-            f"{planned.min_replicas} teachers of {of_replica:g} CPUs each leave none of {total:g} "
-            "CPUs to read the corpus; lower teacher.replicas or run.cpus_per_replica"
+            f"{planned.min_replicas} teachers of {replica_cpus:g} CPUs each leave none of "
+            f"{total:g} CPUs to read the corpus; lower teacher.replicas or run.cpus_per_replica"
         )
     # Some node has at least the average of what is left.
     return min(1.0, left / sum(node.cpus > 0 for node in nodes))

@@ -3,7 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from labeler.config import LabelConfig, TeacherConfig
@@ -13,9 +13,9 @@ from schemas.spec import RecordSpec
 from schemas.storage.retry import RetryPolicy, set_retry_policy
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class RunSetup:
-    """The constants of a run.
+    """The constants of a run; equal and hashed by ``run`` alone, so that caches can be keyed by it.
 
     Attributes:
         run: identity of the run.
@@ -24,20 +24,15 @@ class RunSetup:
     """
 
     run: str
-    config: LabelConfig
-    make_teacher: Callable[[TeacherConfig, RecordSpec], Teacher] = make_replica
+    config: LabelConfig = field(compare=False)
+    make_teacher: Callable[[TeacherConfig, RecordSpec], Teacher] = field(
+        default=make_replica, compare=False
+    )
 
     @property
     def salt(self) -> str:
         """Part of the unit keys where quarantined rows are retried; see ``requests_unit_key``."""
         return self.run if self.config.run.retry_quarantined else ""
-
-    # By run only: worker processes cache by it, and a configuration with dicts has no hash.
-    def __hash__(self) -> int:
-        return hash(self.run)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RunSetup) and other.run == self.run
 
 
 def say_line(ledger: Any, text: str) -> None:
