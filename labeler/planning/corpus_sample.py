@@ -13,6 +13,7 @@ from labeler.corpus.piece_reader import KeySnapshot, PieceReader, PieceResult
 from labeler.corpus.requests import Request
 from schemas.config import StrictModel
 from schemas.keys import Keys
+from schemas.record.spans import span_targets
 
 WHOLE_BYTES = 32 * 2**20
 """A corpus up to this size is read completely, so that its counts are exact."""
@@ -84,6 +85,44 @@ def sample_corpus(
     """
     draw = random.Random(seed)
     chosen = _choose(pieces, draw)
+    started = time.monotonic()
+    requests, found = _read(chosen, reader, frozen, on_piece)
+    seconds = max(time.monotonic() - started, 1e-9)
+    sizes = np.array([max(piece.size_bytes, 1) for piece in chosen], np.float64)
+    corpus_bytes = sum(piece.size_bytes for piece in pieces)
+    total = max(corpus_bytes, float(sizes.sum()))
+    # Shuffled, because requests of one piece are alike, and the calibration takes the first ones.
+    draw.shuffle(requests)
+    ends = np.cumsum([len(request.token_ids) for request in requests])
+    return CorpusSample(
+        is_whole=len(chosen) == len(pieces),
+        pieces_read=len(chosen),
+        pieces=len(pieces),
+        corpus_bytes=corpus_bytes,
+        counts={name: scale_up(found[:, i], sizes, total) for i, name in enumerate(COUNTS)},
+        requests=requests[: int(np.searchsorted(ends, KEPT_TOKENS)) + 1],
+        tokens_per_s=float(found[:, COUNTS.index("tokens")].sum()) / seconds,
+    )
+
+
+def _choose(pieces: list[Piece], draw: random.Random) -> list[Piece]:
+    if sum(piece.size_bytes for piece in pieces) <= WHOLE_BYTES:
+        return pieces
+    taken: list[Piece] = []
+    size = 0
+    for piece in draw.sample(pieces, len(pieces)):
+        # A few pieces at least, however large: one says nothing about the others.
+        if len(taken) >= MIN_PIECES and size + piece.size_bytes > SAMPLE_BYTES:
+            break
+        taken.append(piece)
+        size += piece.size_bytes
+    return taken
+
+
+def _read(
+    pieces: list[Piece], reader: PieceReader, frozen: KeySnapshot, on_piece: OnPiece
+) -> tuple[list[Request], npt.NDArray[np.float64]]:
+    """The requests of pieces, and float64 [pieces, len(COUNTS)] counts of each."""
     claimed: set[bytes] = set()
 
     def claim(keys: Keys) -> npt.NDArray[np.bool_]:
@@ -92,37 +131,18 @@ def sample_corpus(
         return np.array(is_new, bool)
 
     requests: list[Request] = []
-    counts = np.zeros((len(chosen), len(COUNTS)))  # by piece
-    started = time.monotonic()
-    for index, piece in enumerate(chosen):
+    counts = np.zeros((len(pieces), len(COUNTS)))
+    num_tokens = 0
+    for index, piece in enumerate(pieces):
         result = PieceResult()
-        first = len(requests)
-        for found in reader.requests(piece, frozen, claim, result):
-            requests += found
-        new = requests[first:]
-        counts[index] = (
-            len(result.roster),
-            len(new),
-            sum(len(request.token_ids) for request in new),
-            sum(_count_labels(request) for request in new),
-        )
-        on_piece(index + 1, len(chosen), int(counts[:, 2].sum()))
-    elapsed = max(time.monotonic() - started, 1e-9)
-    sizes = np.array([max(piece.size_bytes, 1) for piece in chosen], np.float64)
-    draw.shuffle(requests)
-    corpus_bytes = sum(piece.size_bytes for piece in pieces)
-    return CorpusSample(
-        is_whole=len(chosen) == len(pieces),
-        pieces_read=len(chosen),
-        pieces=len(pieces),
-        corpus_bytes=corpus_bytes,
-        counts={
-            name: scale_up(column, sizes, max(corpus_bytes, float(sizes.sum())))
-            for name, column in zip(COUNTS, counts.T, strict=True)
-        },
-        requests=_take(requests, KEPT_TOKENS),
-        tokens_per_s=float(counts[:, 2].sum()) / elapsed,
-    )
+        new = [r for part in reader.requests(piece, frozen, claim, result) for r in part]
+        tokens = sum(len(request.token_ids) for request in new)
+        labels = sum(len(span_targets(request.label_spans)) for request in new)
+        counts[index] = len(result.roster), len(new), tokens, labels
+        requests += new
+        num_tokens += tokens
+        on_piece(index + 1, len(pieces), num_tokens)
+    return requests, counts
 
 
 def scale_up(found: npt.NDArray[np.float64], sizes: npt.NDArray[np.float64], total: float) -> Range:
@@ -145,25 +165,3 @@ def scale_up(found: npt.NDArray[np.float64], sizes: npt.NDArray[np.float64], tot
         low=counted + rest * float(rates.min()),
         high=counted + rest * float(rates.max()),
     )
-
-
-def _choose(pieces: list[Piece], draw: random.Random) -> list[Piece]:
-    if sum(piece.size_bytes for piece in pieces) <= WHOLE_BYTES:
-        return pieces
-    taken: list[Piece] = []
-    size = 0
-    for piece in draw.sample(pieces, len(pieces)):
-        if len(taken) >= MIN_PIECES and size + piece.size_bytes > SAMPLE_BYTES:
-            break
-        taken.append(piece)
-        size += piece.size_bytes
-    return taken
-
-
-def _take(requests: list[Request], tokens: int) -> list[Request]:
-    ends = np.cumsum([len(request.token_ids) for request in requests])
-    return requests[: int(np.searchsorted(ends, tokens)) + 1]
-
-
-def _count_labels(request: Request) -> int:
-    return int((request.label_spans[1::2] - request.label_spans[::2]).sum())

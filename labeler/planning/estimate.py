@@ -73,6 +73,7 @@ def make_plan(
         math.ceil(counts["rows"].expected / rows_gathered(config)),
     )
     replicas = _count_replicas(config, resources, cluster[1])
+    # Tokenising runs beside the teachers, so that only the slower of the two counts.
     spare_cpus = max(cluster[0] - replicas * resources.actor_cpus, resources.task_cpus)
     speeds = {
         "teachers": replicas * measured.tokens_per_s,

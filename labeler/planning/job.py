@@ -45,7 +45,7 @@ def plan_label_job(
 
     spec, frozen = _label_set_state(config)
     with Progress("plan", enabled=progress) as shown:
-        sample = _sample(config, spec, frozen, shown)
+        sample = _sample(config, spec, frozen, shown)  # before Ray: it needs none and may fail
     with ray_session(config.run), Progress("plan", enabled=progress) as shown:
         cpus, gpus = cluster_size()
         resources = plan_resources(config, cpus, gpus)

@@ -124,7 +124,7 @@ def _compare(row: RowLabels, true: np.ndarray, spec: LabelSetSpec) -> tuple[np.n
     weights = np.where(used, np.exp(true), 0.0)
     tail = np.maximum(1.0 - weights.sum(1), 0.0)
     mine = np.where(used, np.exp(row.entry_logprobs.astype(np.float64)), 0.0)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore"):  # a head of the whole vocabulary leaves no tail
         own_tail = np.log(np.maximum(1.0 - mine.sum(1), 0.0))
     kl = partition_kl(true, tail, row.entry_logprobs, own_tail, used, record)
     probable = used & (weights > _PROBABLE)

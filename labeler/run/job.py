@@ -61,11 +61,13 @@ def _run(config: LabelConfig, progress: Progress) -> LabelSummary:
     reduced = _richer_fields(label_set.spec.record, config.record)
     if reduced:
         progress.say(f"reusing richer labels ({reduced})")
+    # Names sort by time; the suffix keeps runs that start in the same second apart.
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
     with ray_session(config.run):
         resources = plan_resources(config, *cluster_size())
         setup = RunSetup(run, with_absolute_paths(config))
         run_pipeline(pieces, setup, frozen, resources, progress)
+    # From the roster and the manifests: progress may count a row twice or miss it.
     accounts = close_roster(label_set, run, frozen.committed)
     accounts.check()
     if config.view:

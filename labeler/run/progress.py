@@ -32,6 +32,7 @@ class RunState:
         The part of the corpus that is still unread is assumed to hold rows at the same rate.
         """
         read = self.bytes_read / self.bytes_total if self.bytes_total else 1.0
+        # Capped: if Ray repeats a task, its rows may be cut into other units and count twice.
         labelled = min(self.rows_done / self.rows_found, 1.0) if self.rows_found else 1.0
         return min(read * labelled, 1.0)
 

@@ -50,6 +50,7 @@ class GracefulShutdown:
             yield
             return
         before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        # An alarm, because only a signal interrupts the main thread while it waits for Ray.
         before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._on_timeout)
         outcome = "units in work are committed"
         try:

@@ -28,7 +28,7 @@ class StartupNotice:
             say: called with each line.
             free: the unused resources of the cluster, by ``CPU`` and ``GPU``.
         """
-        self._needed = resources.replica()
+        self._needed = resources.replica()  # over all its nodes, as `free` is of all nodes
         self._num_teachers = num_teachers
         self._say = say
         self._free = free

@@ -68,6 +68,7 @@ def summarise(
     generated = int(pc.sum(pc.greater_equal(labelled.column("sample"), 0), min_count=0).as_py())
     units = _units_with(label_set, keys_to_sorted(key_array(roster, "row_key")))
     labels = sum(unit.num_labels for unit in units)
+    # Each unit repeats the remark of its teacher.
     announcements = {str(unit.provenance.get("announcement", "")) for unit in units} - {""}
     return LabelSummary(
         teacher_backend=backend,

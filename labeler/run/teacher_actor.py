@@ -25,6 +25,7 @@ class TeacherActor:
 
     def __init__(self, setup: RunSetup, ledger: Any) -> None:
         self._ledger = ledger
+        # First, because stores and the teacher may take long to respond, and the driver waits.
         ledger.teacher_up.remote(this_actor())
         retry_stores(setup, ledger)
         if was_restarted():
@@ -45,6 +46,7 @@ class TeacherActor:
                 break
             unit = self._units.label(from_table(requests))
             num_rows = unit.num_rows + unit.num_quarantined
+            # Waited for, so that the last state that the driver shows counts this unit.
             ray.get(self._ledger.unit_done.remote(unit.unit_key, num_rows, unit.num_tokens))
         return UNIT_SCHEMA.empty_table()
 

@@ -65,6 +65,6 @@ class UnitLabeller:
         if self._gates is not None:
             self._gates.check_parity(found)
             fidelity, problem = self._gates.audit(found, rows)
-            if problem:
+            if problem:  # the bound is on a unit's mean, so no row of it can be trusted
                 found, rows = found.refused("fidelity", problem), None
         return self._label_set.commit_unit(rows, found.quarantined, provenance, unit_key, fidelity)

@@ -84,6 +84,7 @@ class Attempts:
         read = [self._read(rel) for rel in self._records(key)]
         records = [record for record in read if record is not None]
         alone = [record["alone"] for record in records if not self._is_lost(record["node"])]
+        # A lost node takes its attempts with it, whatever rows they had.
         return Crashes(shared=alone.count(False), alone=alone.count(True))
 
     def begin(self, key: str, alone: bool = True) -> str:

@@ -118,6 +118,7 @@ class EngineSupervisor:
         self, requests: list[Request], progress: UnitProgress | None
     ) -> tuple[UnitLabels, dict[str, object]] | None:
         """Labels requests beside those of other threads; None: retry them exclusively."""
+        # In a loop: between the two locks another thread may have dropped the engine again.
         while self._teacher is None:
             with self._lock.exclusive():
                 self._running_teacher()
@@ -153,6 +154,7 @@ class EngineSupervisor:
                 return found
             self._drop(found)
             crashes, last = self._attempts.crashes(key), found
+        # Before rows are blamed: an engine that fails on any row would quarantine the corpus.
         self._check_canary()
         if is_single:
             detail = f"{crashes.alone} engines crashed on this row alone{_last_crash(last)}"

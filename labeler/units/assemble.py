@@ -9,6 +9,7 @@ import numpy.typing as npt
 from labeler.teachers.protocol import RowLabels
 from schemas.record import LabelRows, round_logprobs
 from schemas.record.rounding import FLOAT16_BITS
+from schemas.record.spans import offsets_of
 from schemas.spec import RecordSpec
 
 
@@ -50,7 +51,7 @@ def assemble_rows(
 def _join(rows: Sequence[np.ndarray]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
     """All rows in one array, and offsets [R + 1] into it."""
     arrays = [np.zeros(0, np.int32), *(np.asarray(row, dtype=np.int32) for row in rows)]
-    return np.concatenate(arrays), np.cumsum([len(array) for array in arrays], dtype=np.int64)
+    return np.concatenate(arrays), offsets_of(np.array([len(row) for row in rows], np.int64))
 
 
 def _label_columns(labels: Sequence[RowLabels], record: RecordSpec) -> dict[str, Any]:

@@ -107,6 +107,7 @@ def _with_responses(
     progress: UnitProgress,
 ) -> list[Request]:
     """Prompt and response of each request; appends requests without response to ``quarantined``."""
+    # One prompt with several seeds, so that the engine computes its prefix once.
     by_prompt: dict[bytes, list[Request]] = {}
     for request in requests:
         assert request.sample != NOT_GENERATED
