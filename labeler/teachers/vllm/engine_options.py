@@ -3,6 +3,8 @@
 import os
 from typing import Any
 
+import torch
+
 from labeler.config import TeacherConfig
 from labeler.teacher_model.identity import model_folder, resolve_dtype, resolve_head_dtype
 from labeler.teachers.vllm.label_requests import EXTENSION
@@ -31,8 +33,6 @@ _CPU_KV_CACHE_BYTES = 2 * 2**30
 
 def prepare_environment() -> None:
     """Sets variables that vLLM reads when it is imported; values set by the user stay."""
-    import torch
-
     # Only the V1 model runner has been tested with a running engine; GPUs default to V2.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -56,9 +56,16 @@ def engine_options(config: TeacherConfig, context: int, record: RecordSpec) -> d
     for name in config.engine:
         if name in _RESERVED_OPTIONS:
             raise TeacherError(f"teacher.engine.{name} cannot be set: {_RESERVED_OPTIONS[name]}")
+    defaults: dict[str, Any] = {}
+    if not torch.cuda.is_available():
+        defaults |= {"enforce_eager": True, "kv_cache_memory_bytes": _CPU_KV_CACHE_BYTES}
+    if not record.needs_beyond_topk() and record.k > STOCK_CANDIDATES:
+        defaults["max_logprobs"] = record.k  # labels may come without the label head
+    hf_overrides = dict(config.engine.get("hf_overrides", {}))
+    if resolve_head_dtype(config) != resolve_dtype(config):
+        hf_overrides["head_dtype"] = resolve_head_dtype(config)
     return {
-        **_machine_options(),
-        **_candidate_options(record),
+        **defaults,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
         **config.engine,
@@ -68,27 +75,6 @@ def engine_options(config: TeacherConfig, context: int, record: RecordSpec) -> d
         "max_model_len": context,
         "tensor_parallel_size": config.tensor_parallel_size,
         "pipeline_parallel_size": config.pipeline_parallel_size,
-        "hf_overrides": _overrides(config),
+        "hf_overrides": hf_overrides,
         "worker_extension_cls": EXTENSION,
     }
-
-
-def _machine_options() -> dict[str, Any]:
-    import torch
-
-    if torch.cuda.is_available():
-        return {}
-    return {"enforce_eager": True, "kv_cache_memory_bytes": _CPU_KV_CACHE_BYTES}
-
-
-def _candidate_options(record: RecordSpec) -> dict[str, Any]:
-    """Allows the candidates that the record needs without the label head."""
-    needs_head = record.needs_beyond_topk()
-    return {} if needs_head or record.k <= STOCK_CANDIDATES else {"max_logprobs": record.k}
-
-
-def _overrides(config: TeacherConfig) -> dict[str, Any]:
-    overrides = dict(config.engine.get("hf_overrides", {}))
-    if resolve_head_dtype(config) != resolve_dtype(config):
-        overrides["head_dtype"] = resolve_head_dtype(config)
-    return overrides

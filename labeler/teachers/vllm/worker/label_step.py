@@ -6,15 +6,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from labeler.label_head.position_labels import label_logits
+from labeler.label_head.audit_logits import audit_logits
+from labeler.label_head.position_labels import PositionLabels, label_logits
 from labeler.label_head.thread_pool import SlicePool
 from labeler.teachers.vllm.packed_labels import Packed, pack
 from labeler.teachers.vllm.worker.request_state import Chunk, RequestState, gather, scatter
-from labeler.teachers.vllm.worker.tensor_parallel import (
-    audit_rows,
-    label_vocab_parallel,
-    vocab_parallel_logits,
-)
+from labeler.teachers.vllm.worker.tensor_parallel import VocabParallelLogits
 from schemas.spec import RecordSpec
 
 # Logits that exist at a time: enough rows for an efficient product with the head at any vocabulary
@@ -31,10 +28,23 @@ def rows_at_once(vocab_size: int) -> int:
 class StepLabeler:
     """Labels the steps of one worker; common to both model runners."""
 
-    def __init__(self, model: Any, vocab_size: int, device: torch.device, record: RecordSpec):
+    def __init__(
+        self,
+        record: RecordSpec,
+        vocab_size: int,
+        device: torch.device,
+        parallel: VocabParallelLogits | None,
+    ) -> None:
+        """
+        Args:
+            record: what to keep; may be replaced between steps.
+            vocab_size: V.
+            device: of the logits.
+            parallel: the logits, if divided among workers by vocabulary; None: not used.
+        """
         self.record = record
         self._vocab_size = vocab_size
-        self._parallel = vocab_parallel_logits(model)
+        self._parallel = parallel
         self._pool = SlicePool(device)
 
     def new_state(
@@ -68,7 +78,7 @@ class StepLabeler:
         audits: list[torch.Tensor] = []
         for first in range(0, len(rows), step):
             part = slice(first, first + step)
-            found = self._label(
+            found = self.label_positions(
                 compute_logits,
                 hidden_states[hidden_rows[part]],
                 target_ids[part],
@@ -83,7 +93,7 @@ class StepLabeler:
             joined = Packed(*(torch.cat(part).to(home) for part in zip(*packed, strict=True)))
             scatter(joined, torch.cat(audits).to(home) if audits else None, chunks)
 
-    def _label(
+    def label_positions(
         self,
         compute_logits: Callable[[torch.Tensor], torch.Tensor | None],
         hidden: torch.Tensor,
@@ -91,23 +101,45 @@ class StepLabeler:
         uniforms: np.ndarray | None,
         audited: np.ndarray,
     ) -> tuple[Packed, torch.Tensor | None] | None:
-        """Labels and audits of positions; None in a worker that gets no logits."""
-        if self._parallel is not None:
-            return label_vocab_parallel(
-                self._parallel.local_logits(hidden),
-                target_ids,
-                uniforms,
-                audited,
-                self.record,
-                self._vocab_size,
-                self._parallel.group,
-                self._pool,
-            )
-        logits = compute_logits(hidden)
+        """Labels T positions, together with the other workers if logits are vocabulary-parallel.
+
+        Args:
+            compute_logits: see ``label``.
+            hidden: [T, H].
+            target_ids: integer [T].
+            uniforms: float64 [T, numbers per position]; None for kinds without draws.
+            audited: bool [T].
+
+        Returns:
+            The labels, and the audits in order, None if nothing is audited. None in a worker that
+            gets no logits.
+        """
+        if self._parallel is None:
+            logits, mine = compute_logits(hidden), slice(None)
+        else:
+            logits, mine = self._parallel.exchange(hidden, self._vocab_size)
         if logits is None:
             return None  # gathered logits may go to one worker of a tensor-parallel group only
-        labels = label_logits(logits, target_ids, self.record, uniforms, self._pool)
-        at = torch.from_numpy(np.flatnonzero(audited)).to(logits.device)
-        return pack(labels, self.record), audit_rows(logits, labels, at, self._pool) if len(
-            at
-        ) else None
+        numbers = None if uniforms is None else uniforms[mine]
+        labels = label_logits(logits, target_ids[mine], self.record, numbers, self._pool)
+        packed, audits = pack(labels, self.record), None
+        if audited.any():
+            at = torch.from_numpy(np.flatnonzero(audited[mine])).to(logits.device)
+            audits = audit_rows(logits, labels, at, self._pool)
+        if self._parallel is None:
+            return packed, audits
+        return self._parallel.gather(packed, audits, audited)
+
+
+def audit_rows(
+    logits: torch.Tensor, labels: PositionLabels, at: torch.Tensor, pool: SlicePool
+) -> torch.Tensor:
+    """Audits of the rows ``at``, int64 [A], of logits [T, V]; see ``audit_logits``."""
+
+    def audit(part: slice, _: object) -> torch.Tensor:
+        rows = at[part]
+        return audit_logits(logits[rows], labels.entry_ids[rows], labels.head_len[rows])
+
+    step = max(1, -(-len(at) // pool.num_threads))
+    parts = [slice(first, first + step) for first in range(0, max(len(at), 1), step)]
+    return torch.cat(pool.map(audit, parts))

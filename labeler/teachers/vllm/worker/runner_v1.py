@@ -16,6 +16,7 @@ from labeler.teachers.vllm.label_requests import SPANS
 from labeler.teachers.vllm.patches import DiscardedSamples
 from labeler.teachers.vllm.worker.label_step import StepLabeler
 from labeler.teachers.vllm.worker.request_state import Chunk, RequestState
+from labeler.teachers.vllm.worker.tensor_parallel import vocab_parallel_logits
 from schemas.spec import RecordSpec
 
 _RUNNER_PARTS = (
@@ -77,7 +78,8 @@ class _LabelHead:
         self._runner = runner
         self._on_step = on_step
         vocab_size = runner.model_config.get_vocab_size()
-        self.labeler = StepLabeler(runner.model, vocab_size, runner.device, record)
+        parallel = vocab_parallel_logits(runner.model)
+        self.labeler = StepLabeler(record, vocab_size, runner.device, parallel)
         self._stock_step: Callable[..., dict[str, Any]] = runner._get_prompt_logprobs_dict
 
     def step(

@@ -20,6 +20,7 @@ import torch
 from labeler.teachers.vllm.label_requests import SPANS
 from labeler.teachers.vllm.worker.label_step import StepLabeler
 from labeler.teachers.vllm.worker.request_state import Chunk, RequestState
+from labeler.teachers.vllm.worker.tensor_parallel import vocab_parallel_logits
 from schemas.spec import RecordSpec
 
 _SIGNATURES = {
@@ -62,7 +63,8 @@ def install_into(runner: Any, record: RecordSpec) -> str:
     complaint = incompatibility(worker)
     if not complaint:
         vocab_size = runner.model_config.get_vocab_size()
-        labeler = StepLabeler(runner.model, vocab_size, worker.device, record)
+        parallel = vocab_parallel_logits(runner.model)
+        labeler = StepLabeler(record, vocab_size, worker.device, parallel)
         LabelHeadV2(worker, labeler).install()
     return complaint
 

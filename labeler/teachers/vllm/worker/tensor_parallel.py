@@ -18,11 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from labeler.label_head.audit_logits import audit_logits
-from labeler.label_head.position_labels import PositionLabels, label_logits
-from labeler.label_head.thread_pool import SlicePool
-from labeler.teachers.vllm.packed_labels import Packed, pack
-from schemas.spec import RecordSpec
+from labeler.teachers.vllm.packed_labels import Packed
 
 # The only compute_logits that can be applied to a part of the vocabulary, without its white space:
 # one that does nothing but call the logits processor.
@@ -34,78 +30,43 @@ _PLAIN = re.compile(
 
 @dataclass(frozen=True)
 class VocabParallelLogits:
-    """A model's logits, divided among workers by vocabulary.
+    """A model's logits, divided among G workers by vocabulary; all of them make the same calls.
 
     Attributes:
-        local_logits: this worker's part of the logits of hidden states [T, H].
+        local_logits: this worker's part of the logits of hidden states [T, H], floating [T, V / G
+            or a little more]; concatenated by rank, the parts are the vocabulary and then padding.
         group: the ``torch.distributed`` group of the workers.
     """
 
     local_logits: Callable[[torch.Tensor], torch.Tensor]
     group: Any
 
+    def exchange(self, hidden: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, slice]:
+        """The logits [share, V] of this worker's share of hidden states [T, H], and the share."""
+        shard = self.local_logits(hidden)
+        ranks, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+        bounds = rank_bounds(len(shard), ranks)
+        mine = slice(int(bounds[rank]), int(bounds[rank + 1]))
+        logits = exchange_shards(shard, ranks, self.group)
+        return logits[: mine.stop - mine.start, :vocab_size], mine
 
-def label_vocab_parallel(
-    shard: torch.Tensor,
-    target_ids: torch.Tensor,
-    uniforms: np.ndarray | None,
-    audited: np.ndarray,
-    record: RecordSpec,
-    vocab_size: int,
-    group: Any,
-    pool: SlicePool,
-) -> tuple[Packed, torch.Tensor | None]:
-    """Labels T positions together with the other workers of a group; every worker calls it.
+    def gather(
+        self, packed: Packed, audits: torch.Tensor | None, audited: np.ndarray
+    ) -> tuple[Packed, torch.Tensor | None]:
+        """The labels and audits of all T positions, in order, from those of each share.
 
-    Args:
-        shard: floating [T, V / G or a little more], this worker's logits; concatenated by rank,
-            shards are the vocabulary followed by padding.
-        target_ids: integer [T], the same in each worker, like everything below.
-        uniforms: float64 [T, numbers per position], or None for kinds without draws.
-        audited: bool [T], which positions are audited.
-        record: what to keep.
-        vocab_size: V.
-        group: a ``torch.distributed`` group of G workers.
-        pool: the threads of this worker.
-
-    Returns:
-        The labels of all T positions, and the audits in order; None if nothing is audited.
-    """
-    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    logits = exchange_shards(shard, ranks, group)[:, :vocab_size]
-    bounds = rank_bounds(len(shard), ranks)
-    mine = slice(int(bounds[rank]), int(bounds[rank + 1]))
-    logits = logits[: mine.stop - mine.start]
-    numbers = None if uniforms is None else uniforms[mine]
-    labels = label_logits(logits, target_ids[mine], record, numbers, pool)
-    lengths = np.diff(bounds).tolist()
-    packed = Packed(*(_all_gather_rows(column, lengths, group) for column in pack(labels, record)))
-    if not audited.any():
-        return packed, None
-    at = torch.from_numpy(np.flatnonzero(audited[mine])).to(logits.device)
-    counts = [int(audited[start:end].sum()) for start, end in pairwise(bounds)]
-    return packed, _all_gather_rows(audit_rows(logits, labels, at, pool), counts, group)
-
-
-def audit_rows(
-    logits: torch.Tensor, labels: PositionLabels, at: torch.Tensor, pool: SlicePool
-) -> torch.Tensor:
-    """Audits of some rows of logits, in order; see ``audit_logits``.
-
-    Args:
-        logits: [T, V].
-        labels: of these.
-        at: int64 [A], the rows.
-        pool: shares the work among CPU threads.
-    """
-
-    def audit(part: slice, _: object) -> torch.Tensor:
-        rows = at[part]
-        return audit_logits(logits[rows], labels.entry_ids[rows], labels.head_len[rows])
-
-    step = max(1, -(-len(at) // pool.num_threads))
-    parts = [slice(first, first + step) for first in range(0, max(len(at), 1), step)]
-    return torch.cat(pool.map(audit, parts))
+        Args:
+            packed: labels of this worker's share.
+            audits: audits in this share; None if no position of any share is audited.
+            audited: bool [T].
+        """
+        bounds = rank_bounds(len(audited), dist.get_world_size(self.group))
+        lengths = np.diff(bounds).tolist()
+        packed = Packed(*(_all_gather_rows(part, lengths, self.group) for part in packed))
+        if audits is None:
+            return packed, None
+        counts = [int(audited[start:end].sum()) for start, end in pairwise(bounds)]
+        return packed, _all_gather_rows(audits, counts, self.group)
 
 
 def rank_bounds(count: int, ranks: int) -> np.ndarray:

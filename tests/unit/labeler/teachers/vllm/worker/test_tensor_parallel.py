@@ -17,16 +17,19 @@ import sys
 import numpy as np, torch, torch.distributed as dist
 from labeler.label_head.audit_logits import audit_logits
 from labeler.label_head.position_labels import label_logits
-from labeler.label_head.thread_pool import SlicePool
 from labeler.teachers.request_checks import row_uniforms
 from labeler.teachers.vllm.packed_labels import pack
-from labeler.teachers.vllm.worker.tensor_parallel import label_vocab_parallel
+from labeler.teachers.vllm.worker.label_step import StepLabeler
+from labeler.teachers.vllm.worker.tensor_parallel import VocabParallelLogits
 from schemas.spec import RecordSpec
 
 rank, world, meeting, seed = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
 vocab, padded = 101, 104
-workers = SlicePool(torch.device("cpu"))
+width = padded // world
+shard = VocabParallelLogits(
+    lambda logits: logits[:, rank * width : (rank + 1) * width].contiguous(), dist.group.WORLD
+)
 records = [
     RecordSpec(kind="topk", k=7, temperatures=(2.0,)),
     RecordSpec(kind="topp", top_p=0.8, max_head=20),
@@ -40,11 +43,8 @@ for record in records:
         targets = torch.randint(0, vocab, (count,), generator=generator)
         audited = np.arange(count) % 5 == 3
         uniforms = row_uniforms(record, bytes(16), np.arange(count))
-        width = padded // world
-        shard = logits[:, rank * width : (rank + 1) * width].contiguous()
-        packed, audits = label_vocab_parallel(
-            shard, targets, uniforms, audited, record, vocab, dist.group.WORLD, workers
-        )
+        labeler = StepLabeler(record, vocab, torch.device("cpu"), shard)
+        packed, audits = labeler.label_positions(None, logits, targets, uniforms, audited)
         whole = logits[:, :vocab].contiguous()
         labels = label_logits(whole, targets, record, uniforms)
         for mine, alone in zip(packed, pack(labels, record), strict=True):
