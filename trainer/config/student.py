@@ -16,7 +16,7 @@ class LoraConfig(StrictModel):
     rank: int = Field(16, ge=1, description="rank r of each adapter")
     alpha: float = Field(32.0, gt=0.0, description="adapters are scaled by alpha / rank")
     rank_stabilised: bool = Field(
-        False, description="scale by alpha / sqrt(rank) instead (arXiv 2312.03732)"
+        False, description="true: scale by alpha / sqrt(rank) instead (arXiv 2312.03732)"
     )
     dropout: float = Field(
         0.0, ge=0.0, lt=1.0, description="dropout on the input of an adapter; 0: none"

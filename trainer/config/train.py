@@ -184,7 +184,7 @@ class ScheduleConfig(StrictModel):
     """Learning rate by step: a linear warm-up, then a decay to min_lr_ratio of the peak."""
 
     kind: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="shape of the decay; constant: none"
+        "cosine", description="shape of the decay after the warm-up; constant: no decay"
     )
     warmup_steps: int = Field(0, ge=0, description="steps of the warm-up; set this or warmup_ratio")
     warmup_ratio: float = Field(
@@ -268,11 +268,11 @@ class CheckpointConfig(StrictModel):
     )
     best_metric: Literal["loss", "ce", "kl", "eval_ce", "eval_kl"] = Field(
         "loss",
-        description="latest value at the time of a checkpoint: loss, ce or kl of the training, or "
-        "a held-out value of [eval]",
+        description="value that ranks checkpoints, as last measured before each: loss, ce or kl of "
+        "the training, or a held-out value of [eval]",
     )
     best_is: Literal["lowest", "highest"] = Field(
-        "lowest", description="the better direction of best_metric"
+        "lowest", description="whether low or high values of best_metric are better"
     )
     asynchronous: bool = Field(
         True,
