@@ -1,11 +1,11 @@
-"""Reads the rows of every global step ahead of the training.
+"""Prefetches the rows of every global step as packed tensors.
 
-What is read when follows from ``trainer.data.row_order``; the loader adds no order and no state of
+`trainer.data.row_order` decides which rows are read when; the loader adds no order and no state of
 its own. One thread per worker plans, reads row groups, gathers rows and builds tensors, a bounded
-number of steps ahead; decoded row groups stay in memory up to ``data.cache_bytes``, since a window
-of a lane returns to them. Time that the training waits for it is measured where it waits.
+number of steps ahead. Decoded row groups are cached up to ``data.cache_bytes``, since the window of
+a lane returns to them.
 
-Shapes: B packed sequences of a micro-batch, L their padded length.
+Shapes: B packed sequences of a micro-batch, L their padded length, R rows.
 """
 
 import functools
@@ -28,17 +28,18 @@ from schemas.errors import ConfigError, StudentError
 from schemas.label_set.shards import read_row_group
 from schemas.record import LabelRows, arrow_schema
 from schemas.record.reduce import reduce_rows
+from schemas.record.spans import concatenated_ranges
 from schemas.spec import RecordSpec
-from schemas.views.view import View
 from trainer.config.train import DataConfig, LossConfig, TrainConfig
-from trainer.data.row_order import Int64s, LoaderState, RowTable, num_micro_batches, run_steps
+from trainer.data.mixture import TrainingView
+from trainer.data.row_order import Int64s, LoaderState, RowTable, rank_micro_batches, run_steps
 from trainer.losses.targets import SparseTargets, build_targets
 
 PAD_MULTIPLE = 64
-"""Sequences are padded to a multiple of it, so that few different shapes occur."""
+"""Sequences are padded to a multiple of it, so that few distinct shapes occur."""
 
 DECAY_MS = 10_000
-"""Arrow returns memory to the system this long after it was freed; see `keep_freed_pages`."""
+"""Delay before Arrow returns freed memory to the system; see `keep_freed_pages`."""
 
 TOKEN_COLUMNS = ("row_key", "content_key", "token_ids", "label_spans")
 TEACHER_COLUMNS = (
@@ -50,16 +51,16 @@ TEACHER_COLUMNS = (
     "tail_logmass",
     "lse",
 )
-"""The columns that losses read; the others stay on disk."""
+"""The columns that losses use; the others are never decoded."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass reads.
+    """Input of one forward pass, on the CPU.
 
     Attributes:
-        input_ids: int64 [B, L], packed rows, padded at the end.
-        position_ids: int64 [B, L], from 0 in every row; padding counts as a row of its own.
+        input_ids: int64 [B, L], packed rows, padded at the end with token id 0.
+        position_ids: int64 [B, L], restarting at 0 in every row; padding counts as a row.
         targets: labels; their positions index the flattened [B * L] tokens.
         weight: sum of the weights of all labelled positions.
     """
@@ -76,9 +77,9 @@ class StepBatch:
 
     Attributes:
         state: of the loader after this step.
-        micro_batches: as many on every rank; those past the end of the lanes weigh nothing.
-        packs: for every lane of the whole step the ids of its rows; rank r of W has lanes r mod W.
-        num_tokens: tokens of the rows of the whole step, over all ranks.
+        micro_batches: the same number on every rank, filled up with empty ones of weight 0.
+        packs: for every lane of all ranks the ids of its rows; rank r of W has lanes r mod W.
+        num_tokens: tokens of the rows of the step, over all ranks, without padding.
         num_labels: labelled positions, likewise.
     """
 
@@ -90,16 +91,16 @@ class StepBatch:
 
 
 class Loader:
-    """One rank's batches, prepared ahead by a thread. Iterate once; then ``close``.
+    """One rank's batches, prefetched by a thread. Call ``next`` for every step, then ``close``.
 
     Attributes:
-        wait_s: seconds that the consumer waited for the latest batch.
+        wait_s: seconds that the latest call of ``next`` waited.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        view: View,
+        view: TrainingView,
         rows: RowTable,
         start: LoaderState,
         rank: int,
@@ -108,7 +109,10 @@ class Loader:
     ) -> None:
         """
         Args:
-            start: where to begin; its first step is the one after it.
+            config: the run's configuration.
+            view: the view to train on.
+            rows: its rows, from `read_row_table`.
+            start: state after the last completed step.
             rank: of this worker among ``world_size``.
             vocab_size: rows of the student's output head.
         """
@@ -125,10 +129,10 @@ class Loader:
         self._thread.start()
 
     def __next__(self) -> StepBatch:
-        """The next batch.
+        """The batch of the next step.
 
         Raises:
-            TutelageError: what the reading thread met, a damaged shard for example.
+            TutelageError: the error that ended the reading thread, a damaged shard for example.
         """
         before = time.perf_counter()
         batch = self._ready.get()
@@ -142,7 +146,7 @@ class Loader:
         self._stopped.set()
         while self._thread.is_alive():
             try:
-                self._ready.get_nowait()  # it may wait for room in the queue
+                self._ready.get_nowait()  # the thread may be blocked on a full queue
             except queue.Empty:
                 self._thread.join(0.01)
         self._reader.close()
@@ -153,23 +157,22 @@ class Loader:
                 self._ready.put(self._load(state, packs))
                 if self._stopped.is_set():
                     return
-            self._ready.put(StudentError("the loader was asked for more steps than were planned"))
+            self._ready.put(StudentError("the loader has no steps beyond its last epoch"))
         except BaseException as error:  # noqa: BLE001  (raised again in the training thread)
             self._ready.put(error)
 
     def _load(self, state: LoaderState, packs: list[Int64s]) -> StepBatch:
         data = self._config.data
-        size = data.micro_batch_size
-        mine = packs[self._rank :: self._world_size]
-        num_packs = num_micro_batches(data, self._world_size) * size
-        mine += [np.empty(0, np.int64)] * (num_packs - len(mine))
-        self._reader.prepare(np.concatenate(mine))
+        mine = rank_micro_batches(packs, data, self._rank, self._world_size)
+        # Reading starts for all micro-batches at once, so decoding overlaps with gathering.
+        for packs_of_one in mine:
+            self._reader.prepare(np.concatenate(packs_of_one))
         step_rows = np.concatenate(packs)
         return StepBatch(
             state=state,
             micro_batches=[
-                read_micro_batch(self._reader, mine[first : first + size], data, self._vocab_size)
-                for first in range(0, len(mine), size)
+                read_micro_batch(self._reader, packs_of_one, data, self._vocab_size)
+                for packs_of_one in mine
             ],
             packs=packs,
             num_tokens=int(self._rows.num_tokens[step_rows].sum()),
@@ -183,14 +186,16 @@ def read_micro_batch(
     """Reads and packs the rows of a micro-batch.
 
     Args:
+        reader: of the view.
         packs: for every sequence the ids of its rows, in order; may be empty.
+        data: gives the longest length.
         vocab_size: rows of the student's output head.
     """
     table = reader.rows
     lengths = [table.num_tokens[pack].astype(np.int64) for pack in packs]
     padded = padded_length([int(pack.sum()) for pack in lengths], data.max_tokens)
     row_starts = np.concatenate(
-        [np.cumsum(pack) - pack + place * padded for place, pack in enumerate(lengths)]
+        [np.cumsum(pack) - pack + index * padded for index, pack in enumerate(lengths)]
     )
     ids = np.concatenate(packs)
     rows = reader.gather(ids)
@@ -201,7 +206,7 @@ def read_micro_batch(
 
 
 def padded_length(num_tokens: Sequence[int], max_tokens: int) -> int:
-    """Length to pad packed sequences to: the longest, rounded up, but at most ``max_tokens``."""
+    """Length that packed sequences are padded to: the longest, rounded up, up to ``max_tokens``."""
     longest = max(1, *num_tokens)
     return min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, max_tokens)
 
@@ -213,18 +218,16 @@ def lay_out(
 
     Args:
         rows: R rows.
-        row_starts: int64 [R], where each begins in the flattened tokens; rising.
+        row_starts: int64 [R], offset of each row in the flattened tokens; increasing.
         shape: (B, L).
 
     Returns:
-        Two int64 arrays [B, L]. Padding has token id 0 and positions that restart where it begins,
-        so that it is a document of its own.
+        Two int64 arrays [B, L]. Padding has token id 0 and is a document of its own.
     """
     lengths = np.diff(rows.token_offsets)
-    places = np.arange(rows.num_tokens) + np.repeat(row_starts - rows.token_offsets[:-1], lengths)
     input_ids = np.zeros(shape, np.int64)
-    input_ids.reshape(-1)[places] = rows.token_ids
-    # Every document begins at a place of this list: rows, the padding behind them, empty sequences.
+    input_ids.reshape(-1)[concatenated_ranges(row_starts, lengths)] = rows.token_ids
+    # Starts of all documents: rows, the padding behind them, and empty sequences.
     begins = np.zeros(shape[0] * shape[1], np.int64)
     edges = np.concatenate([row_starts, row_starts + lengths, np.arange(shape[0]) * shape[1]])
     edges = edges[edges < begins.size]
@@ -235,12 +238,11 @@ def lay_out(
 
 @functools.cache
 def keep_freed_pages() -> None:
-    """Has Arrow hold on to freed memory for seconds, from now on in this process.
+    """Makes Arrow keep freed memory for `DECAY_MS`, from now on in this process.
 
-    Its default allocator gives pages back after 10 ms and takes fresh ones for the next row group,
-    which took 0.5 us of CPU time a token at 64 ids a label, of 1.1 (two busy virtual cores); with
-    this it is 0.15. Where there is no jemalloc, or ``ARROW_DEFAULT_MEMORY_POOL`` says what to use,
-    nothing is changed.
+    Its default allocator returns pages after 10 ms and faults in fresh ones for the next row group.
+    That took 0.5 of 1.1 us of CPU time per token at 64 ids per label (two busy virtual cores); with
+    this it takes 0.15 us. No effect without jemalloc, or if ``ARROW_DEFAULT_MEMORY_POOL`` is set.
     """
     if "ARROW_DEFAULT_MEMORY_POOL" in os.environ:
         return
@@ -250,17 +252,25 @@ def keep_freed_pages() -> None:
 
 
 class RowReader:
-    """Rows by their id, from decoded row groups that are kept up to a number of bytes.
+    """Reads rows by id through a cache of decoded row groups.
 
     Attributes:
-        record: what the view promises of all its label sets; they may hold more.
-        rows: what the ids count through.
+        record: the record that the view serves; label sets may hold more.
+        rows: the table that row ids index.
     """
 
-    def __init__(self, view: View, rows: RowTable, loss: LossConfig, cache_bytes: int) -> None:
+    def __init__(
+        self, view: TrainingView, rows: RowTable, loss: LossConfig, cache_bytes: int
+    ) -> None:
         """
+        Args:
+            view: the view to read.
+            rows: its rows, from `read_row_table`.
+            loss: decides which columns are read.
+            cache_bytes: most memory of the cache; the row group in use may exceed it.
+
         Raises:
-            ConfigError: the view promises different records of its label sets.
+            ConfigError: the label sets of the view have different records.
         """
         keep_freed_pages()
         self.record = common_record(view)
@@ -271,18 +281,18 @@ class RowReader:
         self._no_rows = LabelRows.from_table(empty, self.record)
         self._cache_bytes, self._held_bytes = cache_bytes, 0
         self._cache: OrderedDict[int, LabelRows] = OrderedDict()
-        # Decoding releases the GIL, so a second thread reads on while this one gathers.
+        # Decoding releases the GIL, so other threads can decode while this one gathers.
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="row-group")
         self._pending: dict[int, Future[LabelRows]] = {}
 
     def prepare(self, ids: Int64s) -> None:
-        """Starts to read the row groups that ``gather`` will need."""
+        """Starts reading the row groups that ``gather`` will need."""
         for group in np.unique(self.rows.group[ids]).tolist():
             if group not in self._cache and group not in self._pending:
                 self._pending[group] = self._pool.submit(self._read, group)
 
     def gather(self, ids: Int64s) -> LabelRows:
-        """The rows, in the order of the ids; columns that the loss does not read are None."""
+        """Rows in the order of the ids; columns that the loss does not use are None."""
         self.prepare(ids)
         if not len(ids):
             return self._no_rows
@@ -300,7 +310,7 @@ class RowReader:
             future = self._pending.pop(group, None) or self._pool.submit(self._read, group)
             held = future.result()
             self._held_bytes += held.num_bytes
-        self._cache[group] = held  # the last one is the latest used
+        self._cache[group] = held  # last means most recently used
         while self._held_bytes > self._cache_bytes and len(self._cache) > 1:
             _, oldest = self._cache.popitem(last=False)
             self._held_bytes -= oldest.num_bytes
@@ -309,19 +319,20 @@ class RowReader:
     def _read(self, group: int) -> LabelRows:
         label_set, shard, number = self.rows.groups[group]
         store = self._label_sets[label_set].store
-        have = self._label_sets[label_set].spec.record
-        rows = read_row_group(store, shard, number, have, columns=loss_columns(self._loss, have))
-        return reduce_rows(rows, have, self.record)
+        stored = self._label_sets[label_set].spec.record
+        columns = loss_columns(self._loss, stored)
+        rows = read_row_group(store, shard, number, stored, columns=columns)
+        return reduce_rows(rows, stored, self.record)
 
 
 def loss_columns(loss: LossConfig, record: RecordSpec) -> list[str]:
-    """The columns to read for a loss, of those that a record has."""
+    """The columns of a record that a loss uses."""
     wanted = TOKEN_COLUMNS if loss.kind == "hard" else TOKEN_COLUMNS + TEACHER_COLUMNS
     return [name for name in record.columns if name in wanted]
 
 
-def common_record(view: View) -> RecordSpec:
-    """The record spec that a view promises of all its label sets.
+def common_record(view: TrainingView) -> RecordSpec:
+    """The record that a view serves from all its label sets.
 
     Raises:
         ConfigError: they differ.
@@ -332,6 +343,6 @@ def common_record(view: View) -> RecordSpec:
             raise ConfigError(
                 f"view {view.url} mixes label sets of different records ({first} and "
                 f"{record}), which cannot be trained on together; make a view of one of them, or "
-                "one that promises less of both"
+                "one with a record that both can serve"
             )
     return first

@@ -1,21 +1,21 @@
 """Rows to packed sequences: first fit over a few open packs.
 
-A packed sequence holds whole rows, never a part of one. Documents stay apart in it: position ids
-restart with every row and attention does not cross.
+A packed sequence holds complete rows. They stay separate documents: position ids restart with every
+row, and attention does not cross rows.
 """
 
 from collections.abc import Iterator
 
 OPEN_PACKS = 16
-"""Packs that wait for a row that fits. More fill better and mix rows over a longer stretch; part of
-the order of rows, so a change needs a new ``plan.PACKER_VERSION``."""
+"""Packs waiting for a row that fits. More of them fill better and mix rows over a longer stretch.
+Part of the order of rows, so a change needs a new ``row_order.PACKER_VERSION``."""
 
 
 class Packer:
     """Packs rows greedily in the order in which they come.
 
-    A row goes into the first open pack that has room for it. Where none has, the fullest pack is
-    closed and a fresh one opened, so that at most ``OPEN_PACKS`` are ever open.
+    A row goes into the first open pack with room for it. If there is none and `OPEN_PACKS` are
+    open, the fullest is closed before another is opened.
     """
 
     def __init__(self, max_tokens: int) -> None:
@@ -24,11 +24,11 @@ class Packer:
         self._rows: list[list[int]] = []
 
     def add(self, rows: list[int], lengths: list[int]) -> Iterator[list[int]]:
-        """Pack more rows; yields the packs that were closed on the way.
+        """Packs more rows, and yields the packs that this closes.
 
         Args:
-            rows: row ids, in the order in which they are to be packed.
-            lengths: tokens of each of them, none longer than ``max_tokens``.
+            rows: row ids, in packing order.
+            lengths: tokens of each row, none longer than ``max_tokens``.
         """
         room, packs, max_tokens = self._room, self._rows, self._max_tokens
         for row, length in zip(rows, lengths, strict=True):
@@ -46,6 +46,6 @@ class Packer:
                 packs.append([row])
 
     def flush(self) -> Iterator[list[int]]:
-        """Yields what is still open, oldest first."""
+        """Closes and yields the open packs, oldest first."""
         packs, self._rows, self._room = self._rows, [], []
         yield from packs

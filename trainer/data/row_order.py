@@ -1,23 +1,21 @@
-"""The order of training: which rows every global step reads.
+"""The order of training: the rows of every global step.
 
-The order is a pure function of the view's rows, the seed and the epoch. World size plays no part in
-it, so a run goes on unchanged on another number of workers; nor does what the labels are, so that
-students of two label sets see the same rows in the same order, where these have the same row
-groups. It is made in two levels, because a full permutation would decode every row group once for
-each of its rows:
+The order is a pure function of the view's rows, the seed and the epoch. It does not depend on the
+world size, so a run resumes unchanged on another number of workers; nor on the labels, so students
+of two label sets with the same row groups see the same rows in the same order. It has two levels,
+because a full permutation would decode every row group once for each of its rows:
 
-* The view is cut into *chunks*, contiguous runs of rows of one row group: whole row groups where
-  there are many of them, pieces otherwise (``CHUNKS_PER_LANE``).
-* A fixed number of *lanes* (``data.sequences_per_step``) share the chunks: in seeded order, each to
-  the lane with the fewest tokens so far. A lane shuffles the rows within a window of
+* The view is cut into *chunks*, contiguous runs of rows of one row group: entire row groups if
+  there are many of them, pieces otherwise (`CHUNKS_PER_LANE`).
+* A fixed number of *lanes* (``data.sequences_per_step``) share the chunks: in seeded order, each
+  goes to the lane with the fewest tokens so far. A lane shuffles the rows within a window of
   ``data.window_row_groups`` chunks and packs them.
 
-Global step s takes pack s of every lane. A lane that has run dry gives an empty pack, which weighs
-nothing; the epoch ends when all lanes are dry, so its last steps may be partly empty, and every row
-is read exactly once an epoch. Only the windows at hand are ever planned, never the whole epoch.
+Global step s takes pack s of every lane. An exhausted lane gives empty packs, which weigh nothing;
+the epoch ends when all lanes are exhausted, so its last steps may be partly empty, and every row is
+read exactly once per epoch. Only the current windows are planned, never the full epoch.
 
-Random numbers are the raw stream of Philox, keyed by a hash: numpy guarantees that stream between
-its releases, which it does not do for ``Generator.permutation``.
+Shapes: R rows, C chunks.
 """
 
 import hashlib
@@ -25,7 +23,7 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import count, islice, pairwise, zip_longest
+from itertools import count, islice, zip_longest
 
 import numpy as np
 import pyarrow as pa
@@ -33,35 +31,33 @@ import pyarrow as pa
 from schemas.config import StrictModel
 from schemas.errors import ConfigError
 from schemas.label_set.tables import key_array
-from schemas.views.view import View
 from trainer.config.train import DataConfig
-from trainer.data.mixture import MixedView, place_of, taken
+from trainer.data.mixture import MixedView, TrainingView, sequence_source, sequences_per_view
 from trainer.data.packing import Packer
 
 PACKER_VERSION = 2
-"""Raised whenever the order of rows changes for the same view, seed and epoch."""
+"""Incremented whenever the order of rows changes for the same view, seed and epoch."""
 
 CHUNKS_PER_LANE = 16
-"""Chunks dealt to every lane where rows allow: a lane then ends within about a sixteenth of its
-share of the others, however few row groups there are."""
+"""Chunks of every lane if there are enough rows: lanes then end within about a sixteenth of an
+epoch of each other, however few row groups the view has."""
 
 Int32s = np.ndarray[tuple[int], np.dtype[np.int32]]
 Int64s = np.ndarray[tuple[int], np.dtype[np.int64]]
 
-
-_ORDER_KEPT_BY = {
+_ORDER_DEPENDS_ON = {
     "view_hash": "open the view that it was made with",
-    "seed": "give the same data.seed",
-    "packer_version": "go on with the version of Tutelage that wrote it",
+    "seed": "set the same data.seed",
+    "packer_version": "use the version of Tutelage that wrote it",
 }
-"""What the order of rows follows from, besides the epoch, and how to have it again."""
+"""What determines the order besides the epoch, and how to restore it."""
 
 
 class LoaderState(StrictModel):
-    """Where a run stands in its data: the whole state of the loader.
+    """Position of a run in its data: the complete state of the loader.
 
     Attributes:
-        step: global steps of this epoch that are done.
+        step: completed global steps of this epoch.
     """
 
     view_hash: str
@@ -71,40 +67,40 @@ class LoaderState(StrictModel):
     packer_version: int = PACKER_VERSION
 
     def check_order(self, now: "LoaderState", what: str, instead: str) -> None:
-        """Refuses to go on from here in another order, in which rows would be lost and doubled.
+        """Refuses to resume from this state in another order of rows.
 
         Args:
-            now: the beginning of the order that there is now.
-            what: holds this state.
-            instead: what to do where the old order is not wanted.
+            now: the start of the present order.
+            what: the holder of this state, for the message.
+            instead: what to do if the old order is not wanted, for the message.
 
         Raises:
-            ConfigError: names both orders.
+            ConfigError: the orders differ.
         """
-        for name, remedy in _ORDER_KEPT_BY.items():
+        for name, remedy in _ORDER_DEPENDS_ON.items():
             theirs, ours = getattr(self, name), getattr(now, name)
             if theirs != ours:
                 raise ConfigError(
-                    f"{what} is of {name} = {theirs}, but here it is {ours}; its next steps would "
-                    f"lose some rows and repeat others. To go on, {remedy}; or {instead}"
+                    f"{what} was written with {name} = {theirs}, but here it is {ours}; resuming "
+                    f"would skip some rows and repeat others. To resume, {remedy}; or {instead}"
                 )
 
 
 @dataclass(frozen=True)
 class RowTable:
-    """Lengths and places of the rows that are trained on, in the order of the view.
+    """Lengths and locations of the rows to train on, in the order of the view.
 
     Attributes:
-        num_tokens: int32 [R], L of every row.
-        num_labels: int32 [R], N of every row.
+        num_tokens: int32 [R], tokens of every row.
+        num_labels: int32 [R], labelled positions of every row.
         weight: float32 [R], factor on the loss of every position of the row.
         group: int32 [R], index into ``groups``.
         row: int32 [R], row number within its row group.
         groups: (label set of the view, shard, row group number) of every row group.
-        num_dropped: rows left out for being longer than ``data.max_tokens``.
-        order_key: hash of which rows these are, in order; what their labels are plays no part.
-        parts: of a mixture the rows of each view, which have ids in this order; else empty.
-        shares: of a mixture the share of each view.
+        num_dropped: rows left out because they are longer than ``data.max_tokens``.
+        order_key: hash of the keys of these rows, in order, and not of their labels.
+        parts: of a mixture, the rows of each view, with ids in this order; else empty.
+        shares: of a mixture, the share of each view.
     """
 
     num_tokens: Int32s
@@ -122,17 +118,17 @@ class RowTable:
         return len(self.num_tokens)
 
 
-def read_row_table(view: View, data: DataConfig) -> RowTable:
-    """The rows of a view that fit the student's context.
+def read_row_table(view: TrainingView, data: DataConfig) -> RowTable:
+    """Reads the rows of a view that fit the student's context.
 
     Raises:
-        ConfigError: the view is empty, or has rows longer than ``data.max_tokens`` and
-            ``data.long_rows`` is "error", or has nothing but such rows.
+        ConfigError: the view is empty, or has rows longer than ``data.max_tokens`` while
+            ``data.long_rows`` is "error", or has only such rows.
     """
     table = view.table
     lengths = _numpy(table, "num_tokens", np.int32)
     if not len(lengths):
-        raise ConfigError(f"view {view.url} has no rows; label some or choose another view")
+        raise ConfigError(f"view {view.url} has no rows; label some, or choose another view")
     fits = lengths <= data.max_tokens
     num_dropped = int(len(fits) - fits.sum())
     if num_dropped and (data.long_rows == "error" or num_dropped == len(fits)):
@@ -150,7 +146,7 @@ def read_row_table(view: View, data: DataConfig) -> RowTable:
     )[fits]
     starts = np.flatnonzero(np.r_[True, (places[1:] != places[:-1]).any(axis=1)])
     sizes = np.diff(np.r_[starts, len(places)])
-    whole = RowTable(
+    rows = RowTable(
         num_tokens=lengths[fits],
         num_labels=_numpy(table, "num_labels", np.int32)[fits],
         weight=_numpy(table, "weight", np.float32)[fits],
@@ -160,15 +156,15 @@ def read_row_table(view: View, data: DataConfig) -> RowTable:
         num_dropped=num_dropped,
         order_key=_order_key(table, fits),
     )
-    return _with_parts(whole, view, fits) if isinstance(view, MixedView) else whole
+    return _with_parts(rows, view, fits) if isinstance(view, MixedView) else rows
 
 
 def epoch_steps(rows: RowTable, data: DataConfig, epoch: int) -> Iterator[list[Int64s]]:
-    """The global steps of one epoch.
+    """Plans the global steps of one epoch.
 
     Yields:
-        For every lane the row ids (int64, indices into ``rows``) of its pack, in the order in which
-        they stand in it; empty for a lane that has run dry.
+        For every lane the row ids (int64, indices into ``rows``) of its pack, in order; empty for
+        an exhausted lane.
     """
     empty = np.empty(0, np.int64)
     lanes = [
@@ -182,13 +178,13 @@ def epoch_steps(rows: RowTable, data: DataConfig, epoch: int) -> Iterator[list[I
 def run_steps(
     rows: RowTable, data: DataConfig, start: LoaderState
 ) -> Iterator[tuple[LoaderState, list[Int64s]]]:
-    """Global steps from ``start`` on, over as many epochs as are asked for.
+    """Plans the global steps after ``start``.
 
-    The steps before ``start.step`` are planned again from the lengths; no shard is read for them.
+    The steps before ``start.step`` are planned again from the lengths, without reading a shard.
 
     Yields:
-        The state after the step, and the step. Ends after ``data.epochs`` epochs; never where
-        ``data.steps`` is given.
+        The state after the step, and the packs of `epoch_steps`. Ends after ``data.epochs`` epochs,
+        or never if ``data.steps`` is given instead.
     """
     if rows.parts:
         yield from _mixed_steps(rows, data, start)
@@ -204,15 +200,15 @@ def run_steps(
 def _mixed_steps(
     rows: RowTable, data: DataConfig, start: LoaderState
 ) -> Iterator[tuple[LoaderState, list[Int64s]]]:
-    """Global steps of a mixture, from ``start`` on; they never end, and are of one epoch."""
+    """Endless global steps of a mixture; they count as one epoch."""
     lanes = data.sequences_per_step
     firsts = np.cumsum([0, *map(len, rows.parts)])
-    done = taken(start.step * lanes, rows.shares)
+    done = sequences_per_view(start.step * lanes, rows.shares)
     streams = [
         islice(_packs(part, data), skip, None) for part, skip in zip(rows.parts, done, strict=True)
     ]
     for step in count(start.step):
-        chosen = [place_of(step * lanes + lane, rows.shares)[0] for lane in range(lanes)]
+        chosen = [sequence_source(step * lanes + lane, rows.shares)[0] for lane in range(lanes)]
         packs = [next(streams[part]) + firsts[part] for part in chosen]
         yield start.model_copy(update={"step": step + 1}), packs
 
@@ -224,22 +220,22 @@ def _packs(rows: RowTable, data: DataConfig) -> Iterator[Int64s]:
             yield from (pack for pack in step if len(pack))
 
 
-def _with_parts(whole: RowTable, view: MixedView, fits: np.ndarray) -> RowTable:
-    """The table of a mixture: that of all rows, and those of each view."""
-    bounds = np.cumsum([0, *view.num_rows_of])
-    kept = [fits[first:last] for first, last in pairwise(bounds)]
-    parts, start = [], 0
-    for number, (mask, first) in enumerate(zip(kept, bounds, strict=False)):
+def _with_parts(rows: RowTable, mixture: MixedView, fits: np.ndarray) -> RowTable:
+    """The rows of a mixture, with those of each view as ``parts``."""
+    parts, first, start = [], 0, 0
+    for view in mixture.views:
+        mask = fits[first : first + len(view.table)]
         stop = start + int(mask.sum())
         if start == stop:
-            raise ConfigError(f"view number {number + 1} of {view.url} has no row that fits")
-        mine = slice(start, stop)
+            raise ConfigError(
+                f"no row of view {view.url} has at most data.max_tokens tokens; raise it, or "
+                "remove the view from the mixture"
+            )
         names = ("num_tokens", "num_labels", "weight", "group", "row")
-        columns = {name: getattr(whole, name)[mine] for name in names}
-        key = _order_key(view.table.slice(first, len(mask)), mask)
-        parts.append(replace(whole, **columns, order_key=key))
-        start = stop
-    return replace(whole, parts=tuple(parts), shares=view.shares)
+        columns = {name: getattr(rows, name)[start:stop] for name in names}
+        parts.append(replace(rows, **columns, order_key=_order_key(view.table, mask)))
+        first, start = first + len(mask), stop
+    return replace(rows, parts=tuple(parts), shares=mixture.shares)
 
 
 def _order_key(table: pa.Table, fits: np.ndarray) -> str:
@@ -247,7 +243,7 @@ def _order_key(table: pa.Table, fits: np.ndarray) -> str:
 
 
 def count_steps(rows: RowTable, data: DataConfig) -> int:
-    """Global steps of the whole run. Plans every epoch once where epochs were asked for."""
+    """Global steps of the run. Plans every epoch if ``data.epochs`` is given."""
     if data.steps is not None:
         return data.steps
     return sum(sum(1 for _ in epoch_steps(rows, data, epoch)) for epoch in range(data.epochs or 0))
@@ -256,25 +252,39 @@ def count_steps(rows: RowTable, data: DataConfig) -> int:
 def num_micro_batches(data: DataConfig, world_size: int) -> int:
     """Micro-batches of every rank in a global step: gradient_accumulation_steps.
 
-    Rank r of W takes the lanes r mod W. The number is the same for all ranks, as collectives must
-    keep in step: the rank with the most lanes sets it, and the others fill up with micro-batches
-    that weigh nothing. So W need not divide ``data.sequences_per_step``, and may exceed it.
+    Collectives need the same number on all ranks: the rank with the most lanes sets it, and the
+    others add empty micro-batches. So the world size need not divide ``data.sequences_per_step``,
+    and may exceed it.
     """
     lanes = -(-data.sequences_per_step // world_size)
     return -(-lanes // data.micro_batch_size)
 
 
-def view_rows(view: View, data: DataConfig, ids: Int64s) -> Int64s:
+def rank_micro_batches(
+    packs: list[Int64s], data: DataConfig, rank: int, world_size: int
+) -> list[list[Int64s]]:
+    """The packs of every micro-batch of one rank; rank r of W takes the lanes r mod W.
+
+    Returns:
+        `num_micro_batches` lists of ``data.micro_batch_size`` packs, filled up with empty ones.
+    """
+    size, number = data.micro_batch_size, num_micro_batches(data, world_size)
+    mine = packs[rank::world_size]
+    mine += [np.empty(0, np.int64)] * (number * size - len(mine))
+    return [mine[first : first + size] for first in range(0, len(mine), size)]
+
+
+def view_rows(view: TrainingView, data: DataConfig, ids: Int64s) -> Int64s:
     """Row numbers in the view's table of ids in its `RowTable`, which leaves out long rows."""
     fits = _numpy(view.table, "num_tokens", np.int32) <= data.max_tokens
     return np.flatnonzero(fits)[ids]
 
 
 def deal_chunks(rows: RowTable, data: DataConfig, epoch: int) -> list[list[tuple[int, int]]]:
-    """Shares the chunks of a view among the lanes.
+    """Distributes the chunks of a view among the lanes.
 
     Returns:
-        For every lane its chunks, half-open ranges of row ids, in the order of reading.
+        For every lane its chunks, half-open ranges of row ids, in reading order.
     """
     num_lanes = data.sequences_per_step
     bounds = cut_chunks(rows.group, CHUNKS_PER_LANE * num_lanes)
@@ -290,13 +300,13 @@ def deal_chunks(rows: RowTable, data: DataConfig, epoch: int) -> list[list[tuple
 
 
 def cut_chunks(group: Int32s, num_wanted: int) -> Int64s:
-    """Cuts rows into at least ``num_wanted`` chunks where there are as many rows.
+    """Cuts rows into at least ``num_wanted`` chunks if there are as many rows.
 
     Args:
-        group: int32 [R], row group of every row; rows of one stand together.
+        group: int32 [R], row group of every row; those of a row group are contiguous.
 
     Returns:
-        int64 [C + 1], the bounds of the chunks; none crosses a row group.
+        int64 [C + 1], the bounds of the chunks, none of which spans two row groups.
     """
     starts = np.flatnonzero(np.r_[True, group[1:] != group[:-1]])
     sizes = np.diff(np.r_[starts, len(group)])
@@ -311,6 +321,7 @@ def cut_chunks(group: Int32s, num_wanted: int) -> Int64s:
 
 def shuffled(size: int, *key: object) -> Int64s:
     """A permutation of range(size) that is a pure function of the key."""
+    # The raw stream of Philox is stable across numpy releases; Generator.permutation is not.
     digest = hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=16).digest()
     draws = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(size)
     return np.argsort(draws, kind="stable")

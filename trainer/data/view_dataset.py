@@ -6,18 +6,20 @@
         (loss_sum / batch["step_weight"]).backward()
 
 An item is one micro-batch, ready for one forward pass, so the `DataLoader` takes
-``batch_size=None``. What is read when follows from the view, ``data`` and the seed alone
-(`trainer.data.row_order`): it is what `tutelage train` would read. An iteration is the whole run,
-all of ``data.epochs`` or ``data.steps``, from where ``load_state_dict`` put its start.
+``batch_size=None``. The order depends on the view, ``data`` and the seed alone
+(`trainer.data.row_order`), and is that of `tutelage train`. An iteration is the complete run,
+``data.epochs`` or ``data.steps``, from the start or from the state given to ``load_state_dict``.
 
 **Exact token means.** ``step_weight`` is the weight of all labels of the global step, over all its
-micro-batches and ranks, known from the view without asking other ranks. Losses divided by it and
-summed over micro-batches and ranks are the mean over the step's labels; where a data-parallel
-wrapper averages over W ranks, multiply by W.
+micro-batches and ranks, known from the view without communication. Losses divided by it and summed
+over micro-batches and ranks are the mean over the step's labels; if a data-parallel wrapper
+averages over W ranks, multiply by W.
 
 **Worker processes.** With ``num_workers`` n, worker w reads every n-th batch from the w-th on, and
-the `DataLoader` puts them together in the same order as with none. Each decodes the row groups that
-it needs for itself, so more than one or two pay only where reading is slow.
+the `DataLoader` merges them in the order that a single process has. Each decodes the row groups
+that it needs itself, so more than one or two workers pay off only for slow storage.
+
+Shapes: B packed sequences of a micro-batch, L their padded length.
 """
 
 from collections.abc import Iterator
@@ -38,6 +40,7 @@ from trainer.data.row_order import (
     LoaderState,
     count_steps,
     num_micro_batches,
+    rank_micro_batches,
     read_row_table,
     run_steps,
 )
@@ -47,14 +50,14 @@ from trainer.student.vocabulary import check_vocabularies
 
 
 class ViewBatch(TypedDict):
-    """One micro-batch: B packed sequences of L tokens, padding included.
+    """One micro-batch, on the CPU.
 
     Attributes:
-        input_ids: int64 [B, L].
-        position_ids: int64 [B, L], restarting at 0 where a document starts.
+        input_ids: int64 [B, L], padded at the end with token id 0.
+        position_ids: int64 [B, L], restarting at 0 at the start of every document.
         targets: its labels; `SparseTargets.to` moves them to a device.
-        step_weight: sum of the weights of all labels of the global step that it belongs to.
-        state: for `ViewDataset.load_state_dict`, to go on after this batch.
+        step_weight: sum of the weights of all labels of its global step.
+        state: for `ViewDataset.load_state_dict`, to resume after this batch.
     """
 
     input_ids: Tensor
@@ -65,13 +68,13 @@ class ViewBatch(TypedDict):
 
 
 class _State(StrictModel):
-    """Where an iteration stands.
+    """Position of an iteration.
 
     Attributes:
-        loader: after the last global step that is done.
-        step: global steps done, of all epochs.
-        micro_batch: micro-batches done of the step after that.
-        world_size: ranks that it was saved with.
+        loader: state after the last completed global step.
+        step: completed global steps, of all epochs.
+        micro_batch: completed micro-batches of the step after that.
+        world_size: number of ranks.
     """
 
     loader: LoaderState
@@ -96,20 +99,21 @@ class ViewDataset(IterableDataset[ViewBatch]):
         """
         Args:
             view: URL of the view.
-            data: how rows become steps. ``prefetch_steps`` is not used: worker processes prefetch.
-            loss: says which columns are read; the losses taken of the batches must need no others.
+            data: how rows become steps. ``prefetch_steps`` is ignored: worker processes prefetch.
+            loss: decides which columns are read; losses of the batches must not need others.
             vocab_size: rows of the student's lm_head.
-            tokenizer: the student's, compared with that of the labels; None to vouch for it.
+            tokenizer: the student's, compared with that of the labels; None skips the comparison.
             rank: of this process among ``world_size``.
+            world_size: number of data-parallel processes.
 
         Raises:
-            ConfigError: the labels cannot serve the loss, rows do not fit, or there is no such
-                rank.
-            VocabularyError: the student reads other tokens from the labels' ids.
-            StoreError, DamagedError: the view or its shards are not what they should be.
+            ConfigError: the labels cannot serve the loss, rows do not fit, or the rank is out of
+                range.
+            VocabularyError: the student maps the labels' ids to other tokens.
+            StoreError, DamagedError: the view or a shard of it is missing or damaged.
         """
         if not 0 <= rank < world_size:
-            raise ConfigError(f"rank = {rank} of world_size = {world_size}: there is no such rank")
+            raise ConfigError(f"rank = {rank} of world_size = {world_size}: ranks count from 0")
         self._url, self._data, self._loss, self._vocab_size = view, data, loss, vocab_size
         self._rank, self._world_size = rank, world_size
         self._view = View.open(view)
@@ -125,8 +129,9 @@ class ViewDataset(IterableDataset[ViewBatch]):
             micro_batch=0,
             world_size=world_size,
         )
-        # In shared memory: worker processes are copies of this object, and say so here.
-        self._elsewhere = torch.zeros(1, dtype=torch.bool).share_memory_()
+        # Worker processes iterate copies of this object. The flag is in shared memory, so that
+        # this one knows that its own position means nothing then.
+        self._read_by_workers = torch.zeros(1, dtype=torch.bool).share_memory_()
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -134,7 +139,7 @@ class ViewDataset(IterableDataset[ViewBatch]):
         return num_micro_batches(self._data, self._world_size)
 
     def num_steps(self) -> int:
-        """Global steps of the whole run. Plans every epoch once where epochs were asked for."""
+        """Global steps of the run. Plans every epoch if ``data.epochs`` is given."""
         return count_steps(self._rows, self._data)
 
     def __iter__(self) -> Iterator[ViewBatch]:
@@ -144,45 +149,45 @@ class ViewDataset(IterableDataset[ViewBatch]):
                 self._done = state
                 yield batch
             return
-        self._elsewhere.fill_(True)
+        self._read_by_workers.fill_(True)
         for batch, _ in self._batches(View.open(self._url), worker.id, worker.num_workers):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the latest iteration stands: after the batch that it gave last.
+        """The position of the latest iteration, after the last batch that it yielded.
 
         Raises:
-            ConfigError: worker processes gave the batches. They read ahead of the training, so only
-                a batch knows where that is: keep ``batch["state"]``.
+            ConfigError: worker processes read the batches. They are ahead of the training, so keep
+                ``batch["state"]`` instead.
         """
-        if bool(self._elsewhere):
+        if bool(self._read_by_workers):
             raise ConfigError(
                 "state_dict() of a dataset that worker processes read: they are ahead of the "
-                'training; keep batch["state"] of the last batch that was trained on instead'
+                'training; keep batch["state"] of the last batch trained on instead'
             )
         return self._done.model_dump()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Makes every later iteration start there: a `state_dict` or a batch's ``state``.
+        """Makes every later iteration start after a `state_dict` or a batch's ``state``.
 
         Raises:
-            ConfigError: it is of another view, seed or packer, or from within a step that other
-                ranks had other parts of.
+            ConfigError: it belongs to another view, seed or packer, or lies within a step of a run
+                with another number of ranks.
         """
         found = _State.model_validate(state)
-        found.loader.check_order(self._start.loader, "the state", "begin anew")
+        found.loader.check_order(self._start.loader, "the state", "start over")
         if found.micro_batch and found.world_size != self._world_size:
             raise ConfigError(
-                f"the state is from within step {found.step + 1} of a run on {found.world_size} "
-                f"ranks, and there are {self._world_size} now; keep states of whole steps, those "
-                'whose "micro_batch" is 0'
+                f"the state lies within step {found.step + 1} of a run on {found.world_size} "
+                f"ranks, and there are {self._world_size} now; resume from a state at the end of a "
+                'step, whose "micro_batch" is 0'
             )
         self._start = self._done = found.model_copy(update={"world_size": self._world_size})
 
     def _batches(
         self, view: View, worker: int, num_workers: int
     ) -> Iterator[tuple[ViewBatch, _State]]:
-        """Every ``num_workers``-th batch of this rank from the start, and the state after it."""
+        """Every ``num_workers``-th batch of this rank, and the state after it."""
         reader = RowReader(view, self._rows, self._loss, self._data.cache_bytes)
         try:
             for number, (packs, weight, state) in enumerate(self._plan()):
@@ -201,23 +206,21 @@ class ViewDataset(IterableDataset[ViewBatch]):
             reader.close()
 
     def _plan(self) -> Iterator[tuple[list[Int64s], float, _State]]:
-        """Rows of this rank's micro-batches, the weight of their step, and the state after them."""
-        size, per_step = self._data.micro_batch_size, self.micro_batches_per_step
+        """Packs of this rank's micro-batches, the weight of their step, and the state after."""
         before = self._start
         for loader, packs in run_steps(self._rows, self._data, before.loader):
             if before.step == self._data.steps:
                 return
-            mine = packs[self._rank :: self._world_size]
-            mine += [np.empty(0, np.int64)] * (per_step * size - len(mine))
+            mine = rank_micro_batches(packs, self._data, self._rank, self._world_size)
             rows = np.concatenate(packs)
             weight = float(
                 np.dot(self._rows.weight[rows].astype(np.float64), self._rows.num_labels[rows])
             )
-            for place in range(before.micro_batch, per_step):
-                after = before.model_copy(update={"micro_batch": place + 1})
-                if place + 1 == per_step:
+            for done in range(before.micro_batch + 1, len(mine) + 1):
+                after = before.model_copy(update={"micro_batch": done})
+                if done == len(mine):
                     after = before.model_copy(
                         update={"loader": loader, "step": before.step + 1, "micro_batch": 0}
                     )
-                yield mine[place * size : (place + 1) * size], weight, after
+                yield mine[done - 1], weight, after
             before = after

@@ -8,9 +8,9 @@ from schemas.config import StrictModel
 from schemas.errors import StudentError
 from schemas.label_set.tables import key_array
 from schemas.storage.store import Store
-from schemas.views.view import View
 from trainer.config.train import TrainConfig
 from trainer.data.loader import RowReader, StepBatch, read_micro_batch
+from trainer.data.mixture import TrainingView
 from trainer.data.row_order import RowTable, view_rows
 from trainer.engine.collectives import gathered
 from trainer.engine.guards import LOSS, BadStep
@@ -70,7 +70,12 @@ class BadBatchReport:
     """Finds the rows that caused a bad step. Collective."""
 
     def __init__(
-        self, config: TrainConfig, view: View, rows: RowTable, step: TrainStep, vocab_size: int
+        self,
+        config: TrainConfig,
+        view: TrainingView,
+        rows: RowTable,
+        step: TrainStep,
+        vocab_size: int,
     ) -> None:
         """
         Args:

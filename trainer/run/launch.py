@@ -12,7 +12,7 @@ from schemas.errors import StudentError, first_line
 from schemas.views.view import View
 from trainer.config.student import StudentConfig
 from trainer.config.train import RayConfig, TrainConfig
-from trainer.data.mixture import open_view
+from trainer.data.mixture import TrainingView, open_view
 from trainer.data.row_order import count_steps, read_row_table
 from trainer.engine.deepspeed_config import build_deepspeed_config
 from trainer.run.ray_train import train_on_ray
@@ -85,7 +85,7 @@ def _outcome(config: TrainConfig, summary: TrainSummary) -> str:
     return f"trained {steps}, {loss}: {summary.exported}"
 
 
-def _check_labels(config: TrainConfig, view: View) -> str:
+def _check_labels(config: TrainConfig, view: TrainingView) -> str:
     """Refuses labels that the student or the loss cannot use.
 
     Returns:

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch.distributed as dist
 
 from schemas.errors import ConfigError, TutelageError
-from schemas.views.view import View
 from trainer.checkpoints.restore import load_checkpoint
 from trainer.checkpoints.store import (
     FOLDER,
@@ -26,7 +25,7 @@ from trainer.checkpoints.train_progress import TrainProgress
 from trainer.checkpoints.writer import CheckpointWriter
 from trainer.config.train import TrainConfig
 from trainer.data.loader import Loader, common_record
-from trainer.data.mixture import open_view
+from trainer.data.mixture import TrainingView, open_view
 from trainer.data.row_order import LoaderState, read_row_table
 from trainer.engine.collectives import from_rank_0
 from trainer.engine.deepspeed_engine import build_engine, prepare_process
@@ -301,7 +300,7 @@ class Worker:
             self._job.status.note(text)
 
 
-def _open_view(job: TrainJob) -> View:
+def _open_view(job: TrainJob) -> TrainingView:
     """The view of the job.
 
     Raises:

@@ -10,8 +10,8 @@ import numpy as np
 
 from schemas.label_set.tables import key_array
 from schemas.storage.store import Store
-from schemas.views.view import View
 from trainer.config.train import DataConfig
+from trainer.data.mixture import TrainingView
 from trainer.data.row_order import Int64s, view_rows
 from trainer.run_folder import ROWS
 
@@ -70,7 +70,7 @@ class RowLog(StepLines):
     its pack, for any number of workers.
     """
 
-    def __init__(self, store: Store, view: View, data: DataConfig, done: int) -> None:
+    def __init__(self, store: Store, view: TrainingView, data: DataConfig, done: int) -> None:
         """
         Args:
             store: the run's folder.

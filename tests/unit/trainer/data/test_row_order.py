@@ -88,7 +88,7 @@ def test_a_state_of_another_order_is_refused() -> None:
     later.check_order(now, "it", "start again")
     for name, value in (("view_hash", "w"), ("seed", 1), ("packer_version", 1)):
         other = later.model_copy(update={name: value})
-        named = rf"it is of {name} = {value}, but here it is .* start again"
+        named = rf"it was written with {name} = {value}, but here it is .* start again"
         with pytest.raises(ConfigError, match=named):
             other.check_order(now, "it", "start again")
 
