@@ -13,6 +13,7 @@ import pytest
 from schemas.errors import ConfigError, DamagedError, StudentError
 from schemas.spec import RecordSpec
 from schemas.views.view import View
+from tests.support.rank_pool import train
 from tests.support.teacher_requests import ENGINE, label, labelled
 from tests.support.teacher_requests import config as teacher_config
 from tests.support.training_faults import Trial, loss_difference, samples, step_of
@@ -90,6 +91,17 @@ def test_a_run_leaves_what_it_says(
     assert kept == [16, 20, 24]
 
 
+def test_pool_trains_to_the_bit_as_ray_train_does(
+    tmp_path: Path, reference: tuple[Path, TrainSummary], view: View, tokenizer: Path
+) -> None:
+    """So what other tests find out about runs on the pool holds for Ray Train."""
+    run = tmp_path / "run"
+    summary = train(config(run, view, tokenizer))
+    assert losses(run) == losses(reference[0])
+    assert samples(run) == samples(reference[0])
+    assert_same_weights(Path(summary.exported), Path(reference[1].exported), tolerance=0.0)
+
+
 def test_the_exported_student_is_an_ordinary_model(
     reference: tuple[Path, TrainSummary], view: View
 ) -> None:
@@ -146,14 +158,14 @@ def test_labels_with_draws_train_and_what_is_approximate_is_said(
     drawn = make_view(tmp_path, record, AutoTokenizer.from_pretrained(tokenizer).get_vocab())
     short = {"data": {"sequences_per_step": 3, "steps": 6}, "ray": {"num_workers": 1}}
     exact = {"kind": "forward_kl", "alpha": 0.7}
-    summary = run_train_job(config(tmp_path / "exact", drawn, tokenizer, loss=exact, **short))
+    summary = train(config(tmp_path / "exact", drawn, tokenizer, loss=exact, **short))
     card = Path(summary.exported, "README.md").read_text()
     assert "approximated" not in capsys.readouterr().err + card
     warm = {**exact, "temperature": 2.0}
     with pytest.raises(ConfigError, match=r"exact at 1\.0"):
-        run_train_job(config(tmp_path / "warm", drawn, tokenizer, loss=warm, **short))
+        train(config(tmp_path / "warm", drawn, tokenizer, loss=warm, **short))
     allowed = {**warm, "approximate_temperature": True}
-    summary = run_train_job(config(tmp_path / "warm", drawn, tokenizer, loss=allowed, **short))
+    summary = train(config(tmp_path / "warm", drawn, tokenizer, loss=allowed, **short))
     for text in (capsys.readouterr().err, Path(summary.exported, "README.md").read_text()):
         assert "approximated by the ghost target" in text
     assert losses(tmp_path / "exact") != losses(tmp_path / "warm")
@@ -184,7 +196,7 @@ def test_a_checkpoint_of_another_packer_is_refused(
     saved["progress"]["loader"]["packer_version"] = 1
     manifest.write_text(json.dumps(saved))
     with pytest.raises(ConfigError, match=r"packer_version = 1, but here it is 2.*run="):
-        run_train_job(config(run, view, tokenizer, ray={"max_failures": 0}))
+        train(config(run, view, tokenizer))
 
 
 @pytest.mark.parametrize(
@@ -214,7 +226,7 @@ def test_losses_do_not_depend_on_workers_or_stage(
         ray={"num_workers": num_workers},
         deepspeed=deepspeed,
     )
-    summary = run_train_job(job)
+    summary = train(job)
     expected = losses(reference[0])[:num_steps]
     assert losses(tmp_path / "run") == pytest.approx(expected, abs=tolerance)
     assert (Path(summary.exported) / "model.safetensors").exists()
@@ -236,7 +248,7 @@ def test_deepspeed_makes_the_optimizer(
         optimizer={"lr": 1e-4},  # the default: the native section says it all
         deepspeed={"zero_stage": 2, "native": native},
     )
-    run_train_job(job)
+    train(job)
     assert losses(tmp_path / "run") == pytest.approx(losses(reference[0])[:8], abs=1e-5)
 
 
@@ -271,12 +283,12 @@ def test_another_number_of_workers_goes_on(
         "log": {"rows": True},
     }
     whole = tmp_path / "whole"
-    run_train_job(config(whole, view, tokenizer, **short))
+    train(config(whole, view, tokenizer, **short))
     expected = losses(reference[0])[:6]
     assert losses(whole) == pytest.approx(expected, abs=1e-5)
     run = back_to_step(whole, tmp_path / "run", 4)
     alone = config(run, view, tokenizer, **short, ray={"num_workers": {"min": 1, "max": 1}})
-    summary = run_train_job(alone)
+    summary = train(alone)
     assert (summary.world_size, summary.resumed_from_step) == (1, 4)
     assert "now on 1 workers instead of 2" in capsys.readouterr().err
     assert losses(run) == pytest.approx(expected, abs=1e-5)
@@ -307,7 +319,7 @@ def test_rows_that_give_no_number_are_named(tmp_path: Path, view: View, tokenize
     job = config(run, view, tokenizer, student=student, checkpoint={"every_steps": 1})
     message = r"the loss of step \d+ is nan, as it is for \d+ of \d+ rows run on their own"
     with pytest.raises(StudentError, match=message) as error:
-        run_train_job(job)
+        train(job)
     found = BadBatch.model_validate_json((run / "bad_batch.json").read_bytes())
     culprits = [row.view_row for row in found.rows if row.is_finite is False]
     assert sorted(culprits) == sorted(
@@ -330,7 +342,7 @@ def test_a_flipped_byte_names_its_shard(tmp_path: Path, view: View, tokenizer: P
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     with pytest.raises(DamagedError, match=re.escape(shard.name)) as error:
-        run_train_job(config(tmp_path / "run", damaged, tokenizer))
+        train(config(tmp_path / "run", damaged, tokenizer))
     assert "\n" not in str(error.value)
 
 
@@ -368,7 +380,7 @@ def spoil_embedding(folder: Path, tokenizer: Path, token: int) -> None:
     model.save_pretrained(folder)
 
 
-def assert_same_weights(found: Path, expected: Path) -> None:
+def assert_same_weights(found: Path, expected: Path, tolerance: float = 1e-5) -> None:
     import torch
     from safetensors.torch import load_file
 
@@ -376,4 +388,6 @@ def assert_same_weights(found: Path, expected: Path) -> None:
     reference = load_file(expected / "model.safetensors")
     assert weights.keys() == reference.keys()
     for name, weight in weights.items():
-        assert torch.allclose(weight, reference[name], atol=1e-5), name
+        torch.testing.assert_close(
+            weight, reference[name], rtol=tolerance, atol=tolerance, msg=name
+        )

@@ -8,11 +8,9 @@ import torch
 
 from schemas.errors import ConfigError
 from schemas.spec import RecordSpec
+from tests.support.rank_pool import train
 from tests.support.training_runs import losses, make_config, make_view
 from trainer.config.train import TrainConfig
-from trainer.run.launch import run_train_job
-
-pytestmark = pytest.mark.usefixtures("ray_session")
 
 SECTIONS = {
     "data": {"sequences_per_step": 3, "steps": 6},
@@ -35,16 +33,16 @@ def test_adapters_train_alike_with_and_without_zero(tmp_path: Path, tiny_model_d
         sections["ray"] = {"num_workers": num_workers}
         return make_config(tmp_path / name, view.url, "", **sections)
 
-    run_train_job(job("plain", 0))
+    train(job("plain", 0))
     expected = losses(tmp_path / "plain")
     run = tmp_path / "split"
-    run_train_job(job("split", 3))
+    train(job("split", 3))
     assert losses(run) == pytest.approx(expected, abs=1e-5)
     assert names_saved(checkpoint(tmp_path / "plain", 6)) == {"lora_A", "lora_B"}
 
     (run / "summary.json").unlink()
     shutil.rmtree(checkpoint(run, 6))
-    summary = run_train_job(job("split", 3, num_workers=1))
+    summary = train(job("split", 3, num_workers=1))
     assert summary.resumed_from_step == 3
     assert losses(run) == pytest.approx(expected, abs=1e-5)
 
@@ -63,7 +61,7 @@ def test_adapters_train_alike_with_and_without_zero(tmp_path: Path, tiny_model_d
     (run / "summary.json").unlink()
     AutoModelForCausalLM.from_config(learned.config).save_pretrained(base)
     with pytest.raises(ConfigError, match="put the base back"):
-        run_train_job(job("split", 3))
+        train(job("split", 3))
 
 
 def checkpoint(run: Path, step: int) -> Path:

@@ -5,12 +5,10 @@ from pathlib import Path
 import pytest
 
 from schemas.spec import RecordSpec
+from tests.support.rank_pool import train
 from tests.support.training_runs import curve, losses, make_config, make_view
 from trainer.config.evaluate import EvaluateConfig
 from trainer.evaluation.compare import run_evaluate
-from trainer.run.launch import run_train_job
-
-pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 def test_a_student_that_learns_nothing_is_stopped(
@@ -33,7 +31,7 @@ def test_a_student_that_learns_nothing_is_stopped(
         eval={"view": view.url, "every_steps": 2, "max_rows": 0, "patience": 2,
               "min_improvement": 1e-4},
     )  # fmt: skip
-    summary = run_train_job(job)
+    summary = train(job)
     assert (summary.steps, summary.stopped_early, summary.best_eval_step) == (6, True, 2)
     assert len(losses(tmp_path / "run")) == 6
     points = curve(tmp_path / "run", "eval")
@@ -48,4 +46,4 @@ def test_a_student_that_learns_nothing_is_stopped(
     point = curve(tmp_path / "run", "train")[-1]
     assert point["peak_rss_bytes"] > 10**8
     assert "stopping early: eval.ce was lowest" in capsys.readouterr().err
-    assert run_train_job(job) == summary
+    assert train(job) == summary
