@@ -4,7 +4,8 @@ The engine here works as vLLM's does, on a request a step, so that every step ca
 """
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from labeler.teachers.vllm.engine_thread import EngineRequest, EngineThread
 from schemas.errors import RowFailure, TeacherError
 
 REFUSED, DEADLY = "refused", "deadly"
+LIMIT_S = 20.0
 
 
 @dataclass
@@ -75,18 +77,23 @@ def texts(outputs: list[Output | RowFailure]) -> list[str]:
     return [one.detail if isinstance(one, RowFailure) else one.text for one in outputs]
 
 
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
 def started_together(thread: EngineThread, *calls: list[str]) -> list[object]:
     """Results, or errors, of calls that were all made while the engine was held up."""
     go = threading.Event()
     with ThreadPoolExecutor(1 + len(calls)) as pool:
-        held = pool.submit(thread.alone, go.wait)
-        while not held.running():
-            pass
+        held = pool.submit(thread.alone, go.wait, LIMIT_S)
+        until(held.running)
         futures = []
         for count, call in enumerate(calls, 1):
             futures.append(pool.submit(thread.outputs, requests(*call)))
-            while thread._tasks.qsize() < count:
-                pass
+            until(lambda count=count: thread._tasks.qsize() >= count)
         go.set()
         return [future.exception() or texts(future.result()) for future in futures]
 
@@ -158,10 +165,10 @@ def test_closing_fails_what_is_in_flight(engine: SlowEngine) -> None:
     closed: list[int] = []
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(thread.outputs, requests(*map(str, range(100_000))))
-        step.wait()
+        assert step.wait(LIMIT_S)
         thread.close(lambda: closed.append(1))
         with pytest.raises(TeacherError, match="the teacher was closed"):
-            call.result()
+            call.result(LIMIT_S)
     assert closed == [1]
     with pytest.raises(TeacherError, match="is closed"):
         thread.outputs(requests("a"))
