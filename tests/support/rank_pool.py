@@ -22,7 +22,7 @@ from schemas.errors import StudentError
 from tests.support import ROOT
 from trainer.config.train import TrainConfig
 from trainer.run.launch import run_train_job
-from trainer.run.status import StatusDisplay
+from trainer.run.status import shown
 from trainer.run.worker import TrainJob, train_worker
 from trainer.run_folder import RunFolder, TrainSummary
 from trainer.tracking.run_status import RunStatus
@@ -63,7 +63,7 @@ def train_on_ranks(
     status = statuses().RunStatus()
     job = TrainJob(config, os.getcwd(), folder.claim(), view_hash, num_steps, status)
     world_size = config.ray.max_workers
-    with StatusDisplay(status.news, progress), tempfile.TemporaryDirectory() as meeting:
+    with shown(status, progress), tempfile.TemporaryDirectory() as meeting:
         ranks = [
             FORKS.Process(target=_run_rank, args=(job, rank, world_size, meeting))
             for rank in range(world_size)

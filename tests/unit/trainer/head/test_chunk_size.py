@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.support.distillation_oracle import random_targets
 from trainer.config.train import LossConfig
-from trainer.head.chunk_size import bytes_per_position, chunk_tokens
+from trainer.head.chunk_size import CPU_BYTES, bytes_per_position, chunk_tokens
 from trainer.head.fused_head import LogitTransform, fused_distillation_loss
 
 V, H, T = 3000, 16, 300
@@ -95,19 +95,19 @@ def test_size_of_a_chunk(loss, expected):
     assert chunk_tokens(loss, 1000, 1000, torch.float32, CPU, False) == expected
 
 
-def test_default_memory_follows_the_vocabulary_not_the_length():
-    """Twice the vocabulary takes twice the memory; four times the rows take no more."""
+def test_default_memory_grows_with_the_vocabulary_up_to_a_limit_and_not_with_the_rows():
+    rng = np.random.default_rng(0)
+    targets = random_targets(rng, 2048, 256, 2048, head_sizes=np.full(2048, 2))
 
     def peak(length: int, vocab_size: int) -> int:
-        rng = np.random.default_rng(0)
-        targets = random_targets(rng, length, vocab_size, length, head_sizes=np.full(length, 2))
         hidden, weight = torch.zeros(length, 1), torch.zeros(vocab_size, 1)
-        loss = LossConfig(kind="truncated")
-        return peak_bytes(partial(fused_distillation_loss, hidden, weight, None, targets, loss))
+        few, loss = targets.chunk(0, length), LossConfig(kind="truncated")
+        return peak_bytes(partial(fused_distillation_loss, hidden, weight, None, few, loss))
 
-    one = peak(1024, 1 << 11)
-    assert peak(4096, 1 << 11) == pytest.approx(one, rel=0.1)
-    assert peak(1024, 1 << 12) == pytest.approx(2 * one, rel=0.1)
+    small = peak(1024, 1 << 12)
+    assert peak(2048, 1 << 12) == pytest.approx(small, rel=0.1)
+    assert peak(1024, 1 << 13) == pytest.approx(2 * small, rel=0.1)
+    assert 0.9 * CPU_BYTES < peak(1024, 1 << 16) < 1.1 * CPU_BYTES
 
 
 def test_chunk_of_no_positions_has_one():

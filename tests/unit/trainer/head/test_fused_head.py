@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from schemas.errors import ConfigError, VocabularyError
@@ -289,10 +290,28 @@ def test_loss_multiplies_only_for_the_gradients_that_are_needed(needs_gradient, 
     assert counter.get_total_flops() == products * 2 * T * H * V
 
 
-def test_loss_multiplies_once_without_autograd():
+class CountWideResults(TorchDispatchMode):
+    """Counts operations with a result as large as all logits."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        is_wide = isinstance(result, torch.Tensor) and result.numel() >= T * V
+        self.count += is_wide and not func.is_view
+        return result
+
+
+def test_loss_without_autograd_makes_no_gradient():
     hidden, weight, _, targets = inputs(11, torch.float32)
+    loss, counts = LossConfig(kind="ghost"), []
+    for needs_gradient in (True, False):
+        with CountWideResults() as wide, torch.set_grad_enabled(needs_gradient):
+            fused_distillation_loss(hidden, weight, None, targets, loss)
+        counts.append(wide.count)
+    assert counts[1] < counts[0]
     with count_flops() as counter, torch.no_grad():
-        fused_distillation_loss(hidden, weight, None, targets, LossConfig(kind="ghost"))
+        fused_distillation_loss(hidden, weight, None, targets, loss)
     assert counter.get_total_flops() == 2 * T * H * V
 
 

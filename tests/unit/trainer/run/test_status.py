@@ -1,14 +1,10 @@
 """What the user sees of a run while it trains."""
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
-import ray
 
 from schemas.console.progress import Progress
 from schemas.errors import DamagedError, StudentError
-from trainer.run.status import RunStatusActor, shown
+from trainer.run.status import shown
 from trainer.tracking.run_status import RunStatus, StepStatus
 
 STATUS = StepStatus(step=120, num_steps=600, tokens=90_000, loss=3.21456, data_wait_share=0.0123)
@@ -21,21 +17,6 @@ def test_the_first_error_is_kept() -> None:
     status.fail(DamagedError("the cause"))
     status.fail(StudentError("its consequence"))
     assert str(status.error()) == "the cause"
-
-
-def test_the_actor_is_on_the_drivers_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    options: dict[str, Any] = {}
-
-    def remote(**given: Any) -> Any:
-        options.update(given)
-        return lambda kind: SimpleNamespace(remote=kind)
-
-    here = SimpleNamespace(get_node_id=lambda: "ab" * 28)
-    monkeypatch.setattr(ray, "get_runtime_context", lambda: here)
-    monkeypatch.setattr(ray, "remote", remote)
-    RunStatusActor()
-    assert options["scheduling_strategy"].node_id == "ab" * 28
-    assert not options["scheduling_strategy"].soft
 
 
 def test_notes_are_shown_once_and_the_last_state_always(

@@ -1,5 +1,6 @@
 """Labels made together by workers that each have a part of the vocabulary: two gloo processes."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+from labeler.teachers.vllm.worker.tensor_parallel import rank_bounds, vocab_parallel_logits
 
 SEED = 11
 
@@ -78,8 +82,6 @@ def test_two_workers_make_the_labels_of_one(tmp_path: Path, world: int) -> None:
 
 @pytest.mark.parametrize(("count", "ranks"), [(1, 2), (7, 2), (8, 4), (3, 4), (100, 8)])
 def test_every_position_is_of_one_share(count: int, ranks: int) -> None:
-    from labeler.teachers.vllm.worker.tensor_parallel import rank_bounds
-
     bounds = rank_bounds(count, ranks)
     assert bounds[0] == 0
     assert bounds[-1] == count
@@ -87,36 +89,85 @@ def test_every_position_is_of_one_share(count: int, ranks: int) -> None:
     assert np.diff(bounds).max() == -(-count // ranks)
 
 
+class Head:
+    """A head of which each of two workers has a part."""
+
+    tp_size = 2
+    weight = torch.arange(12.0).view(4, 3)
+
+
 class Processor:
-    def forward(self, head: Any, hidden: Any, bias: Any = None, skip_gather: bool = False) -> Any:
-        return (head, hidden, skip_gather)
+    """As vLLM's: gathers the logits of all workers unless it is told not to."""
+
+    def forward(
+        self, head: Head, hidden: torch.Tensor, bias: Any = None, skip_gather: bool = False
+    ) -> torch.Tensor:
+        own = hidden @ head.weight.T
+        return own if skip_gather else torch.cat([own, own], dim=-1)
+
+    __call__ = forward
 
 
-def test_only_models_that_do_nothing_else_to_their_logits_are_sharded() -> None:
-    from vllm.model_executor.models.gemma2 import Gemma2ForCausalLM
+def model_like(known: Any) -> Any:
+    """A model with the method by which a class of vLLM's makes its logits."""
+    head = Head()
+    return type(
+        "Model",
+        (),
+        {
+            "compute_logits": known.compute_logits,
+            "logits_processor": Processor(),
+            "lm_head": head,
+            "model": SimpleNamespace(embed_tokens=head),
+        },
+    )()
+
+
+@pytest.fixture
+def _two_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm.distributed
+
+    group = SimpleNamespace(device_group="the group")
+    monkeypatch.setattr(vllm.distributed, "get_tp_group", lambda: group)
+
+
+@pytest.mark.usefixtures("_two_workers")
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("gemma2", "Gemma2ForCausalLM"),
+        ("llama", "LlamaForCausalLM"),
+        ("qwen3", "Qwen3ForCausalLM"),
+    ],
+)
+def test_vocab_parallel_logits_are_the_workers_part_of_the_models_own(
+    module: str, name: str
+) -> None:
+    known = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
+    model, hidden = model_like(known), torch.randn(5, 3)
+    found = vocab_parallel_logits(model)
+    assert found is not None
+    assert found.group == "the group"
+    part = found.local_logits(hidden)
+    assert torch.equal(torch.cat([part, part], dim=-1), model.compute_logits(hidden))
+
+
+class Masks:
+    """Does something else to its logits, which a worker with a part of them cannot do."""
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        logits = self.logits_processor(self.lm_head, hidden_states)
+        logits[:, 7] = -1e9
+        return logits
+
+
+@pytest.mark.usefixtures("_two_workers")
+def test_vocab_parallel_logits_are_refused_where_a_part_is_not_enough() -> None:
     from vllm.model_executor.models.llama import LlamaForCausalLM
-    from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
-    from labeler.teachers.vllm.worker.tensor_parallel import _plain_head
-
-    for known in (LlamaForCausalLM, Qwen3ForCausalLM, Gemma2ForCausalLM):
-
-        class Model:
-            compute_logits = known.compute_logits
-            logits_processor = Processor()
-            lm_head = "a head"
-            model = SimpleNamespace(embed_tokens="a head")
-
-        assert _plain_head(Model()) == "a head", known
-
-    class Masks:
-        logits_processor = Processor()
-        lm_head = "a head"
-
-        def compute_logits(self, hidden_states: Any) -> Any:
-            logits = self.logits_processor.forward(self.lm_head, hidden_states)
-            logits[:, 7] = -1e9
-            return logits
-
-    assert _plain_head(Masks()) is None
-    assert _plain_head(SimpleNamespace()) is None
+    assert vocab_parallel_logits(model_like(Masks)) is None
+    assert vocab_parallel_logits(SimpleNamespace()) is None
+    alone = model_like(LlamaForCausalLM)
+    assert vocab_parallel_logits(alone) is not None
+    alone.lm_head.tp_size = 1
+    assert vocab_parallel_logits(alone) is None
