@@ -12,6 +12,10 @@ LINE_INTERVAL_S = 10.0
 """Between lines where no terminal can redraw a bar."""
 
 
+ProgressCallback = Callable[[int, int], None]
+"""Called with the work done so far and all work, in the same unit."""
+
+
 class Progress:
     """Shows how far one command is, on standard error. A context manager.
 

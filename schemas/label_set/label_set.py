@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from schemas.console.progress import ProgressCallback
 from schemas.errors import RecordError, StoreError
 from schemas.fault_points import fault_point
 from schemas.keys import SortedKeys, contains, keys_to_sorted
@@ -234,7 +235,7 @@ class LabelSet:
         """S16, rising: the keys of all rows in quarantine that have not been labelled since."""
         return keys_to_sorted(key_array(self.quarantine(), "row_key"))
 
-    def index(self, progress: Callable[[int, int], None] | None = None) -> pa.Table:
+    def index(self, progress: ProgressCallback | None = None) -> pa.Table:
         """The place of every labelled row; each row key once, in the unit with the smallest key.
 
         Args:
@@ -334,7 +335,7 @@ class LabelSet:
 def _read_all(
     read: Callable[[S], T],
     items: Sequence[S],
-    progress: Callable[[int, int], None] | None = None,
+    progress: ProgressCallback | None = None,
 ) -> list[T]:
     """Reads many small files concurrently; the results are in the order of the items."""
     found = []

@@ -6,10 +6,11 @@ its roster at the end, so files of runs count as old only if nothing was committ
 that long.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 from schemas.config import StrictModel
+from schemas.console.progress import ProgressCallback
 from schemas.errors import ConfigError
 from schemas.label_set.label_set import LabelSet
 from schemas.storage.local_files import TEMPORARY_PREFIX
@@ -59,7 +60,7 @@ def collect_garbage(
     older_than_hours: float,
     delete: bool = False,
     now: datetime | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Garbage:
     """Finds, and optionally deletes, files that no manifest names.
 

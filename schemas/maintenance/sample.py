@@ -1,11 +1,11 @@
 """A seeded sample of row groups of a label set, and distributions of the labels in it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from schemas.console.progress import ProgressCallback
 from schemas.label_set.label_set import LabelSet
 from schemas.label_set.shards import read_row_group
 from schemas.record.rows import LabelRows, present
@@ -27,7 +27,7 @@ def sample_groups(
     label_set: LabelSet,
     count: int,
     seed: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: ProgressCallback | None = None,
 ) -> list[SampledGroup]:
     """Draws at most `count` row groups without replacement; a function of the set and the seed.
 

@@ -5,10 +5,11 @@ identities of rows, key files against shards, quarantine, rosters. It continues 
 that one pass reports everything there is to fix.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from schemas.config import StrictModel
+from schemas.console.progress import ProgressCallback
 from schemas.errors import AccountsError, DamagedError, MissingError, StoreError
 from schemas.label_set.description import LABEL_SET_FILE
 from schemas.label_set.label_set import LabelSet
@@ -94,7 +95,7 @@ class Verified(StrictModel):
         return sorted({problem.unit_key for problem in self.problems if problem.unit_key})
 
 
-def verify(url: str, progress: Callable[[int, int], None] | None = None) -> Verified:
+def verify(url: str, progress: ProgressCallback | None = None) -> Verified:
     """Verifies everything in a label set.
 
     Args:

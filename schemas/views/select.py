@@ -4,7 +4,7 @@ Whether a row is selected depends on its own key (for splits, on its document's)
 order or number of other rows, except for mixtures and samples of a given number of rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from schemas.config import StrictModel
+from schemas.console.progress import ProgressCallback
 from schemas.errors import ConfigError, first_line
 from schemas.keys import Keys
 from schemas.label_set.label_set import LabelSet
@@ -67,7 +68,7 @@ def make_views(
     out: str,
     heldout: str,
     selection: Selection,
-    progress: Callable[[int, int], None] | None = None,
+    progress: ProgressCallback | None = None,
 ) -> list[View]:
     """Builds the view at `out` and, if rows are held out, the one at `heldout`.
 

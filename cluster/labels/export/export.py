@@ -19,12 +19,11 @@ from cluster.labels.export.layouts import (
 from cluster.labels.export.rows import unique_rows
 from cluster.output_file import split_url
 from schemas.config import StrictModel
+from schemas.console.progress import ProgressCallback
 from schemas.errors import ConfigError, StoreError
 from schemas.label_set.label_set import LabelSet
 from schemas.record.rows import LabelRows
 from schemas.storage.store import Store
-
-Progress = Callable[[int, int], None]
 
 CHAT = pa.schema(
     [
@@ -94,7 +93,7 @@ class Exported(StrictModel):
 
 
 def export(
-    url: str, out: str, layout: str, tokenizer: str | None, progress: Progress | None = None
+    url: str, out: str, layout: str, tokenizer: str | None, progress: ProgressCallback | None = None
 ) -> Exported:
     """Writes a label set in another layout.
 
@@ -119,7 +118,11 @@ def export(
 
 
 def _export_chats(
-    label_set: LabelSet, out: str, layout: str, tokenizer: str | None, progress: Progress | None
+    label_set: LabelSet,
+    out: str,
+    layout: str,
+    tokenizer: str | None,
+    progress: ProgressCallback | None,
 ) -> Exported:
     chats = Chats(label_set, tokenizer)
     store, name = split_url(out)
@@ -143,7 +146,7 @@ def _export_chats(
     return Exported(format=layout, out=out, rows=rows, files=[out], note=note)
 
 
-def _export_axolotl(label_set: LabelSet, out: str, progress: Progress | None) -> Exported:
+def _export_axolotl(label_set: LabelSet, out: str, progress: ProgressCallback | None) -> Exported:
     store = Store(out)
     rows, files = _write_tables(store, label_set, axolotl_table, progress)
     store.write_bytes("axolotl.yaml", _AXOLOTL_CONFIG.format(out=out).encode())
@@ -154,7 +157,9 @@ def _export_axolotl(label_set: LabelSet, out: str, progress: Progress | None) ->
     return Exported(format="axolotl", out=out, rows=rows, files=[*files, "axolotl.yaml"], note=note)
 
 
-def _export_distillkit(label_set: LabelSet, out: str, progress: Progress | None) -> Exported:
+def _export_distillkit(
+    label_set: LabelSet, out: str, progress: ProgressCallback | None
+) -> Exported:
     store = Store(out)
     vocab_size = label_set.spec.teacher.vocab_size
     # All files have the same columns, so every row has to be seen before the first is written.
@@ -184,7 +189,7 @@ def _write_tables(
     store: Store,
     label_set: LabelSet,
     to_table: Callable[[LabelRows], pa.Table],
-    progress: Progress | None,
+    progress: ProgressCallback | None,
 ) -> tuple[int, list[str]]:
     """Writes one file per row group, which bounds memory; returns the row count and the files."""
     rows, files = 0, []

@@ -1,10 +1,11 @@
 """The rows of a label set, each row key once, one row group at a time."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
+from schemas.console.progress import ProgressCallback
 from schemas.errors import RecordError
 from schemas.label_set.label_set import LabelSet
 from schemas.label_set.shards import read_row_group
@@ -12,7 +13,7 @@ from schemas.record.rows import LabelRows
 
 
 def unique_rows(
-    label_set: LabelSet, progress: Callable[[int, int], None] | None = None
+    label_set: LabelSet, progress: ProgressCallback | None = None
 ) -> Iterator[LabelRows]:
     """Yields the rows of each row group in index order, without copies in later units.
 

@@ -1,6 +1,6 @@
 """`tutelage labels report`: a self-contained HTML file, which can be opened and sent anywhere."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from cluster.labels.facts import RUN_COLUMNS, label_set_facts, run_accounts, run_lines, summary
 from cluster.labels.report import measures, plots
 from cluster.output_file import write_file
+from schemas.console.progress import ProgressCallback
 from schemas.label_set.label_set import LabelSet
 from schemas.maintenance.sample import distributions, sample_groups
 
@@ -39,7 +40,7 @@ def write_report(
     out: str,
     num_groups: int,
     seed: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
     """Writes the report of a label set and returns its numbers.
 
