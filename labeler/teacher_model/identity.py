@@ -53,23 +53,18 @@ def teacher_identity(config: TeacherConfig) -> TeacherIdentity:
         )
     folder = model_folder(config)
     model_config = load_model_config(config)
-    dtype = resolve_dtype(config)
+    declared = config.weights_digest  # of a server, whose weights may not be readable
     return TeacherIdentity(
-        weights_digest=_declared_weights(config) or weights_digest(folder),
+        weights_digest=f"declared:{declared}" if declared else weights_digest(folder),
         config_digest=_config_digest(config),
         tokenizer_digest=tokenizer_digest(tokenizer),
         chat_template_digest=template_digest,
         vocab_size=model_vocab_size(model_config),
-        dtype=dtype,
+        dtype=resolve_dtype(config),
         head_dtype=resolve_head_dtype(config),
         quantization=_quantization(config, model_config),
         model_type=str(model_config.model_type),
     )
-
-
-def _declared_weights(config: TeacherConfig) -> str:
-    """The declared identity of a server's weights; empty if a folder is to be measured."""
-    return f"declared:{config.weights_digest}" if config.weights_digest else ""
 
 
 def model_folder(config: TeacherConfig) -> Path:

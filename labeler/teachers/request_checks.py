@@ -40,7 +40,12 @@ class ModelLimits:
         """
         # An engine generates at least one token after the sequence.
         refused = self._refuse_prompt(token_ids, self.context - 1)
-        return refused or refuse_spans(len(token_ids), spans)
+        if refused is not None:
+            return refused
+        problem = (
+            span_problem(spans, len(token_ids)) if len(spans) else "no spans; expected one or more"
+        )
+        return RowFailure("bad_spans", problem) if problem else None
 
     def refuse_requests(
         self, token_ids: Sequence[np.ndarray], label_spans: Sequence[np.ndarray]
@@ -62,14 +67,6 @@ class ModelLimits:
             )
         problem = unknown_token_problem(token_ids, self.vocab_size)
         return RowFailure("unknown_token", problem) if problem else None
-
-
-def refuse_spans(num_tokens: int, spans: np.ndarray) -> RowFailure | None:
-    """Why flat [start, end) pairs cannot span labels of ``num_tokens`` tokens; None if they can."""
-    if len(spans) == 0:
-        return RowFailure("bad_spans", "no spans; expected one or more")
-    problem = span_problem(spans, num_tokens)
-    return RowFailure("bad_spans", problem) if problem else None
 
 
 def row_uniforms(record: RecordSpec, row_key: bytes, targets: np.ndarray) -> np.ndarray | None:
