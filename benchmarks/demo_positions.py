@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.demo_labels import TEACHER
-from cluster.demo.corpus import library_files, part_of
+from cluster.demo.corpus import corpus_part, library_files
 
 WINDOW = 256
 """Tokens of one sequence."""
@@ -63,7 +63,7 @@ def _windows(tokenizer: Any, count: int) -> list[list[int]]:
     files = [
         (hashlib.sha256(name.encode()).hexdigest(), path)
         for name, path in library_files()
-        if part_of(name.split("/")[0].removesuffix(".py")) == "students"
+        if corpus_part(name.split("/")[0].removesuffix(".py")) == "students"
     ]
     windows = []
     for _, path in sorted(files):

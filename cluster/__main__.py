@@ -152,7 +152,7 @@ def quiet_libraries() -> None:
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
         ("TQDM_DISABLE", "1"),
     ):
-        os.environ.setdefault(name, value)
+        os.environ.setdefault(name, value)  # what the user has set wins
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ def plot_curves(out: Path, path: Path) -> None:
     """Plots the training cross-entropy of each student against the tokens it has seen."""
     import matplotlib
 
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # draws to files without a display
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
@@ -53,7 +53,7 @@ def show_completions(out: Path) -> None:
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=COMPLETION_TOKENS,
                 do_sample=False,
-                repetition_penalty=1.2,
+                repetition_penalty=1.2,  # greedy decoding of a model this small loops without
                 pad_token_id=tokenizer.eos_token_id,
             )
         text = tokenizer.decode(full[0, ids.shape[1] :], skip_special_tokens=True)

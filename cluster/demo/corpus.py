@@ -24,7 +24,7 @@ SKIPPED_NAMES = frozenset(
 )
 
 
-def part_of(top_level: str) -> Part:
+def corpus_part(top_level: str) -> Part:
     """The part of a top-level module or package."""
     digest = hashlib.sha256(top_level.encode()).digest()
     point = int.from_bytes(digest[:8], "big") % 100
@@ -61,7 +61,7 @@ def write_corpus(folder: Path, limits: dict[Part, int]) -> dict[Part, int]:
     for relative, file in sorted(
         library_files(), key=lambda item: hashlib.sha256(item[0].encode()).digest()
     ):
-        part = part_of(relative.split("/")[0].removesuffix(".py"))
+        part = corpus_part(relative.split("/")[0].removesuffix(".py"))
         if part not in limits or (limits[part] and sizes[part] >= limits[part]):
             continue
         try:
@@ -90,7 +90,8 @@ def function_headers(folder: Path, limit: int) -> Iterator[str]:
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and len(node.body) > 1:
                 header = "".join(lines[node.lineno - 1 : node.body[0].end_lineno])
-                if len(header) <= 600:
+                if len(header) <= 600:  # leaves room in text.max_tokens for the completion
+                    # Sorted by a hash, the first prompts are not all from the same module.
                     order = hashlib.sha256(header.encode()).hexdigest()
                     headers.append((order, header))
     for _, header in sorted(headers)[:limit]:

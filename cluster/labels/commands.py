@@ -62,6 +62,7 @@ def _verify(args: argparse.Namespace) -> Result:
         result = verify(args.url, progress)
     for problem in result.problems:
         print(f"{problem.what}: {problem.line()}")
+    # A damaged unit often has several problems, but one repair.
     for repair in dict.fromkeys(problem.repair for problem in result.problems):
         print(f"fix: {repair}")
     verdict = "OK:"

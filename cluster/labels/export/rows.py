@@ -31,6 +31,7 @@ def unique_rows(
     shards = index.column("shard").cast("string").to_pylist()
     groups = index.column("row_group").to_numpy()
     rows = index.column("row").to_numpy()
+    # The index is ordered by unit, which has one shard, and by row group: each is one slice.
     names = np.unique(shards, return_inverse=True)[1]
     changes = (np.diff(names) != 0) | (np.diff(groups) != 0)
     edges = [0, *(np.flatnonzero(changes) + 1).tolist(), len(index)]

@@ -48,9 +48,10 @@ def calibration(groups: list[SampledGroup]) -> Calibration | None:
     if not len(confidence):
         return None
     edges = np.linspace(0.0, 1.0, BINS + 1)
+    # Confidences of exactly 1 belong to the last bin, not to one above it.
     into = np.clip(np.digitize(confidence, edges) - 1, 0, BINS - 1)
     counts = np.bincount(into, minlength=BINS)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # 0 / 0 in empty bins
         mean_confidence = np.bincount(into, confidence, BINS) / counts
         accuracy = np.bincount(into, hit, BINS) / counts
     gaps = np.nan_to_num(np.abs(mean_confidence - accuracy))

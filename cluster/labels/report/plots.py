@@ -90,6 +90,7 @@ def _svg(title: str, draw: Callable[[Any], None]) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
+    # Figure instead of pyplot, which would keep every figure in memory.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 8}):
         figure = Figure(figsize=_SIZE, layout="constrained")
         axes = figure.add_subplot()

@@ -83,6 +83,7 @@ def _row(group: SampledGroup, row: int, text: TokenText, num_positions: int) -> 
         *(f"  | {line}" for line in excerpt.splitlines()),
     ]
     positions = labelled_positions(rows, row)
+    # From the middle of the row, where the teacher has some context.
     first = max(0, len(positions) // 2 - num_positions // 2)
     shown = positions[first : first + num_positions]
     if not shown:

@@ -4,12 +4,12 @@ import ast
 import json
 from pathlib import Path
 
-from cluster.demo.corpus import library_files, part_of, write_corpus, write_prompts
+from cluster.demo.corpus import corpus_part, library_files, write_corpus, write_prompts
 
 
 def test_a_top_level_name_decides_the_part() -> None:
     # Pinned: the teacher that is kept in examples/ was trained on this split.
-    assert [part_of(name) for name in ("asyncio", "json", "typing", "pdb", "email")] == [
+    assert [corpus_part(name) for name in ("asyncio", "json", "typing", "pdb", "email")] == [
         "teacher",
         "teacher",
         "students",
