@@ -25,6 +25,8 @@ from schemas.label_set.label_set import LabelSet
 from schemas.record.rows import LabelRows
 from schemas.storage.store import Store
 
+Written = tuple[int, list[str], str]  # rows, files, note, as in Exported
+
 CHAT = pa.schema(
     [
         ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
@@ -111,10 +113,12 @@ def export(
     """
     label_set = LabelSet.open(url)
     if layout.startswith("chat"):
-        return _export_chats(label_set, out, layout, tokenizer, progress)
-    check_exportable(label_set.spec, layout)
-    write = {"axolotl": _export_axolotl, "distillkit": _export_distillkit}[layout]
-    return write(label_set, out, progress)
+        rows, files, note = _export_chats(label_set, out, layout, tokenizer, progress)
+    else:
+        check_exportable(label_set.spec, layout)
+        write = {"axolotl": _export_axolotl, "distillkit": _export_distillkit}[layout]
+        rows, files, note = write(label_set, out, progress)
+    return Exported(format=layout, out=out, rows=rows, files=files, note=note)
 
 
 def _export_chats(
@@ -123,7 +127,7 @@ def _export_chats(
     layout: str,
     tokenizer: str | None,
     progress: ProgressCallback | None,
-) -> Exported:
+) -> Written:
     chats = Chats(label_set, tokenizer)
     store, name = split_url(out)
     if not name:
@@ -143,10 +147,10 @@ def _export_chats(
         if writer is not None:
             writer.close()
     note = "messages of each prompt and its response; responses lack their special tokens"
-    return Exported(format=layout, out=out, rows=rows, files=[out], note=note)
+    return rows, [out], note
 
 
-def _export_axolotl(label_set: LabelSet, out: str, progress: ProgressCallback | None) -> Exported:
+def _export_axolotl(label_set: LabelSet, out: str, progress: ProgressCallback | None) -> Written:
     store = Store(out)
     rows, files = _write_tables(store, label_set, axolotl_table, progress)
     store.write_bytes("axolotl.yaml", _AXOLOTL_CONFIG.format(out=out).encode())
@@ -154,12 +158,10 @@ def _export_axolotl(label_set: LabelSet, out: str, progress: ProgressCallback | 
         "already tokenised: no `type` for the dataset; kd_temperature: 1 and "
         "kd_normalize_topk: false (log-probabilities are the teacher's own, not renormalised)"
     )
-    return Exported(format="axolotl", out=out, rows=rows, files=[*files, "axolotl.yaml"], note=note)
+    return rows, [*files, "axolotl.yaml"], note
 
 
-def _export_distillkit(
-    label_set: LabelSet, out: str, progress: ProgressCallback | None
-) -> Exported:
+def _export_distillkit(label_set: LabelSet, out: str, progress: ProgressCallback | None) -> Written:
     store = Store(out)
     vocab_size = label_set.spec.teacher.vocab_size
     # All files have the same columns, so every row has to be seen before the first is written.
@@ -181,8 +183,7 @@ def _export_distillkit(
     note = "sequences lack their last token; every log-probability is exact"
     if not is_full:
         note += "; `labels` masks the teacher's rows and is no hard label: cross_entropy weight 0"
-    names = [*files, "compression_config.yaml", "distillkit.yaml"]
-    return Exported(format="distillkit", out=out, rows=rows, files=names, note=note)
+    return rows, [*files, "compression_config.yaml", "distillkit.yaml"], note
 
 
 def _write_tables(

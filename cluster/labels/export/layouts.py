@@ -37,26 +37,6 @@ from schemas.spec import LabelSetSpec
 PADDING_LOGPROB = -1e9
 IGNORED = -100  # the index that torch's cross-entropy skips
 
-AXOLOTL = pa.schema(
-    [
-        ("row_key", pa.string()),
-        ("input_ids", pa.list_(pa.int32())),
-        ("attention_mask", pa.list_(pa.int8())),
-        ("labels", pa.list_(pa.int32())),
-        ("target_token_ids", pa.list_(pa.list_(pa.int32()))),
-        ("target_logprobs", pa.list_(pa.list_(pa.float32()))),
-        ("target_mask", pa.list_(pa.list_(pa.int8()))),
-    ]
-)
-DISTILLKIT = pa.schema(
-    [
-        ("input_ids", pa.list_(pa.uint64())),
-        ("compressed_logprobs", pa.list_(pa.list_(pa.uint8()))),
-        ("bytepacked_indices", pa.list_(pa.list_(pa.uint8()))),
-        ("labels", pa.list_(pa.int64())),
-    ]
-)
-
 
 def check_exportable(spec: LabelSetSpec, layout: str) -> None:
     """Checks that a layout represents the labels of a set exactly.
@@ -83,7 +63,7 @@ def check_exportable(spec: LabelSetSpec, layout: str) -> None:
 
 
 def axolotl_table(rows: LabelRows) -> pa.Table:
-    """Rows in the layout AXOLOTL."""
+    """Rows in the layout of axolotl."""
     assert rows.entry_offsets is not None
     assert rows.entry_logprobs is not None
     row, target = _targets(rows)
@@ -105,18 +85,21 @@ def axolotl_table(rows: LabelRows) -> pa.Table:
     labels = np.full(num_tokens, IGNORED, np.int32)
     labels[teacher_row + 1] = rows.token_ids[teacher_row + 1]
     outer = rows.token_offsets
-    columns = [
-        pa.array([key.tobytes().hex() for key in rows.row_key]),
-        _lists(outer, pa.array(rows.token_ids)),
-        _lists(outer, pa.array(np.ones(num_tokens, np.int8))),
-        _lists(outer, pa.array(labels)),
-        *(_lists(outer, _lists(slots, pa.array(values))) for values in (ids, logprobs, mask)),
-    ]
-    return pa.Table.from_arrays(columns, schema=AXOLOTL)
+    return pa.table(
+        {
+            "row_key": pa.array([key.tobytes().hex() for key in rows.row_key], pa.string()),
+            "input_ids": _lists(outer, pa.array(rows.token_ids)),
+            "attention_mask": _lists(outer, pa.array(np.ones(num_tokens, np.int8))),
+            "labels": _lists(outer, pa.array(labels)),
+            "target_token_ids": _lists(outer, _lists(slots, pa.array(ids))),
+            "target_logprobs": _lists(outer, _lists(slots, pa.array(logprobs))),
+            "target_mask": _lists(outer, _lists(slots, pa.array(mask))),
+        }
+    )
 
 
 def distillkit_table(rows: LabelRows, vocab_size: int) -> pa.Table:
-    """Rows in the layout DISTILLKIT, without those of a single token, which predict nothing.
+    """Rows in the layout of DistillKit, without those of a single token, which predict nothing.
 
     Args:
         rows: of kind ``topk``.
@@ -140,13 +123,16 @@ def distillkit_table(rows: LabelRows, vocab_size: int) -> pa.Table:
     tokens = rows.token_ids[~last]
     labels = np.full(len(tokens), IGNORED, np.int64)
     labels[teacher_row] = tokens[teacher_row]
-    columns = [
-        _lists(outer, pa.array(tokens.astype(np.uint64))),
-        _lists(outer, _byte_lists(logprobs.astype("<f2").view(np.uint8))),
-        _lists(outer, _byte_lists(pack_ids(ids, index_bits(vocab_size)))),
-        _lists(outer, pa.array(labels)),
-    ]
-    table = pa.Table.from_arrays(columns, schema=DISTILLKIT)
+    table = pa.table(
+        {
+            "input_ids": _lists(outer, pa.array(tokens.astype(np.uint64))),
+            "compressed_logprobs": _lists(
+                outer, _byte_lists(logprobs.astype("<f2").view(np.uint8))
+            ),
+            "bytepacked_indices": _lists(outer, _byte_lists(pack_ids(ids, index_bits(vocab_size)))),
+            "labels": _lists(outer, pa.array(labels)),
+        }
+    )
     return table.filter(pa.array(kept > 0))
 
 
