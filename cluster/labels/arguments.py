@@ -24,32 +24,17 @@ def _label_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("url", help="URL of the label set")
 
 
-def _sampled(parser: argparse.ArgumentParser, groups: int) -> None:
-    _label_set(parser)
-    parser.add_argument(
-        "--groups",
-        type=int,
-        metavar="N",
-        default=groups,
-        help=f"row groups to sample (default: {groups})",
-    )
-    parser.add_argument(
-        "--seed", type=int, metavar="N", default=0, help="seed of the sample (default: 0)"
-    )
+def _number(parser: argparse.ArgumentParser, option: str, default: int, text: str) -> None:
+    help_text = f"{text} (default: {default})"
+    parser.add_argument(option, type=int, metavar="N", default=default, help=help_text)
 
 
 def _show(parser: argparse.ArgumentParser) -> None:
-    _sampled(parser, groups=8)
-    parser.add_argument(
-        "--rows", type=int, metavar="N", default=2, help="sample rows to print (default: 2)"
-    )
-    parser.add_argument(
-        "--positions",
-        type=int,
-        metavar="N",
-        default=12,
-        help="labels to print per row (default: 12)",
-    )
+    _label_set(parser)
+    _number(parser, "--groups", 8, "row groups to sample")
+    _number(parser, "--rows", 2, "sample rows to print")
+    _number(parser, "--positions", 12, "labels to print per row")
+    _number(parser, "--seed", 0, "seed of the sample")
 
 
 def _view(parser: argparse.ArgumentParser) -> None:
@@ -83,9 +68,7 @@ def _view(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--holdout-to", metavar="URL", help="write the held-out view here, and the rest to OUT"
     )
-    parser.add_argument(
-        "--seed", type=int, metavar="N", default=0, help="seed of samples and splits (default: 0)"
-    )
+    _number(parser, "--seed", 0, "seed of samples and splits")
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +89,9 @@ def _export(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(parser: argparse.ArgumentParser) -> None:
-    _sampled(parser, groups=32)
+    _label_set(parser)
+    _number(parser, "--groups", 32, "row groups to sample")
+    _number(parser, "--seed", 0, "seed of the sample")
     parser.add_argument("--out", required=True, metavar="FILE", help="HTML file to write")
 
 
