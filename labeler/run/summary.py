@@ -2,7 +2,6 @@
 
 import pyarrow.compute as pc
 
-from schemas.config import StrictModel
 from schemas.console.text import duration_text
 from schemas.keys import SortedKeys, contains, keys_to_sorted
 from schemas.label_set.label_set import LabelSet
@@ -11,22 +10,18 @@ from schemas.label_set.roster import LABELLED, Accounts, read_roster
 from schemas.label_set.tables import key_array
 
 
-class LabelSummary(StrictModel):
+class LabelSummary(Accounts):
     """Outcome of a label job.
 
     Attributes:
         teacher_backend: engine that labelled.
         run: identity of the run, and name of its roster.
-        rows_read: windows of the corpus, or requested samples; the sum of the next four.
-        rows_labelled, rows_reused, rows_duplicate, rows_quarantined: by what became of them.
         rows_generated: labelled rows whose responses were generated first.
-        tokens, labels: of the rows labelled by this run.
         bytes_per_label, ids_per_label: on disk, over all units that hold rows of this run, reused
             ones included; 0 without labels.
         seconds: wall time of the job, from reading the configuration.
         labels_url, fingerprint: of the label set.
         view: URL of the view, or empty.
-        reasons: quarantined rows by reason.
         reduced: where the stored labels are richer than the requested ones; the view promises what
             was requested, which readers derive from what is stored.
         announcements: remarks of teachers about the labels of these units.
@@ -34,21 +29,13 @@ class LabelSummary(StrictModel):
 
     teacher_backend: str
     run: str
-    rows_read: int
-    rows_labelled: int
-    rows_reused: int
-    rows_duplicate: int
-    rows_quarantined: int
     rows_generated: int
-    tokens: int
-    labels: int
     bytes_per_label: float
     ids_per_label: float
     seconds: float
     labels_url: str
     view: str
     fingerprint: str
-    reasons: dict[str, int]
     reduced: str = ""
     announcements: tuple[str, ...] = ()
 
