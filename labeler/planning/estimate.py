@@ -16,6 +16,9 @@ from schemas.console.text import duration_text, size_text
 SPEED_FACTOR = 1.5
 """A job may label this many times faster or slower than the calibration did."""
 
+OVERHEAD_S = 10.0
+"""Most seconds that Ray takes to start a job's tasks and the job to close its accounts."""
+
 BYTES_FACTOR = 1.2
 """Labels of a job may take this many times more or fewer bytes than those of the calibration."""
 
@@ -101,8 +104,13 @@ def make_plan(
 
 def _hours(tokens: Range, tokens_per_s: float, start_s: float) -> Range:
     working = _scaled(tokens, 1 / tokens_per_s if tokens_per_s else 0.0)
-    seconds = {name: value + start_s for name, value in working.model_dump().items()}
-    return _scaled(Range(**seconds), 1 / 3600, SPEED_FACTOR)
+    seconds = Range(
+        expected=working.expected + start_s,
+        low=(working.low + start_s) / SPEED_FACTOR,
+        # Not in the expected value: it only matters for jobs of a few minutes.
+        high=(working.high + start_s) * SPEED_FACTOR + (OVERHEAD_S if working.high else 0.0),
+    )
+    return _scaled(seconds, 1 / 3600)
 
 
 def _scaled(known: Range, rate: float, factor: float = 1.0) -> Range:

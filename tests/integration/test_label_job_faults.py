@@ -123,16 +123,16 @@ def test_a_row_that_kills_the_process_is_quarantined_alone(
     job = job.model_copy(update={"gates": GatesConfig(parity_rows=0)})
     label_set = open_label_set(job)
     make = functools.partial(deadly_teacher(poison), tmp_path)
-    setup = RunSetup("run", job, make)
+    setup = RunSetup(tmp_path.name, job, make)
     resources = Resources(actor_cpus=1.0, actor_gpus=0.0, actor_threads=0, task_cpus=1.0)
     run_pipeline(list_corpus(job.corpus), setup, FRESH, resources, Progress("label", enabled=False))
-    accounts = close_roster(label_set, "run", NOTHING)
+    accounts = close_roster(label_set, tmp_path.name, NOTHING)
     assert (accounts.rows_labelled, accounts.rows_quarantined) == (23, 1)
     assert accounts.reasons == {"kills_engine": 1}
-    roster = read_roster(label_set, "run")
+    roster = read_roster(label_set, tmp_path.name)
     bad = roster.filter([reason != "" for reason in roster.column("reason").to_pylist()])
     assert bad.column("row_key").to_pylist() == label_set.quarantine().column("row_key").to_pylist()
-    assert not (tmp_path / "labels" / "attempts" / "run").exists()
+    assert not (tmp_path / "labels" / "attempts" / tmp_path.name).exists()
 
 
 @pytest.fixture(autouse=True)

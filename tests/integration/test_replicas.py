@@ -127,7 +127,7 @@ def kill_one_of_two(folder: Path, groups_seen: list[int]) -> None:
 def test_one_of_two_replicas_is_killed(tmp_path: Path, tiny_model_dir: Path) -> None:
     job = config(tmp_path, tiny_model_dir)
     label_set = open_label_set(job)
-    setup = RunSetup("run", job, functools.partial(slow_teacher(broken=False), tmp_path))
+    setup = RunSetup(tmp_path.name, job, functools.partial(slow_teacher(broken=False), tmp_path))
     groups_seen: list[int] = []
     killer = threading.Thread(target=kill_one_of_two, args=(tmp_path, groups_seen))
     killer.start()
@@ -137,7 +137,7 @@ def test_one_of_two_replicas_is_killed(tmp_path: Path, tiny_model_dir: Path) -> 
     assert "a teacher process crashed and was restarted" in lines.getvalue()
     assert groups_seen == [2]
     assert len(list(tmp_path.glob("pid-*"))) >= 3  # the killed one was replaced
-    accounts = close_roster(label_set, "run", NOTHING)
+    accounts = close_roster(label_set, tmp_path.name, NOTHING)
     accounts.check()
     assert (accounts.rows_labelled, accounts.rows_quarantined) == (ROWS, 0)
     units = label_set.manifests()
@@ -151,7 +151,7 @@ def test_a_job_that_waits_for_its_teachers_says_so(
 ) -> None:
     job = config(tmp_path, tiny_model_dir)
     open_label_set(job)
-    setup = RunSetup("run", job, functools.partial(slow_teacher(broken=False), tmp_path))
+    setup = RunSetup(tmp_path.name, job, functools.partial(slow_teacher(broken=False), tmp_path))
     monkeypatch.setattr("labeler.run.startup_notice.DELAY_S", 3.0)
     other = ray.util.placement_group([{"CPU": CPUS}])  # all that there are
     assert other.wait(60)
@@ -182,7 +182,7 @@ def test_a_job_that_fails_holds_nothing(bundles: int, tmp_path: Path, tiny_model
     """Whoever has its error in hand can run the next job, which needs the same CPUs."""
     job = config(tmp_path, tiny_model_dir)
     open_label_set(job)
-    setup = RunSetup("run", job, functools.partial(slow_teacher(broken=True), tmp_path))
+    setup = RunSetup(tmp_path.name, job, functools.partial(slow_teacher(broken=True), tmp_path))
     resources = dataclasses.replace(RESOURCES, bundles=bundles)
     with pytest.raises((TeacherError, KeyError)) as caught:
         run_pipeline(
