@@ -1,15 +1,11 @@
 """Engines that hang are ended; those that somebody else ended are not held against their rows."""
 
-import contextlib
 import functools
 import multiprocessing
-import os
-import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -22,32 +18,8 @@ from labeler.supervision.watchdog import EXIT_STALLED, Watchdog
 from labeler.teachers.protocol import OnRow, RowLabels, ignore_row
 from schemas.errors import RowFailure, TeacherError
 from schemas.storage.store import Store
+from tests.support.engine_process import CRASH, FAIL, KILL, KILL_ALWAYS, STOP, engine
 from tests.support.fragile_teacher import FragileTeacher, requests
-
-STOP, KILL, KILL_ALWAYS, CRASH, FAIL = range(901, 906)
-ONCE = "once"
-
-
-def engine(pipe: Connection, folder: Path) -> None:
-    """A process that answers as long as it lives."""
-    with contextlib.suppress(EOFError):
-        answer(pipe, folder)
-
-
-def answer(pipe: Connection, folder: Path) -> None:
-    while True:
-        tokens = pipe.recv()
-        first = not (folder / ONCE).exists()
-        (folder / ONCE).touch()
-        if STOP in tokens:
-            os.kill(os.getpid(), signal.SIGSTOP)
-        if KILL_ALWAYS in tokens or (KILL in tokens and first):
-            os.kill(os.getpid(), signal.SIGKILL)
-        if CRASH in tokens:
-            os.kill(os.getpid(), signal.SIGSEGV)
-        if FAIL in tokens:
-            sys.exit(1)
-        pipe.send(len(tokens))
 
 
 class ProcessTeacher(FragileTeacher):
@@ -89,7 +61,7 @@ def supervisor(folder: Path, stall_s: float = 60.0) -> EngineSupervisor:
 
 
 def test_an_engine_that_hangs_is_ended_and_its_row_found(tmp_path: Path) -> None:
-    found, _ = supervisor(tmp_path, stall_s=8.0).label(requests([STOP]))
+    found, _ = supervisor(tmp_path, stall_s=4.0).label(requests([STOP]))
     assert [row.reason for row in found.quarantined] == ["kills_engine"]
 
 
@@ -127,7 +99,7 @@ def stuck_starters(folder: Path, always: bool, stall_s: float) -> EngineSupervis
 
 
 def test_an_engine_that_hangs_while_it_starts_is_restarted(tmp_path: Path) -> None:
-    found, _ = stuck_starters(tmp_path, always=False, stall_s=8.0).label(requests([20]))
+    found, _ = stuck_starters(tmp_path, always=False, stall_s=4.0).label(requests([20]))
     assert len(found.requests) == 1
     assert StuckStarter.started == 2
     assert not any(path.is_file() for path in (tmp_path / "attempts").rglob("*"))
@@ -136,7 +108,7 @@ def test_an_engine_that_hangs_while_it_starts_is_restarted(tmp_path: Path) -> No
 def test_engines_that_all_hang_while_they_start_end_the_run(tmp_path: Path) -> None:
     expected = "3 engines crashed while starting: .*; last error: .* raise run.stall_s"
     with pytest.raises(TeacherError, match=expected):
-        stuck_starters(tmp_path, always=True, stall_s=3.0).label(requests([20]))
+        stuck_starters(tmp_path, always=True, stall_s=1.5).label(requests([20]))
     assert StuckStarter.started == 3
 
 
