@@ -119,7 +119,7 @@ def config(view: str, teacher: Path, student: Path, **changes: object) -> Evalua
 
 
 @pytest.mark.parametrize(("batch_tokens", "chunk_tokens"), [(1, 5), (100, 1000)])
-def test_every_number_equals_the_naive_one(
+def test_evaluate_equals_naive_metrics(
     view, tiny_model_dir, student_dir, batch_tokens, chunk_tokens, capsys
 ):
     wanted = config(
@@ -149,13 +149,13 @@ def test_every_number_equals_the_naive_one(
     assert json.loads(summary.model_dump_json())["models"]["small"]["ece"] >= 0
 
 
-def test_a_part_of_the_rows_is_spread_over_the_view(view, tiny_model_dir, student_dir):
+def test_evaluate_spreads_max_rows_over_the_view(view, tiny_model_dir, student_dir):
     summary = run_evaluate(config(view, tiny_model_dir, student_dir, max_rows=4), progress=False)
     assert summary.rows == 4
     assert summary.tokens < sum(LENGTHS)
 
 
-def test_another_tokenizer_is_refused(view, tiny_model_dir, student_dir, tmp_path):
+def test_evaluate_refuses_another_tokenizer(view, tiny_model_dir, student_dir, tmp_path):
     shutil.copytree(student_dir, tmp_path / "other")
     tokenizer = tmp_path / "other" / "tokenizer.json"
     content = json.loads(tokenizer.read_text())
@@ -167,7 +167,7 @@ def test_another_tokenizer_is_refused(view, tiny_model_dir, student_dir, tmp_pat
         run_evaluate(config(view, tiny_model_dir, tmp_path / "other"))
 
 
-def test_what_is_not_there_is_named(view, tiny_model_dir, student_dir, tmp_path):
+def test_evaluate_names_what_is_missing(view, tiny_model_dir, student_dir, tmp_path):
     with pytest.raises(StoreError, match="nothing"):
         run_evaluate(config(str(tmp_path / "nothing"), tiny_model_dir, student_dir))
     with pytest.raises(StudentError, match=r"no model at .*missing"):
@@ -180,6 +180,6 @@ def test_what_is_not_there_is_named(view, tiny_model_dir, student_dir, tmp_path)
 @pytest.mark.parametrize(
     ("students", "message"), [({}, "students is empty"), ({"teacher": "x"}, "teacher's own")]
 )
-def test_names_of_students_are_checked(students, message):
+def test_config_refuses_unusable_student_names(students, message):
     with pytest.raises(ValueError, match=message):
         EvaluateConfig(view="v", teacher="t", students=students)

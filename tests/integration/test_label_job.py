@@ -57,7 +57,7 @@ def keys_of(url: str) -> list[bytes]:
     return keys
 
 
-def test_every_row_is_accounted_for(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_label_job_accounts_for_every_row(tmp_path: Path, tiny_model_dir: Path) -> None:
     bad = [b"{", b'{"text": "\xff"}', {"text": ""}, {"text": 3}]
     write_corpus(tmp_path, [*texts(60), *bad, *texts(20)])
     write_corpus(tmp_path, texts(10), "b.jsonl")
@@ -81,7 +81,9 @@ def test_every_row_is_accounted_for(tmp_path: Path, tiny_model_dir: Path) -> Non
     assert View.open(again.view).view_hash == view.view_hash
 
 
-def test_a_changed_corpus_costs_its_new_rows(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_label_job_labels_only_new_rows_of_a_changed_corpus(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
     write_corpus(tmp_path, texts(30))
     first = run_label_job(config(tmp_path, tiny_model_dir), progress=False)
     write_corpus(tmp_path, [*reversed(texts(30)), *texts(5, start=100)])
@@ -129,7 +131,7 @@ def test_transformers_teacher_labels_what_the_assistant_says(
     assert set(label_set.vocabulary()) == set(tokenizer.get_vocab())
 
 
-def test_responses_are_generated_once(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_label_job_generates_each_response_once(tmp_path: Path, tiny_model_dir: Path) -> None:
     write_corpus(tmp_path, texts(5))
     job = config(
         tmp_path,
@@ -148,7 +150,7 @@ def test_responses_are_generated_once(tmp_path: Path, tiny_model_dir: Path) -> N
     assert len(keys_of(first.labels_url)) == 12
 
 
-def test_a_smaller_record_is_served_from_a_richer_set(
+def test_label_job_serves_a_smaller_record_from_a_richer_set(
     tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Cached rows are reused, new ones get the set's own record, the view promises the smaller."""
@@ -180,9 +182,7 @@ def test_a_smaller_record_is_served_from_a_richer_set(
         run_label_job(more, progress=False)
 
 
-def test_what_a_task_meets_reaches_the_user_as_one_line(
-    tmp_path: Path, tiny_model_dir: Path
-) -> None:
+def test_task_error_reaches_the_user_as_one_line(tmp_path: Path, tiny_model_dir: Path) -> None:
     write_corpus(tmp_path, texts(3))
     teacher = {"backend": "transformers", "model": str(tiny_model_dir), "tokenizer": ""}
     broken = {**teacher, "engine": {"no_such_option": 1}}
@@ -193,9 +193,7 @@ def test_what_a_task_meets_reaches_the_user_as_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_wrong_is_said_before_anything_is_labelled(
-    tmp_path: Path, tiny_model_dir: Path
-) -> None:
+def test_label_job_refuses_mistakes_before_labelling(tmp_path: Path, tiny_model_dir: Path) -> None:
     write_corpus(tmp_path, texts(3))
     with pytest.raises(CorpusError, match="has no column"):
         run_label_job(config(tmp_path, tiny_model_dir, corpus={"column": "body"}))

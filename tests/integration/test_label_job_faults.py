@@ -50,7 +50,7 @@ def write_corpus(folder: Path, texts: list[str]) -> None:
     (folder / "corpus.jsonl").write_text("".join(lines))
 
 
-def test_killed_stopped_and_run_again(tmp_path: Path) -> None:
+def test_label_job_survives_kills_and_stops(tmp_path: Path) -> None:
     """What `make fault` does for minutes, once each; every job on a Ray of its own."""
     seed = int(os.environ.get("TUTELAGE_FAULT_SEED", "1"))
     run = FaultRun(tmp_path, seed, 200)
@@ -108,7 +108,7 @@ def deadly_teacher(poison: str) -> Callable[..., Any]:
     return make
 
 
-def test_a_row_that_kills_the_process_is_quarantined_alone(
+def test_row_that_kills_the_process_is_quarantined_alone(
     tmp_path: Path, tiny_model_dir: Path, ray_session: None
 ) -> None:
     from transformers import AutoTokenizer

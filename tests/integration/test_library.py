@@ -93,7 +93,7 @@ def assert_same_weights(found: StudentWithHead, expected: dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_loop_of_ones_own(examples, tokenizer, view, expected, num_workers):
+def test_own_loop_trains_as_the_trainer_does(examples, tokenizer, view, expected, num_workers):
     student, dataset = student_and_dataset(examples, tokenizer, view)
     found = examples["own_loop"].train(student, dataset, LOSS, LR, num_workers)
     assert found == pytest.approx(expected[0], rel=1e-5)
@@ -101,7 +101,9 @@ def test_a_loop_of_ones_own(examples, tokenizer, view, expected, num_workers):
     assert_same_weights(student, expected[1])
 
 
-def test_a_hugging_face_trainer(examples, tokenizer, view, expected, tmp_path):
+def test_hugging_face_trainer_trains_as_the_trainer_does(
+    examples, tokenizer, view, expected, tmp_path
+):
     from transformers import AutoModelForCausalLM, TrainingArguments
 
     student, dataset = student_and_dataset(examples, tokenizer, view)

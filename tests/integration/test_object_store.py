@@ -70,7 +70,7 @@ def commit(label_set: LabelSet, seed: int, **provenance: Any) -> Manifest:
     return label_set.commit_unit(rows, bad, provenance, unit_key(rows.row_key))
 
 
-def test_a_store_that_answers_503_is_waited_for(url: str, server: S3Server) -> None:
+def test_store_waits_for_a_server_that_answers_503(url: str, server: S3Server) -> None:
     label_set = LabelSet.create_or_open(url, SPEC)
     label_set.store.fs.retries = 1  # those of the driver come on top of ours
     said: list[str] = []
@@ -90,7 +90,7 @@ def test_a_store_that_answers_503_is_waited_for(url: str, server: S3Server) -> N
     assert "retrying in" in said[0]
 
 
-def test_conditional_put(url: str, server: S3Server) -> None:
+def test_store_creates_a_file_once(url: str, server: S3Server) -> None:
     store = Store(url)
     before = server.writes
     store.probe_exclusive()
@@ -103,7 +103,7 @@ def test_conditional_put(url: str, server: S3Server) -> None:
 
 
 @pytest.mark.parametrize("round_", range(4))
-def test_of_many_threads_one_creates(url: str, round_: int) -> None:
+def test_store_lets_one_of_many_threads_create(url: str, round_: int) -> None:
     def create(number: int) -> bool:
         return Store(url).create_exclusive(f"m/{round_}.json", f"writer {number}".encode())
 
@@ -129,7 +129,7 @@ for seed in range(5):
 """
 
 
-def test_of_many_processes_one_commits_and_all_get_the_winner(url: str, tmp_path: Path) -> None:
+def test_commit_lets_one_of_many_processes_win(url: str, tmp_path: Path) -> None:
     script = tmp_path / "race.py"
     script.write_text(RACE)
     racers = [
@@ -160,7 +160,7 @@ def test_of_many_processes_one_commits_and_all_get_the_winner(url: str, tmp_path
     assert verify(url).problems == []
 
 
-def test_a_whole_set_with_rosters_and_views(url: str, tmp_path: Path) -> None:
+def test_label_set_rosters_and_views_work_on_s3(url: str, tmp_path: Path) -> None:
     label_set = LabelSet.create_or_open(url, SPEC, {"a": 0})
     first, second = commit(label_set, 1, model="teacher"), commit(label_set, 2)
     index = label_set.index()
@@ -197,7 +197,7 @@ def test_a_whole_set_with_rosters_and_views(url: str, tmp_path: Path) -> None:
     assert Store(f"{url}-axolotl").exists("data_00001.parquet")
 
 
-def test_damage_is_found_dropped_and_collected(url: str) -> None:
+def test_verify_drop_and_gc_work_on_s3(url: str) -> None:
     label_set = LabelSet.create_or_open(url, SPEC)
     kept, bad = commit(label_set, 1), commit(label_set, 2)
     store = label_set.store
@@ -218,7 +218,7 @@ def test_damage_is_found_dropped_and_collected(url: str) -> None:
     assert verify(url).units == 2
 
 
-def test_a_store_without_conditional_puts_is_refused(
+def test_store_refuses_servers_without_conditional_puts(
     url: str, server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "ignores_conditions", True)
@@ -246,7 +246,7 @@ def write_job(tmp_path: Path, name: str, labels: str, model: Path, unit_rows: in
 
 
 @pytest.mark.parametrize("where", ["local", "s3"])
-def test_two_jobs_at_once_label_each_row_once_for_readers(
+def test_concurrent_jobs_label_each_row_once(
     where: str, tmp_path: Path, tiny_model_dir: Path, server: S3Server
 ) -> None:
     texts = [f"def f{n}(x):\n" + "    x = x + 1\n" * (n % 5) for n in range(NUM_ROWS)]

@@ -63,7 +63,7 @@ def read_datasets(path: Path) -> dict[str, list[Any]]:
 
 
 @pytest.mark.parametrize("read", [read_duckdb, read_polars, read_pandas, read_datasets])
-def test_reads_every_column(
+def test_other_readers_read_every_column(
     read: Callable[[Path], dict[str, list[Any]]], table_and_path: tuple[pa.Table, Path]
 ) -> None:
     table, path = table_and_path

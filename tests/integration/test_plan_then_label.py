@@ -16,7 +16,7 @@ SEED = 7
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_plan_says_what_the_run_takes(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_plan_predicts_what_the_run_takes(tmp_path: Path, tiny_model_dir: Path) -> None:
     rng = np.random.default_rng(SEED)
     texts = [" ".join(map(str, rng.integers(0, 99, rng.integers(20, 200)))) for _ in range(240)]
     corpus = tmp_path / "corpus.jsonl"

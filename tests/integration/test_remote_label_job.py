@@ -38,7 +38,7 @@ def remote_config(
     return TeacherConfig.model_validate(teacher_table(url, tiny_model_dir, **fields))
 
 
-def test_a_server_gives_the_labels_of_its_model(
+def test_remote_teacher_gives_the_labels_of_its_model(
     remote_config: TeacherConfig, tiny_model_dir: Path
 ) -> None:
     remote = RemoteTeacher(remote_config, RECORD)
@@ -58,7 +58,7 @@ def test_a_server_gives_the_labels_of_its_model(
     remote.close()
 
 
-def test_a_server_samples_by_seed(remote_config: TeacherConfig) -> None:
+def test_remote_teacher_samples_by_seed(remote_config: TeacherConfig) -> None:
     remote = RemoteTeacher(remote_config, RECORD)
     prompts = [np.arange(5, 9), np.arange(40, 60)]
     generation = GenerationSpec(n=2, max_tokens=12)
@@ -75,7 +75,7 @@ def test_a_server_samples_by_seed(remote_config: TeacherConfig) -> None:
     remote.close()
 
 
-def test_what_the_server_does_not_allow_is_refused(
+def test_remote_teacher_refuses_what_its_server_does_not_allow(
     remote_config: TeacherConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(TeacherError, match=rf"--max-logprobs {K + 1} or more"):
@@ -102,7 +102,7 @@ def job(folder: Path, teacher: dict[str, Any], k: int, parity_rows: int) -> Labe
     )
 
 
-def test_a_job_by_a_server_passes_the_parity_gate(
+def test_remote_label_job_passes_the_parity_gate(
     tmp_path: Path, remote_config: TeacherConfig, tiny_model_dir: Path
 ) -> None:
     table = teacher_table(remote_config.url, tiny_model_dir, remote={"api_key_env": KEY_NAME})

@@ -124,7 +124,7 @@ def kill_one_of_two(folder: Path, groups_seen: list[int]) -> None:
     os.kill(int(newest.name.removeprefix("pid-")), signal.SIGKILL)
 
 
-def test_one_of_two_replicas_is_killed(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_job_survives_the_kill_of_a_replica(tmp_path: Path, tiny_model_dir: Path) -> None:
     job = config(tmp_path, tiny_model_dir)
     label_set = open_label_set(job)
     setup = RunSetup(tmp_path.name, job, functools.partial(slow_teacher(broken=False), tmp_path))
@@ -146,7 +146,7 @@ def test_one_of_two_replicas_is_killed(tmp_path: Path, tiny_model_dir: Path) -> 
     assert living_groups() == []
 
 
-def test_a_job_that_waits_for_its_teachers_says_so(
+def test_job_says_that_it_waits_for_its_teachers(
     tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = config(tmp_path, tiny_model_dir)
@@ -178,7 +178,9 @@ def end_when_told_of(group: Any, lines: io.StringIO) -> None:
 
 
 @pytest.mark.parametrize("bundles", [0, 1])
-def test_a_job_that_fails_holds_nothing(bundles: int, tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_failed_job_releases_its_resources(
+    bundles: int, tmp_path: Path, tiny_model_dir: Path
+) -> None:
     """Whoever has its error in hand can run the next job, which needs the same CPUs."""
     job = config(tmp_path, tiny_model_dir)
     open_label_set(job)

@@ -73,7 +73,7 @@ def markov(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
 
 
 @pytest.mark.parametrize("backend", ["vllm", "transformers"])
-def test_labels_stand_at_their_tokens(markov: tuple[Path, np.ndarray], backend: str) -> None:
+def test_teacher_aligns_labels_with_tokens(markov: tuple[Path, np.ndarray], backend: str) -> None:
     folder, logprobs = markov
     tokens, spans = make_rows(len(logprobs))
     # Chains of likely tokens too: shifted by one, these would be unlikely.
@@ -134,7 +134,7 @@ def make_gemma(folder: Path) -> None:
     Gemma2ForCausalLM(settings).float().save_pretrained(folder)
 
 
-def test_what_a_model_does_to_its_logits_is_honoured(tmp_path: Path) -> None:
+def test_teacher_applies_softcap_and_scale(tmp_path: Path) -> None:
     from tests.support.tiny_model import make_tokenizer
 
     make_gemma(tmp_path)
@@ -151,7 +151,7 @@ def test_what_a_model_does_to_its_logits_is_honoured(tmp_path: Path) -> None:
         assert np.ptp(labelled(one).entry_logprobs) < 6.0
 
 
-def test_a_head_in_float32_over_a_body_in_bfloat16(tiny_model_dir: Path) -> None:
+def test_teacher_computes_a_float32_head_over_a_bfloat16_body(tiny_model_dir: Path) -> None:
     tokens, spans = make_rows()
     distinct = {}
     for head_dtype in ("auto", "float32"):
@@ -169,7 +169,7 @@ def test_a_head_in_float32_over_a_body_in_bfloat16(tiny_model_dir: Path) -> None
     assert distinct["float32"] > 0.99
 
 
-def test_an_engine_in_its_own_process(
+def test_engine_in_its_own_process_gives_the_same_labels(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
@@ -184,18 +184,18 @@ def test_an_engine_in_its_own_process(
     assert_same_draws([*map(labelled, ours)], [*map(labelled, theirs)], 1e-4, 0.01)
 
 
-def test_options_that_are_set_elsewhere(tiny_model_dir: Path) -> None:
+def test_config_refuses_engine_options_that_are_set_elsewhere(tiny_model_dir: Path) -> None:
     with pytest.raises(TeacherError, match=r"engine\.dtype cannot be set: use teacher\.dtype"):
         make_teacher(config(tiny_model_dir, engine={"dtype": "float16"}), RECORD)
 
 
-def test_an_engine_that_does_not_start(tiny_model_dir: Path) -> None:
+def test_engine_that_does_not_start_says_why(tiny_model_dir: Path) -> None:
     with pytest.raises(TeacherError, match="vLLM does not start with"):
         make_teacher(config(tiny_model_dir, engine={"no_such_option": 1}), RECORD)
     with pytest.raises(TeacherError, match="transformers cannot load"):
         make_teacher(config(tiny_model_dir, "transformers", engine={"no_such": 1}), RECORD)
 
 
-def test_there_is_no_teacher_without_a_backend(tiny_model_dir: Path) -> None:
+def test_make_teacher_needs_a_backend(tiny_model_dir: Path) -> None:
     with pytest.raises(TeacherError, match="no teacher to make"):
         make_teacher(TeacherConfig(backend="none", tokenizer=str(tiny_model_dir)), RECORD)

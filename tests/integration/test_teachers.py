@@ -102,7 +102,7 @@ def test_vllm_agrees_with_its_own_path(vllm: VllmTeacher) -> None:
     assert np.mean(np.array(rank_differences) != 0) < 0.02
 
 
-def test_the_flat_path_gives_the_labels_of_the_head(
+def test_stock_logprobs_give_the_labels_of_the_head(
     vllm: VllmTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens, spans = make_rows()
@@ -154,7 +154,7 @@ def test_bad_requests_do_not_disturb_the_others(name: str, request: pytest.Fixtu
     assert "token 320 at index 2" in str(results[3])
 
 
-def test_no_requests(vllm: Teacher, reference: Teacher) -> None:
+def test_teacher_answers_no_requests_with_nothing(vllm: Teacher, reference: Teacher) -> None:
     assert label(vllm, [], []) == label(reference, [], []) == []
     assert vllm.generate([], GenerationSpec(), []) == []
 
@@ -234,7 +234,7 @@ def test_scored_responses_after_generation_in_one_engine(vllm: Teacher, referenc
     assert_same(labelled(one[0]), labelled(other[0]), 1e-4)
 
 
-def test_a_vllm_that_is_another_one_is_refused(
+def test_teacher_refuses_untested_vllm_versions(
     vllm: VllmTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert vllm.provenance()["model_runner"] == "CPUModelRunner"
@@ -247,7 +247,7 @@ def test_a_vllm_that_is_another_one_is_refused(
         label_requests.install(vllm._llm, RECORD)
 
 
-def test_one_engine_in_one_process(vllm: Teacher, tiny_model_dir: Path) -> None:
+def test_process_refuses_a_second_engine(vllm: Teacher, tiny_model_dir: Path) -> None:
     with pytest.raises(TeacherError, match="already runs a vLLM engine"):
         make_teacher(config(tiny_model_dir), RECORD)
     assert isinstance(label(vllm, [np.arange(5)], [np.array([1, 5])])[0], RowLabels)
@@ -343,7 +343,7 @@ def test_audits_of_both_teachers_agree(vllm: VllmTeacher, reference: Transformer
         assert num_audited > 50
 
 
-def test_the_engines_own_path_knows_the_most_probable_ids(
+def test_stock_logprobs_know_the_most_probable_ids(
     vllm: VllmTeacher, reference: TransformersTeacher
 ) -> None:
     """What the parity gate falls back on where no second implementation fits."""

@@ -80,7 +80,7 @@ def config(run: Path, view: View, tokenizer: Path, **changes: dict[str, Any]) ->
     return make_config(run, view.url, str(tokenizer), **sections)
 
 
-def test_a_run_leaves_what_it_says(
+def test_run_leaves_curve_summary_and_checkpoints(
     reference: tuple[Path, TrainSummary], view: View, tokenizer: Path
 ) -> None:
     run, summary = reference
@@ -102,7 +102,7 @@ def test_pool_trains_to_the_bit_as_ray_train_does(
     assert_same_weights(Path(summary.exported), Path(reference[1].exported), tolerance=0.0)
 
 
-def test_the_exported_student_is_an_ordinary_model(
+def test_exported_student_loads_as_an_ordinary_model(
     reference: tuple[Path, TrainSummary], view: View
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -118,7 +118,7 @@ def test_the_exported_student_is_an_ordinary_model(
     assert view.label_sets[0].fingerprint in card
 
 
-def test_the_exported_student_has_the_same_logits_in_transformers_and_in_vllm(
+def test_exported_student_has_the_same_logits_in_transformers_and_vllm(
     reference: tuple[Path, TrainSummary], view: View
 ) -> None:
     """Of the whole vocabulary, at every position; as log-probabilities, which both normalise."""
@@ -149,7 +149,7 @@ def test_the_exported_student_has_the_same_logits_in_transformers_and_in_vllm(
         assert expected.std() > 0.1, "the student has learned nothing that could differ"
 
 
-def test_labels_with_draws_train_and_what_is_approximate_is_said(
+def test_run_on_draws_says_where_the_loss_is_approximate(
     tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from transformers import AutoTokenizer
@@ -171,7 +171,7 @@ def test_labels_with_draws_train_and_what_is_approximate_is_said(
     assert losses(tmp_path / "exact") != losses(tmp_path / "warm")
 
 
-def test_a_finished_run_is_not_run_again(
+def test_finished_run_returns_its_summary(
     reference: tuple[Path, TrainSummary], view: View, tokenizer: Path, capsys: Any
 ) -> None:
     run, summary = reference
@@ -179,7 +179,7 @@ def test_a_finished_run_is_not_run_again(
     assert "is finished already" in capsys.readouterr().err
 
 
-def test_another_configuration_needs_another_folder(
+def test_run_folder_refuses_another_configuration(
     reference: tuple[Path, TrainSummary], view: View, tokenizer: Path
 ) -> None:
     changed = config(reference[0], view, tokenizer, optimizer={"lr": 0.5})
@@ -187,7 +187,7 @@ def test_another_configuration_needs_another_folder(
         run_train_job(changed)
 
 
-def test_a_checkpoint_of_another_packer_is_refused(
+def test_run_refuses_a_checkpoint_of_another_packer(
     tmp_path: Path, reference: tuple[Path, TrainSummary], view: View, tokenizer: Path
 ) -> None:
     run = back_to_step(reference[0], tmp_path / "run", STEPS)
@@ -208,7 +208,7 @@ def test_a_checkpoint_of_another_packer_is_refused(
         (2, 8, {"zero_stage": 1, "precision": "bf16"}, 2e-2),
     ],
 )
-def test_losses_do_not_depend_on_workers_or_stage(
+def test_losses_are_equal_for_any_workers_and_zero_stage(
     tmp_path: Path,
     reference: tuple[Path, TrainSummary],
     view: View,
@@ -234,7 +234,7 @@ def test_losses_do_not_depend_on_workers_or_stage(
         assert_same_weights(Path(summary.exported), Path(reference[1].exported))
 
 
-def test_deepspeed_makes_the_optimizer(
+def test_native_optimizer_trains_the_same(
     tmp_path: Path, reference: tuple[Path, TrainSummary], view: View, tokenizer: Path
 ) -> None:
     """The same optimizer, from the native section, trains the same."""
@@ -252,7 +252,7 @@ def test_deepspeed_makes_the_optimizer(
     assert losses(tmp_path / "run") == pytest.approx(losses(reference[0])[:8], abs=1e-5)
 
 
-def test_killed_and_damaged_then_run_again(
+def test_run_survives_kills_and_damage(
     tmp_path: Path, reference: tuple[Path, TrainSummary], view: View, tokenizer: Path
 ) -> None:
     """A short version of tests/fault/training, without the faults that take a moment to be met."""
@@ -269,7 +269,7 @@ def test_killed_and_damaged_then_run_again(
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])
-def test_another_number_of_workers_goes_on(
+def test_run_resumes_on_another_number_of_workers(
     tmp_path: Path,
     reference: tuple[Path, TrainSummary],
     view: View,
@@ -295,7 +295,7 @@ def test_another_number_of_workers_goes_on(
     assert (run / "rows.jsonl").read_text() == (whole / "rows.jsonl").read_text()
 
 
-def test_divergence_stops_the_run(tmp_path: Path, view: View, tokenizer: Path) -> None:
+def test_run_stops_on_divergence(tmp_path: Path, view: View, tokenizer: Path) -> None:
     job = config(
         tmp_path / "run",
         view,
@@ -309,7 +309,7 @@ def test_divergence_stops_the_run(tmp_path: Path, view: View, tokenizer: Path) -
     assert str(tmp_path / "run" / "bad_batch.json") in str(error.value)
 
 
-def test_rows_that_give_no_number_are_named(tmp_path: Path, view: View, tokenizer: Path) -> None:
+def test_run_names_rows_whose_loss_is_nan(tmp_path: Path, view: View, tokenizer: Path) -> None:
     """One embedding of the student is no number; only rows with its token are to blame."""
     from trainer.run.bad_batch import BadBatch
 
@@ -335,7 +335,7 @@ def test_rows_that_give_no_number_are_named(tmp_path: Path, view: View, tokenize
     assert found.checkpoint in str(error.value)
 
 
-def test_a_flipped_byte_names_its_shard(tmp_path: Path, view: View, tokenizer: Path) -> None:
+def test_run_names_the_shard_of_a_flipped_byte(tmp_path: Path, view: View, tokenizer: Path) -> None:
     damaged = make_view(tmp_path, RecordSpec(kind="topk", k=4), view.label_sets[0].vocabulary())
     shard = next((tmp_path / "labels" / "shards").iterdir())
     content = bytearray(shard.read_bytes())
@@ -346,7 +346,7 @@ def test_a_flipped_byte_names_its_shard(tmp_path: Path, view: View, tokenizer: P
     assert "\n" not in str(error.value)
 
 
-def test_a_shard_cut_short_is_found_before_anything_starts(
+def test_run_refuses_a_truncated_shard_before_it_starts(
     tmp_path: Path, view: View, tokenizer: Path
 ) -> None:
     damaged = make_view(tmp_path, RecordSpec(kind="topk", k=4), view.label_sets[0].vocabulary())

@@ -11,7 +11,7 @@ from trainer.config.evaluate import EvaluateConfig
 from trainer.evaluation.compare import run_evaluate
 
 
-def test_a_student_that_learns_nothing_is_stopped(
+def test_run_stops_early_where_the_student_learns_nothing(
     tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from transformers import AutoTokenizer

@@ -74,7 +74,7 @@ def server() -> Iterator[S3Server]:
     fsspec.filesystem("s3").clear_instance_cache()
 
 
-def test_the_files_of_a_run(server: S3Server, tmp_path: Path) -> None:
+def test_run_folder_works_on_s3(server: S3Server, tmp_path: Path) -> None:
     """Everything that a run does with its folder, without a cluster."""
     url = "s3://runs/files"
     folder = RunFolder(url)
@@ -97,7 +97,7 @@ def test_the_files_of_a_run(server: S3Server, tmp_path: Path) -> None:
     assert files == ["student/deep/weights [1].bin"]
 
 
-def test_ray_can_keep_its_notes_there(server: S3Server) -> None:
+def test_ray_train_writes_through_the_stores_file_system(server: S3Server) -> None:
     """What Ray Train does with the file system that it is given, from another process, too."""
     store = Store("s3://runs/notes")
     notes = pickle.loads(pickle.dumps(PyFileSystem(FSSpecHandler(store.fs))))
@@ -109,7 +109,7 @@ def test_ray_can_keep_its_notes_there(server: S3Server) -> None:
     assert not store.walk("ray")
 
 
-def test_checkpoints(server: S3Server, tmp_path: Path) -> None:
+def test_checkpoints_are_written_and_found_on_s3(server: S3Server, tmp_path: Path) -> None:
     store = Store("s3://runs/checkpoints")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rank", rank=0, world_size=1)
     try:
@@ -146,7 +146,7 @@ def progress(step: int) -> TrainProgress:
     return TrainProgress(step=step, loader=loader, tokens=0, labels=0, final_loss=0.0, pending={})
 
 
-def test_a_run_on_an_object_store(server: S3Server, tmp_path: Path) -> None:
+def test_run_resumes_on_s3(server: S3Server, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     fs = fsspec.filesystem("s3")
     view, tokenizer = make_world(tmp_path, RecordSpec(kind="topk", k=4))

@@ -48,7 +48,7 @@ def test_labels_with_draws_converge_to_the_dense_gradient_and_heads_do_not(measu
     assert found["topk"].relative_bias > 0.05
 
 
-def test_the_error_of_the_mean_falls_as_that_of_independent_labels(positions, student, measured):
+def test_error_of_the_mean_falls_as_for_independent_labels(positions, student, measured):
     for temperature, kinds in measured.items():
         records = matched_records(positions.logits, temperature)
         for kind in ("sampled", "threshold"):

@@ -96,7 +96,7 @@ def test_gradients_of_logits_sum_to_zero_and_shifts_change_nothing(shape, loss):
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(shapes, losses, st.integers(1, 13))
-def test_the_size_of_chunks_changes_nothing(shape, loss, chunk_tokens):
+def test_loss_does_not_depend_on_the_chunk_size(shape, loss, chunk_tokens):
     targets, logits = make(**shape)
     total, gradient = run(targets, logits, loss)
     other = run(targets, logits, loss.model_copy(update={"chunk_tokens": chunk_tokens}))
@@ -148,7 +148,7 @@ def test_float32_gradients_stay_finite_however_sure_the_student(shape, loss, off
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(shapes, losses)
-def test_the_loss_is_linear_in_the_weights_of_positions(shape, loss):
+def test_loss_is_linear_in_the_weights_of_positions(shape, loss):
     targets, logits = make(**shape)
     total, gradient = run(targets, logits, loss)
     tripled = run(replace(targets, weights=3 * targets.weights), logits, loss)

@@ -39,7 +39,7 @@ configs = st.builds(
 
 @settings(deadline=None)
 @given(rows=row_tables(), data=configs, epoch=st.integers(0, 2))
-def test_every_row_exactly_once_an_epoch(rows: RowTable, data: DataConfig, epoch: int) -> None:
+def test_epoch_reads_every_row_once(rows: RowTable, data: DataConfig, epoch: int) -> None:
     steps = list(epoch_steps(rows, data, epoch))
     read = np.concatenate([pack for step in steps for pack in step])
     assert sorted(read.tolist()) == list(range(len(rows)))

@@ -42,7 +42,7 @@ def test_targets_are_covered_once_and_have_context(cut: tuple[int, np.ndarray, i
 
 
 @given(cuts())
-def test_a_document_that_fits_is_one_window(cut: tuple[int, np.ndarray, int, int]) -> None:
+def test_document_that_fits_is_one_window(cut: tuple[int, np.ndarray, int, int]) -> None:
     num_tokens, spans, _, overlap = cut
     windows = cut_windows(
         num_tokens, spans, max(num_tokens, 2), min(overlap, max(num_tokens, 2) - 2)

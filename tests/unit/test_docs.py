@@ -38,7 +38,7 @@ def on_every_page(test):
 
 
 @on_every_page
-def test_named_files_exist(page: Path) -> None:
+def test_docs_name_files_that_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     named = {name.rstrip("./") for name in FILE.findall(text)}
     assert [name for name in sorted(named) if not list(ROOT.glob(name))] == []
@@ -81,7 +81,7 @@ def test_figures_stand_only_in_rendered_text(page: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
-def test_a_results_file_names_its_run(path: Path) -> None:
+def test_results_file_names_its_run(path: Path) -> None:
     run = json.loads(path.read_text(encoding="utf-8"))
     assert {"name", "command", "date", "machine", "versions", "settings", "results"} <= set(run)
     assert path.stem.startswith(run["name"])

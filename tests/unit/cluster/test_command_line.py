@@ -74,7 +74,7 @@ def test_json_is_written_atomically(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "words", [["labels", "ls", "s3://bucket/x"], ["labels", "verify", "s3://bucket/x"]]
 )
-def test_a_bucket_without_credentials_is_one_line(words: list[str], tmp_path: Path) -> None:
+def test_bucket_without_credentials_is_one_line(words: list[str], tmp_path: Path) -> None:
     pytest.importorskip("s3fs", reason="pip install 'tutelage[s3]'")
     environment = {name: value for name, value in os.environ.items() if "AWS" not in name}
     environment |= {"HOME": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true"}
@@ -88,7 +88,7 @@ def test_a_bucket_without_credentials_is_one_line(words: list[str], tmp_path: Pa
     assert done.stderr.count("\n") == 1
 
 
-def test_a_summary_that_cannot_be_written_is_one_line(
+def test_unwritable_summary_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object, **__: object) -> None:

@@ -18,7 +18,7 @@ def config(**changes: Any) -> LabelConfig:
     return LabelConfig.model_validate({**values, **changes})
 
 
-def test_the_engine_gets_the_context_that_the_text_needs() -> None:
+def test_engine_gets_the_context_that_the_text_needs() -> None:
     assert config(text={"max_tokens": 300}).teacher_with_context().max_model_len == 301
     fixed = config(teacher={"model": "m", "max_model_len": 2048}, text={"max_tokens": 300})
     assert fixed.teacher_with_context().max_model_len == 2048

@@ -38,7 +38,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_reads_a_file(file: Path) -> None:
+def test_config_reads_a_file(file: Path) -> None:
     job = load_toml(str(file), Job)
     assert job == Job(path="a", rates=(1.0, 2.5), engine=Engine(options={"depth": 3}))
 
@@ -81,7 +81,7 @@ def test_override_inside_a_table_keeps_the_rest(file: Path) -> None:
         ('path = "a"', ["max_tokens=two"], ["with max_tokens=two", "found 'two'"]),
     ],
 )
-def test_refuses_with_what_and_where(
+def test_config_refusal_says_what_and_where(
     file: Path, text: str, overrides: list[str], said: list[str]
 ) -> None:
     file.write_text(text)

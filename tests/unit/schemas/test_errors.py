@@ -32,6 +32,6 @@ def test_error_survives_pickling_and_keeps_its_base(name: str) -> None:
     assert str(copy) == "what was found, and what to do"
 
 
-def test_tree_is_whole() -> None:
+def test_error_tree_is_complete() -> None:
     found = {n for n, v in vars(errors).items() if isinstance(v, type) and issubclass(v, Exception)}
     assert found == {"TutelageError", *TREE}

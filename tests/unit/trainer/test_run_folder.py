@@ -61,7 +61,7 @@ def started(run: Path) -> RunFolder:
     return folder
 
 
-def test_the_same_run_goes_on_and_is_known_to_be_finished(tmp_path: Path) -> None:
+def test_run_folder_resumes_and_knows_a_finished_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     folder, config = started(run), make_config(run, "view", "tokenizer")
     assert folder.finished(config, "hash", ["set"]) is None
@@ -79,7 +79,7 @@ def test_the_same_run_goes_on_and_is_known_to_be_finished(tmp_path: Path) -> Non
         ({}, "other", "view hash"),
     ],
 )
-def test_another_run_is_refused(
+def test_run_folder_refuses_another_run(
     tmp_path: Path, changes: dict[str, dict[str, object]], view_hash: str, named: str
 ) -> None:
     folder = started(tmp_path)
@@ -88,7 +88,7 @@ def test_another_run_is_refused(
         folder.finished(changed, view_hash, ["set"])
 
 
-def test_a_run_that_saved_nothing_may_be_mended(tmp_path: Path) -> None:
+def test_run_folder_accepts_changes_before_the_first_checkpoint(tmp_path: Path) -> None:
     folder = started(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
     changed = make_config(tmp_path, "view", "tokenizer", optimizer={"lr": 0.5})
@@ -98,7 +98,7 @@ def test_a_run_that_saved_nothing_may_be_mended(tmp_path: Path) -> None:
     assert folder.finished(changed, "hash", ["set"]) is None
 
 
-def test_what_does_not_change_the_training_may_change(tmp_path: Path) -> None:
+def test_run_folder_accepts_changes_that_do_not_change_the_training(tmp_path: Path) -> None:
     moved = make_config(
         tmp_path,
         "moved/view",
@@ -110,14 +110,14 @@ def test_what_does_not_change_the_training_may_change(tmp_path: Path) -> None:
     assert started(tmp_path).finished(moved, "hash", ["set"]) is None
 
 
-def test_a_damaged_run_folder_is_named(tmp_path: Path) -> None:
+def test_run_folder_names_its_damage(tmp_path: Path) -> None:
     folder, config = started(tmp_path), make_config(tmp_path, "view", "tokenizer")
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(DamagedError, match=r"run\.json"):
         folder.finished(config, "hash", ["set"])
 
 
-def test_only_the_process_started_last_may_write(tmp_path: Path) -> None:
+def test_run_folder_lets_only_the_last_owner_write(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path))
     first = folder.claim()
     folder.check_owner(first)
@@ -129,7 +129,7 @@ def test_only_the_process_started_last_may_write(tmp_path: Path) -> None:
         RunFolder(str(tmp_path / "elsewhere")).check_owner(second)
 
 
-def test_points_after_the_checkpoint_come_again(tmp_path: Path) -> None:
+def test_curve_drops_points_after_the_checkpoint(tmp_path: Path) -> None:
     path, store = tmp_path / "metrics.jsonl", Store(str(tmp_path))
     curve = LearningCurve(store, make_config(tmp_path / "run", "view", "tokenizer"), done=0)
     for step in (1, 2, 3):

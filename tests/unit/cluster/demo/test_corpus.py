@@ -7,7 +7,7 @@ from pathlib import Path
 from cluster.demo.corpus import corpus_part, library_files, write_corpus, write_prompts
 
 
-def test_a_top_level_name_decides_the_part() -> None:
+def test_top_level_name_decides_the_part() -> None:
     # Pinned: the teacher that is kept in examples/ was trained on this split.
     assert [corpus_part(name) for name in ("asyncio", "json", "typing", "pdb", "email")] == [
         "teacher",
@@ -32,7 +32,7 @@ def test_parts_are_disjoint_and_cover_the_library(tmp_path: Path) -> None:
     assert sum(1 for _ in tmp_path.rglob("*.py")) > 0.9 * sum(1 for _ in library_files())
 
 
-def test_a_limit_cuts_a_part_short(tmp_path: Path) -> None:
+def test_limit_cuts_a_part_short(tmp_path: Path) -> None:
     sizes = write_corpus(tmp_path, {"students": 200_000})
     assert set(sizes) == {"students"}
     assert 200_000 <= sizes["students"] < 500_000

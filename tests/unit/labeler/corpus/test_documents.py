@@ -73,7 +73,7 @@ def test_text_has_bos_first_and_every_other_token_labelled(tokenizer: Any) -> No
     np.testing.assert_array_equal(plain.token_ids, document.token_ids[1:-1])
 
 
-def test_a_bad_text_does_not_disturb_its_neighbours(tokenizer: Any) -> None:
+def test_bad_text_leaves_its_neighbours_alone(tokenizer: Any) -> None:
     values = ["fine", "", None, 7, "\ud800", "fine"]
     made = documents(tokenizer, values)
     reasons = [d.reason if isinstance(d, RowFailure) else "" for d in made]

@@ -186,7 +186,7 @@ def test_hf_dataset_on_disk(tmp_path: Path) -> None:
         list_corpus(CorpusConfig(path=str(tmp_path), format="hf"))
 
 
-def test_a_glob_as_path_and_a_relative_path(
+def test_listing_takes_globs_and_relative_paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "in").mkdir()
@@ -233,7 +233,7 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
         list_corpus(CorpusConfig(path=str(tmp_path), format="jsonl"))
 
 
-def test_a_corpus_that_nobody_is_let_into_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_corpus_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise PermissionError("Access Denied")
 

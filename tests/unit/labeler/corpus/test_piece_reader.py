@@ -59,7 +59,9 @@ def frozen(requests: list[Request], quarantined: bool = False, retry: bool = Fal
     return KeySnapshot(*((NOTHING, keys) if quarantined else (keys, NOTHING)), retry)
 
 
-def test_every_row_is_in_the_roster_and_sent_once(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_piece_sends_every_row_once_and_lists_it_in_the_roster(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
     rows = [{"text": "a = 1"}, {"text": "b = 2"}, {"text": "a = 1"}, {"text": ""}]
     corpus = Corpus(tmp_path, tiny_model_dir, rows)
     sent, result = corpus.read()
@@ -72,7 +74,7 @@ def test_every_row_is_in_the_roster_and_sent_once(tmp_path: Path, tiny_model_dir
     assert (bad.reason, bad.row_key) == ("empty", result.roster[3].row_key)
 
 
-def test_a_task_that_runs_twice_sends_the_same(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_piece_read_twice_sends_the_same(tmp_path: Path, tiny_model_dir: Path) -> None:
     corpus = Corpus(tmp_path, tiny_model_dir, [{"text": f"x = {n % 7}"} for n in range(600)])
     first, once = corpus.read()
     second, twice = corpus.read()
@@ -85,9 +87,7 @@ def test_a_task_that_runs_twice_sends_the_same(tmp_path: Path, tiny_model_dir: P
     assert len(result.roster) == 600
 
 
-def test_what_is_labelled_or_in_quarantine_is_not_sent(
-    tmp_path: Path, tiny_model_dir: Path
-) -> None:
+def test_piece_skips_labelled_and_quarantined_rows(tmp_path: Path, tiny_model_dir: Path) -> None:
     corpus = Corpus(tmp_path, tiny_model_dir, [{"text": "a = 1"}, {"text": "b = 2"}, {"text": ""}])
     sent, result = corpus.read()
     (left,) = corpus.read(frozen(sent[:1]))[0]
@@ -119,7 +119,7 @@ def test_kept_columns_are_json(tmp_path: Path, tiny_model_dir: Path) -> None:
     assert kept == [{"id": 7, "tags": ["é"]}, {"id": None, "tags": None}]
 
 
-def test_what_is_stored_of_a_bad_row_can_be_stored(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_excerpt_of_a_bad_row_can_be_stored(tmp_path: Path, tiny_model_dir: Path) -> None:
     rows = [{"text": 1, "id": "\ud800"}, {"text": "x" * 900, "id": "\ud800"}, {"\ud800" * 900: 1}]
     corpus = Corpus(tmp_path, tiny_model_dir, rows, keep_columns=("id",))
     whole = TEXT.model_copy(update={"split_long": False})

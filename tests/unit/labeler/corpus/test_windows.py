@@ -5,7 +5,7 @@ import numpy as np
 from labeler.corpus.windows import all_but_first, clip_spans, cut_windows
 
 
-def test_example_of_the_docstring() -> None:
+def test_windows_are_those_of_the_docstrings_example() -> None:
     windows = cut_windows(10, all_but_first(10), max_tokens=5, overlap=2)
     cut = [(w.index, w.start, w.end, w.spans.tolist()) for w in windows]
     assert cut == [(0, 0, 5, [1, 5]), (1, 3, 8, [2, 5]), (2, 6, 10, [2, 4])]

@@ -159,7 +159,7 @@ def test_labels_do_not_depend_on_how_rows_are_put_together(
 
 @pytest.mark.parametrize("u", [0.0, 0.5, HIGHEST])
 @pytest.mark.parametrize("kind", ["threshold", "sampled"])
-def test_an_id_without_probability_is_never_drawn(kind: str, u: float) -> None:
+def test_draws_never_take_an_id_without_probability(kind: str, u: float) -> None:
     record = RecordSpec(kind=kind, temperatures=(2.0,))
     logits = make_logits(60, 500, 1.0)
     logits[:, :7] = -torch.inf
@@ -198,7 +198,7 @@ def test_nan_stays_in_its_row(kind: str, temperatures: tuple[float, ...]) -> Non
     assert (labels.entry_ids < 300).all()
 
 
-def test_the_most_probable_id_is_in_the_head_even_below_tau() -> None:
+def test_head_has_the_most_probable_id_even_below_tau() -> None:
     record = RecordSpec(kind="threshold", tau=0.25)
     logits = torch.zeros(2, 100)
     logits[1, 50] = 0.5
@@ -210,7 +210,7 @@ def test_the_most_probable_id_is_in_the_head_even_below_tau() -> None:
     assert labels.tail_len.tolist() == [4, 3]
 
 
-def test_a_flat_distribution_fills_no_more_slots_than_there_are() -> None:
+def test_flat_distribution_fills_no_more_slots_than_exist() -> None:
     for tau, vocab_size in ((1 / 8, 8), (1 / 8, 9), (0.1, 10), (0.1, 4096), (0.3, 1000)):
         record = RecordSpec(kind="threshold", tau=tau)
         uniforms = np.array([[0.0], [1e-12], [HIGHEST]])
@@ -221,7 +221,7 @@ def test_a_flat_distribution_fills_no_more_slots_than_there_are() -> None:
         assert np.abs(labels.tail_len.numpy() - expected).max() <= 1 + 1e-6
 
 
-def test_a_tail_too_small_for_the_softmax_keeps_its_digits() -> None:
+def test_tail_too_small_for_the_softmax_keeps_its_digits() -> None:
     logits = torch.full((2, 200), -150.0)
     logits[:, 7] = 0.0
     logits[1, 8] = -95.0
@@ -266,7 +266,7 @@ def test_labels_travel_packed(record: RecordSpec, scale: float) -> None:
             np.testing.assert_array_equal(mine, column.numpy(), err_msg=name)
 
 
-def test_no_positions() -> None:
+def test_draws_of_no_positions_are_empty() -> None:
     for record in RECORDS:
         uniforms = numbers(record, 0)
         labels = label_logits(torch.zeros(0, 50), torch.zeros(0), record, uniforms)
@@ -276,7 +276,7 @@ def test_no_positions() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @names
-def test_a_gpu_draws_the_same(record: RecordSpec) -> None:
+def test_gpu_draws_the_same_entries(record: RecordSpec) -> None:
     logits, targets = make_logits(200, 5003, 2.0), torch.arange(200)
     uniforms = numbers(record, 200)
     here = label_logits(logits, targets, record, uniforms)

@@ -81,7 +81,7 @@ def test_labels_agree_with_float64(vocab_size: int, k: int, scale: float) -> Non
     check(labels, reference(logits.numpy(), targets.numpy(), record))
 
 
-def test_a_tail_too_small_for_the_softmax_keeps_its_digits() -> None:
+def test_tail_too_small_for_the_softmax_keeps_its_digits() -> None:
     logits = torch.full((3, 200), -150.0)
     logits[:, 7] = 0.0
     logits[1, 8] = -1.0
@@ -102,7 +102,7 @@ def test_large_logits_do_not_overflow() -> None:
     check(labels, reference(logits.numpy(), targets.numpy(), record), 2e-3)
 
 
-def test_ids_that_the_model_forbids() -> None:
+def test_forbidden_ids_get_no_probability() -> None:
     logits = make_logits(6, 100, 2.0)
     logits[:, 90:] = -torch.inf
     logits[3, 10:] = -torch.inf
@@ -115,7 +115,7 @@ def test_ids_that_the_model_forbids() -> None:
     assert torch.isneginf(labels.tail_logmass[3])
 
 
-def test_a_head_as_wide_as_the_vocabulary_has_no_tail() -> None:
+def test_head_as_wide_as_the_vocabulary_has_no_tail() -> None:
     logits = make_logits(5, 30, 1.0)
     labels = label_logits(logits, torch.arange(5), RecordSpec(kind="topk", k=64))
     assert labels.entry_ids.shape == (5, 30)
@@ -156,7 +156,7 @@ def test_bfloat16_logits_are_computed_on_in_float32() -> None:
     check(labels, reference(logits.float().numpy(), targets.numpy(), record))
 
 
-def test_a_slice_of_any_size_gives_the_same_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_do_not_depend_on_the_slice_size(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, targets = make_logits(37, 400, 2.0), torch.arange(37)
     record = RecordSpec(kind="topk", k=10, temperatures=(2.0,))
     whole = label_logits(logits, targets, record)
@@ -202,7 +202,7 @@ def test_only_the_columns_of_the_record_are_computed() -> None:
     assert labels.lse is None
 
 
-def test_no_positions() -> None:
+def test_labels_of_no_positions_are_empty() -> None:
     record = RecordSpec(kind="topk", k=4, temperatures=(2.0, 3.0))
     labels = label_logits(torch.zeros(0, 50), torch.zeros(0), record)
     assert labels.entry_ids.shape == (0, 4)

@@ -50,7 +50,7 @@ def test_stated_range_of_a_sample_covers_the_truth() -> None:
     assert counted.low == counted.expected == counted.high == float(tokens.sum())
 
 
-def test_a_small_corpus_is_counted_and_a_large_one_sampled(
+def test_plan_counts_a_small_corpus_and_samples_a_large_one(
     tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(SEED)
@@ -102,7 +102,7 @@ CALIBRATION = Calibration(
 )
 
 
-def test_a_plan_scales_what_was_measured(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_plan_scales_what_was_measured(tmp_path: Path, tiny_model_dir: Path) -> None:
     job = config(tmp_path, tiny_model_dir, run={"unit_tokens": 100_000})
     resources = Resources(1.0, 1.0, 0, 1.0, min_replicas=1, max_replicas=8)
     counts = {"rows_read": 20_000, "rows": 10_000, "tokens": 14_400_000, "labels": 14_000_000}
@@ -126,7 +126,7 @@ def test_a_plan_scales_what_was_measured(tmp_path: Path, tiny_model_dir: Path) -
     assert slow.hours.expected > plan.hours.expected
 
 
-def test_nothing_left_is_planned_as_nothing(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_plan_of_a_finished_corpus_is_zero(tmp_path: Path, tiny_model_dir: Path) -> None:
     found = sample(rows_read=20_000, rows=0, tokens=0, labels=0)
     resources = Resources(1.0, 0.0, 0, 1.0)
     plan = make_plan(config(tmp_path, tiny_model_dir), found, None, resources, (2.0, 0.0))

@@ -85,7 +85,7 @@ def test_rounding_shows_and_is_what_both_ways_of_measuring_say() -> None:
         assert found.mean_kl > 1e-4, kind
 
 
-def test_labels_of_the_neighbouring_position() -> None:
+def test_audit_finds_labels_of_the_neighbouring_position() -> None:
     record = KINDS["topk"]
     labels = make_labels(record, rate=1.0)
     shifted = [
@@ -98,7 +98,7 @@ def test_labels_of_the_neighbouring_position() -> None:
 MOVED = ("entry_ids", "entry_logprobs", "tail_logmass")
 
 
-def test_a_head_that_is_not_the_most_probable_ids() -> None:
+def test_audit_finds_a_head_of_the_wrong_ids() -> None:
     """As a selection by blocks that overlooks one would make; its masses are still right."""
     record = KINDS["topk"]
     rng = np.random.default_rng(3)
@@ -114,7 +114,7 @@ def test_a_head_that_is_not_the_most_probable_ids() -> None:
     assert 0.3 * fourth < missed <= fourth
 
 
-def test_which_labels_are_audited() -> None:
+def test_audited_labels_follow_the_row_key() -> None:
     key = bytes(range(16))
     assert audited_labels(key, 100, 0.0).tolist() == []
     assert audited_labels(key, 5, 1.0).tolist() == [0, 1, 2, 3, 4]

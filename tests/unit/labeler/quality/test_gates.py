@@ -77,7 +77,7 @@ def labeller(
     )
 
 
-def test_what_an_audit_found_is_in_the_manifest(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_manifest_has_what_the_audit_found(tmp_path: Path, tiny_model_dir: Path) -> None:
     units, label_set = labeller(tmp_path, tiny_model_dir, GatesConfig(audit_rate=0.1))
     units.label(make_requests(4))
     (manifest,) = label_set.manifests()
@@ -87,7 +87,7 @@ def test_what_an_audit_found_is_in_the_manifest(tmp_path: Path, tiny_model_dir: 
     assert 0.0 < manifest.fidelity.covered_mass <= 1.0
 
 
-def test_a_unit_that_lost_too_much_is_not_published(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_gate_refuses_a_unit_that_lost_too_much(tmp_path: Path, tiny_model_dir: Path) -> None:
     coarse = RECORD.model_copy(update={"logprob_bits": 1})
     gates = GatesConfig(audit_rate=1.0, max_kl=1e-5)
     units, label_set = labeller(tmp_path, tiny_model_dir, gates, coarse)
@@ -115,7 +115,7 @@ def test_parity_with_the_reference_is_noted_once(tmp_path: Path, tiny_model_dir:
     assert label_set.store.read_bytes(PARITY_FILE) == before
 
 
-def test_a_head_of_the_whole_vocabulary_is_no_drift(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_parity_accepts_a_head_of_all_ids(tmp_path: Path, tiny_model_dir: Path) -> None:
     everything = RecordSpec(kind="topk", k=320)
     reference = transformers_on_cpu(config_of(tiny_model_dir))
     gates = GatesConfig(audit_rate=0.5)
@@ -125,7 +125,7 @@ def test_a_head_of_the_whole_vocabulary_is_no_drift(tmp_path: Path, tiny_model_d
     assert manifest.num_rows == 4
 
 
-def test_drift_publishes_nothing_and_says_by_how_much(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_parity_refuses_drift_and_says_by_how_much(tmp_path: Path, tiny_model_dir: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(tiny_model_dir, other)
     config = json.loads((other / "config.json").read_text())
@@ -140,7 +140,7 @@ def test_drift_publishes_nothing_and_says_by_how_much(tmp_path: Path, tiny_model
     assert not label_set.store.exists(PARITY_FILE)
 
 
-def test_no_reference_of_the_reference(tiny_model_dir: Path) -> None:
+def test_parity_needs_no_reference_of_the_reference(tiny_model_dir: Path) -> None:
     def never(_: object) -> list[np.ndarray | RowFailure]:
         raise AssertionError("not needed")
 
@@ -195,7 +195,9 @@ def claims(ledger: Ledger, name: str) -> Claim:
     return claim
 
 
-def test_threads_of_a_teacher_compare_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parity_compares_once_for_all_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     comparisons = Comparisons()
     monkeypatch.setattr("labeler.quality.gates.check_parity", comparisons)
     gates = gates_of(tmp_path)
@@ -205,7 +207,7 @@ def test_threads_of_a_teacher_compare_once(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_replicas_compare_one_by_one(
+def test_parity_compares_replicas_one_by_one(
     failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the one that claimed it fails, the next one does it."""
@@ -221,7 +223,7 @@ def test_replicas_compare_one_by_one(
     assert comparisons.most_together == 1
 
 
-def test_a_teacher_without_reference_is_waited_for_by_nobody(tmp_path: Path) -> None:
+def test_parity_without_reference_blocks_nobody(tmp_path: Path) -> None:
     ledger = Ledger(bytes_total=0)
     label_set = make_label_set(tmp_path, RECORD)
     for name in ("a", "b"):
@@ -229,7 +231,7 @@ def test_a_teacher_without_reference_is_waited_for_by_nobody(tmp_path: Path) -> 
     assert not label_set.store.exists(PARITY_FILE)
 
 
-def test_the_claim_of_a_dead_replica_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parity_claim_of_a_dead_replica_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("labeler.run.ledger.time.monotonic", lambda: now[0])
     ledger = Ledger(bytes_total=0)
@@ -244,7 +246,7 @@ def test_the_claim_of_a_dead_replica_ends(monkeypatch: pytest.MonkeyPatch) -> No
     assert not ledger.claim_parity_check("dead")
 
 
-def test_a_row_that_the_stock_path_refuses_is_no_dead_engine() -> None:
+def test_parity_takes_a_refused_row_for_no_crash() -> None:
     stock = stock_path(
         lambda _: [RowFailure("too_long", "9 tokens")], "transformers cannot load it"
     )

@@ -8,7 +8,7 @@ from labeler.run.ray_session import cluster_size, user_error
 from schemas.errors import CorpusError, TeacherError
 
 
-def test_the_line_of_an_error_survives_ray() -> None:
+def test_error_line_survives_ray() -> None:
     cause = CorpusError("one clear line\nFailed to apply UDF transform after 1/1 attempts.")
     wrapped = ray.exceptions.RayTaskError("task", "a wall of text", cause).as_instanceof_cause()
     found = user_error(wrapped)

@@ -24,14 +24,14 @@ def config(teacher: dict[str, Any] | None = None, run: dict[str, Any] | None = N
 @pytest.mark.parametrize("cpus", [1.0, 2.0, 3.0, 16.0])
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("gpus", [0.0, 2.0])
-def test_there_is_always_room_for_a_task(cpus: float, replicas: int, gpus: float) -> None:
+def test_placement_leaves_room_for_a_task(cpus: float, replicas: int, gpus: float) -> None:
     plan = plan_resources(config({"replicas": replicas}), [cpus], [gpus] if gpus else [])
     assert plan.actor_cpus * replicas + plan.task_cpus <= cpus
     assert plan.task_cpus > 0
     assert plan.actor_gpus == (1.0 if gpus else 0.0)
 
 
-def test_a_cpu_teacher_has_the_threads_of_its_node() -> None:
+def test_cpu_teacher_gets_the_threads_of_its_node() -> None:
     assert plan_resources(config(), [16.0], []).actor_threads == 16
     assert plan_resources(config({"replicas": 2}), [16.0], []).actor_threads == 8
     assert plan_resources(config({"replicas": 2}), [16.0, 16.0], []).actor_threads == 16
@@ -46,14 +46,14 @@ def test_impossible_demands_are_refused() -> None:
         plan_resources(config(run={"cpus_per_replica": 2}), [2.0], [])
 
 
-def test_an_engine_that_fits_a_node_is_one_actor() -> None:
+def test_engine_that_fits_a_node_is_one_actor() -> None:
     teacher = {"tensor_parallel_size": 4, "pipeline_parallel_size": 2, "replicas": 2}
     plan = plan_resources(config(teacher), [32.0, 32.0], [8.0, 8.0])
     assert (plan.actor_gpus, plan.bundles) == (8.0, 0)
     assert (plan.min_replicas, plan.max_replicas) == (2, 2)
 
 
-def test_an_engine_larger_than_a_node_has_a_placement_group() -> None:
+def test_engine_larger_than_a_node_has_a_placement_group() -> None:
     teacher = {"tensor_parallel_size": 8, "pipeline_parallel_size": 2}
     plan = plan_resources(config(teacher), [32.0, 32.0], [8.0, 8.0])
     assert (plan.actor_gpus, plan.bundles) == (0.0, 16)
@@ -65,7 +65,7 @@ def test_an_engine_larger_than_a_node_has_a_placement_group() -> None:
         plan_resources(config(teacher), [8.0, 8.0], [8.0, 8.0])
 
 
-def test_a_range_of_replicas_needs_room_for_the_fewest() -> None:
+def test_range_of_replicas_needs_room_for_the_fewest() -> None:
     plan = plan_resources(config({"replicas": {"min": 1, "max": 8}}), [16.0], [4.0])
     assert (plan.min_replicas, plan.max_replicas) == (1, 8)
     with pytest.raises(TeacherError, match=r"need 5, but the cluster has 4"):
@@ -79,7 +79,7 @@ def test_a_range_of_replicas_needs_room_for_the_fewest() -> None:
         config({"replicas": 0})
 
 
-def test_a_server_needs_no_gpu_of_the_cluster() -> None:
+def test_remote_teacher_needs_no_gpu_of_the_cluster() -> None:
     remote = {"backend": "remote", "url": "http://h:1", "dtype": "bfloat16"}
     content = config().model_dump() | {"record": {"kind": "topk", "entropy": False}}
     content["teacher"] |= remote
@@ -89,7 +89,7 @@ def test_a_server_needs_no_gpu_of_the_cluster() -> None:
 
 @pytest.mark.parametrize("nodes", [[8.0] * 4, [16.0, 2.0, 2.0], [2.0] * 9, [4.0, *[1.0] * 12]])
 @pytest.mark.parametrize("replicas", [1, 2, 3, 7])
-def test_a_teacher_on_cpus_asks_for_what_nodes_have(nodes: list[float], replicas: int) -> None:
+def test_cpu_teacher_requests_what_nodes_have(nodes: list[float], replicas: int) -> None:
     plan = plan_resources(config({"replicas": replicas}), nodes, [])
     fitting = sum(int(cpus / plan.actor_cpus + 1e-4) for cpus in nodes)
     assert plan.actor_cpus <= max(nodes) / 2
@@ -98,14 +98,14 @@ def test_a_teacher_on_cpus_asks_for_what_nodes_have(nodes: list[float], replicas
     assert 0 < plan.task_cpus <= left / len(nodes)  # so that some node has it, whichever it is
 
 
-def test_half_of_a_node_is_for_the_tasks() -> None:
+def test_placement_keeps_half_of_a_node_for_tasks() -> None:
     assert plan_resources(config(), [16.0], []).actor_cpus == 8.0
     assert plan_resources(config(), [8.0] * 4, []).actor_cpus == 4.0
     assert plan_resources(config({"replicas": 4}), [8.0] * 4, []).actor_cpus == 4.0
     assert plan_resources(config({"replicas": 8}), [8.0] * 4, []).actor_cpus == 2.0
 
 
-def test_what_fits_the_cluster_but_no_node_is_refused() -> None:
+def test_placement_refuses_what_fits_no_single_node() -> None:
     with pytest.raises(
         TeacherError,
         match=r"^1 teachers of 12 CPUs each .* room for 0: each must fit one node, and they have "
@@ -119,7 +119,7 @@ def test_what_fits_the_cluster_but_no_node_is_refused() -> None:
     assert plan.actor_gpus == 3.0
 
 
-def test_the_cpus_of_a_teacher_are_where_its_gpus_are() -> None:
+def test_teacher_gets_its_cpus_where_its_gpus_are() -> None:
     nodes = ([64.0, 4.0], [0.0, 8.0])
     assert plan_resources(config({"replicas": 8}), *nodes).actor_cpus == 0.25
     with pytest.raises(TeacherError, match=r"room for 4"):

@@ -59,7 +59,9 @@ def ask(numbers: list[signal.Signals], drain_s: float, work_s: float) -> str:
         ([signal.SIGTERM], 0.3, 30.0, "took longer than run.drain_s = 0.3 and are lost"),
     ],
 )
-def test_signals(numbers: list[signal.Signals], drain_s: float, work_s: float, said: str) -> None:
+def test_shutdown_drains_on_the_first_signal_only(
+    numbers: list[signal.Signals], drain_s: float, work_s: float, said: str
+) -> None:
     start = time.monotonic()
     assert said in ask(numbers, drain_s, work_s)
     assert time.monotonic() - start < 25

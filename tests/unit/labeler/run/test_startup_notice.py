@@ -16,7 +16,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return seconds
 
 
-def test_a_teacher_that_comes_up_soon_is_not_worth_a_line(now: list[float]) -> None:
+def test_notice_is_silent_for_a_teacher_that_starts_soon(now: list[float]) -> None:
     lines: list[str] = []
     wait = StartupNotice(ONE_CPU, 1, lines.append, dict)
     for now[0] in (0.0, DELAY_S - 1):
@@ -27,7 +27,7 @@ def test_a_teacher_that_comes_up_soon_is_not_worth_a_line(now: list[float]) -> N
     assert lines == []
 
 
-def test_waiting_is_said_once_and_once_that_it_is_over(now: list[float]) -> None:
+def test_notice_reports_start_and_end_of_waiting_once(now: list[float]) -> None:
     lines: list[str] = []
     wait = StartupNotice(ONE_CPU, 1, lines.append, dict)  # Ray names no resource that is used up
     for now[0] in (DELAY_S, DELAY_S + 1, 1000.0):
@@ -53,7 +53,7 @@ def test_teachers_over_several_nodes_are_told_by_all_that_they_need(now: list[fl
     ]
 
 
-def test_the_ledger_knows_who_is_up_and_that_it_claims_nothing_yet() -> None:
+def test_ledger_knows_teachers_before_their_first_claim() -> None:
     ledger = Ledger(bytes_total=0)
     assert not ledger.report()[0].is_teacher_up
     ledger.teacher_up("a")

@@ -131,7 +131,9 @@ def requests(*rows: list[int]) -> list[Request]:
     ]
 
 
-def test_each_request_is_labelled_or_quarantined(tmp_path: Path, teacher: UniformTeacher) -> None:
+def test_unit_labeller_labels_or_quarantines_each_request(
+    tmp_path: Path, teacher: UniformTeacher
+) -> None:
     labels = make_set(tmp_path)
     units = labeller(labels, lambda: teacher)
     batch = requests([1, 2, 3], [4, BAD_TOKEN], [5, 6])
@@ -146,7 +148,7 @@ def test_each_request_is_labelled_or_quarantined(tmp_path: Path, teacher: Unifor
     assert teacher.row_keys == [request.row_key for request in batch]
 
 
-def test_a_unit_is_labelled_once(tmp_path: Path, teacher: UniformTeacher) -> None:
+def test_unit_labeller_labels_a_unit_once(tmp_path: Path, teacher: UniformTeacher) -> None:
     labels = make_set(tmp_path)
     batch = requests([1, 2, 3], [5, 6])
     done = labeller(labels, lambda: teacher).label(batch)
@@ -169,7 +171,7 @@ def test_rows_and_responses_of_a_unit_in_work_are_reported(
     assert reports == [(manifest.unit_key, *counts) for counts in rows]
 
 
-def test_no_teacher_is_made_for_units_that_are_there(
+def test_unit_labeller_makes_no_teacher_for_finished_units(
     tmp_path: Path, teacher: UniformTeacher
 ) -> None:
     labels = make_set(tmp_path)
@@ -197,7 +199,7 @@ def test_rows_of_a_quarantined_unit_can_be_tried_again(
     assert len(labels.committed_keys()) == 1
 
 
-def test_tokens_need_no_teacher(tmp_path: Path) -> None:
+def test_unit_labeller_needs_no_teacher_for_tokens(tmp_path: Path) -> None:
     labels = make_set(tmp_path, "tokens")
     done = UnitLabeller(labels, None).label(requests([1, 2, 3]))
     assert (done.num_rows, done.num_labels) == (1, 2)

@@ -76,7 +76,7 @@ print(json.dumps([sorted(row.place for unit in found for row in unit.quarantined
 """
 
 
-def test_a_process_that_dies_under_several_units(tmp_path: Path) -> None:
+def test_supervisor_outlives_its_process_under_several_units(tmp_path: Path) -> None:
     """The engine is the process, and whoever runs it again hands out the units in another order."""
     tokens = [[20, 21], [POISON, 24]]
     rng = random.Random(SEED)

@@ -21,7 +21,7 @@ from tests.support import ROOT
 from tests.support.fragile_teacher import POISON, REFUSED, FragileTeacher, requests, supervisor
 
 
-def test_the_row_that_kills_is_alone_in_quarantine(tmp_path: Path) -> None:
+def test_supervisor_quarantines_the_killing_row_alone(tmp_path: Path) -> None:
     tokens = [*range(20, 51), POISON, REFUSED]
     found, _ = supervisor(tmp_path).label(requests(tokens))
     assert [request.place for request in found.requests] == list(range(31))
@@ -32,7 +32,7 @@ def test_the_row_that_kills_is_alone_in_quarantine(tmp_path: Path) -> None:
     assert FragileTeacher.started <= 4 + np.ceil(np.log2(len(tokens))) + 1
 
 
-def test_every_killer_of_a_unit_is_found(tmp_path: Path) -> None:
+def test_supervisor_finds_every_killing_row_of_a_unit(tmp_path: Path) -> None:
     tokens = [20, POISON, 21, 22, POISON, 23]
     batch = requests(tokens)
     batch[4] = label_request(np.array([POISON, 1], np.int32), all_but_first(2), "a", 4, 0)
@@ -41,12 +41,12 @@ def test_every_killer_of_a_unit_is_found(tmp_path: Path) -> None:
     assert [request.place for request in found.requests] == [0, 2, 3, 5]
 
 
-def test_a_broken_engine_ends_the_run_and_blames_no_row(tmp_path: Path) -> None:
+def test_supervisor_ends_the_run_over_a_broken_engine(tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match="3 engines crashed on a row of two tokens"):
         supervisor(tmp_path, canary_dies=True).label(requests([20, POISON]))
 
 
-def test_a_broken_engine_says_why_the_last_one_crashed(tmp_path: Path) -> None:
+def test_supervisor_reports_why_the_last_engine_crashed(tmp_path: Path) -> None:
     lines: list[str] = []
     broken = EngineSupervisor(
         lambda: FragileTeacher(canary_dies=True),
@@ -68,7 +68,7 @@ def test_engines_that_crashed_their_process_leave_no_error(tmp_path: Path) -> No
         EngineSupervisor(FragileTeacher, attempts, None).label(requests([20]))
 
 
-def test_a_row_that_kills_is_kept_with_what_the_engine_said(tmp_path: Path) -> None:
+def test_quarantine_keeps_what_the_engine_said(tmp_path: Path) -> None:
     class Talkative(FragileTeacher):
         def label(self, *arguments: Any, **more: Any) -> list[RowLabels | RowFailure]:
             try:
@@ -88,7 +88,7 @@ def test_a_row_that_kills_is_kept_with_what_the_engine_said(tmp_path: Path) -> N
     assert lines == ["an engine crashed and is being restarted: CUDA error: illegal access"] * 2
 
 
-def test_a_parity_check_that_crashes_the_engine_is_repeated(tmp_path: Path) -> None:
+def test_supervisor_repeats_a_parity_check_that_crashed(tmp_path: Path) -> None:
     FragileTeacher.started = 0
 
     def check(teacher: Teacher) -> int:
@@ -105,7 +105,7 @@ def test_a_parity_check_that_crashes_the_engine_is_repeated(tmp_path: Path) -> N
         supervisor(tmp_path, run="other").run_exclusively(check)
 
 
-def test_a_teacher_that_cannot_be_made_says_why_at_once(tmp_path: Path) -> None:
+def test_supervisor_reports_at_once_why_no_teacher_can_be_made(tmp_path: Path) -> None:
     calls = []
 
     def refuse() -> FragileTeacher:
@@ -119,7 +119,7 @@ def test_a_teacher_that_cannot_be_made_says_why_at_once(tmp_path: Path) -> None:
     assert len(calls) == 5
 
 
-def test_no_engine_starts_before_the_first_rows(tmp_path: Path) -> None:
+def test_supervisor_starts_no_engine_before_the_first_rows(tmp_path: Path) -> None:
     supervisor(tmp_path)
     assert FragileTeacher.started == 0
 
@@ -161,7 +161,7 @@ def test_starts_before_a_restart_of_the_actor_are_deaths(tmp_path: Path) -> None
         EngineSupervisor(FragileTeacher, again, None).label(requests([20]))
 
 
-def test_an_attempt_that_ends_while_it_is_counted_is_no_death(
+def test_attempt_that_ends_while_counted_is_no_death(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store(str(tmp_path))
@@ -202,7 +202,7 @@ print(json.dumps([[r.place for r in found.requests], [r.place for r in found.qua
 """
 
 
-def test_processes_that_die_are_survived(tmp_path: Path) -> None:
+def test_supervisor_outlives_its_process(tmp_path: Path) -> None:
     """The process is the engine: whoever restarts it, as Ray does, gets on in the end."""
     child = CHILD.format(folder=str(tmp_path), tokens=[20, 21, POISON, 22])
     deaths = 0
@@ -219,7 +219,7 @@ def test_processes_that_die_are_survived(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_a_server_that_is_gone_is_held_against_no_row(tmp_path: Path, shared: bool) -> None:
+def test_supervisor_holds_a_lost_server_against_no_row(tmp_path: Path, shared: bool) -> None:
     class Gone(FragileTeacher):
         shareable = shared
 

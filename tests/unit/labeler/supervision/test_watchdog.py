@@ -60,12 +60,12 @@ def supervisor(folder: Path, stall_s: float = 60.0) -> EngineSupervisor:
     )
 
 
-def test_an_engine_that_hangs_is_ended_and_its_row_found(tmp_path: Path) -> None:
+def test_watchdog_ends_a_hanging_engine(tmp_path: Path) -> None:
     found, _ = supervisor(tmp_path, stall_s=4.0).label(requests([STOP]))
     assert [row.reason for row in found.quarantined] == ["kills_engine"]
 
 
-def test_a_signal_from_outside_is_nobodys_fault(tmp_path: Path) -> None:
+def test_signal_from_outside_is_held_against_no_row(tmp_path: Path) -> None:
     found, _ = supervisor(tmp_path).label(requests([KILL]))
     assert len(found.requests) == 1
     assert ProcessTeacher.started == 2
@@ -73,7 +73,7 @@ def test_a_signal_from_outside_is_nobodys_fault(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", [CRASH, FAIL])
-def test_an_engine_that_ends_by_itself_is_held_against_the_row(tmp_path: Path, how: int) -> None:
+def test_crash_is_held_against_the_row(tmp_path: Path, how: int) -> None:
     found, _ = supervisor(tmp_path).label(requests([how]))
     assert [row.reason for row in found.quarantined] == ["kills_engine"]
 
@@ -98,14 +98,14 @@ def stuck_starters(folder: Path, always: bool, stall_s: float) -> EngineSupervis
     return EngineSupervisor(make, attempts, None, watchdog=Watchdog(stall_s))
 
 
-def test_an_engine_that_hangs_while_it_starts_is_restarted(tmp_path: Path) -> None:
+def test_watchdog_restarts_an_engine_that_hangs_while_starting(tmp_path: Path) -> None:
     found, _ = stuck_starters(tmp_path, always=False, stall_s=4.0).label(requests([20]))
     assert len(found.requests) == 1
     assert StuckStarter.started == 2
     assert not any(path.is_file() for path in (tmp_path / "attempts").rglob("*"))
 
 
-def test_engines_that_all_hang_while_they_start_end_the_run(tmp_path: Path) -> None:
+def test_supervisor_ends_the_run_when_all_engines_hang_while_starting(tmp_path: Path) -> None:
     expected = "3 engines crashed while starting: .*; last error: .* raise run.stall_s"
     with pytest.raises(TeacherError, match=expected):
         stuck_starters(tmp_path, always=True, stall_s=1.5).label(requests([20]))
@@ -137,7 +137,7 @@ class DeafTeacher(ProcessTeacher):
             raise
 
 
-def test_a_call_that_does_not_notice_a_death_is_told(tmp_path: Path) -> None:
+def test_watchdog_wakes_a_call_that_misses_a_crash(tmp_path: Path) -> None:
     attempts = Attempts(Store(str(tmp_path / "attempts")), "run")
     watch = Watchdog(60.0)
     deaf = EngineSupervisor(lambda: DeafTeacher(tmp_path), attempts, None, watchdog=watch)
@@ -145,7 +145,7 @@ def test_a_call_that_does_not_notice_a_death_is_told(tmp_path: Path) -> None:
     assert len(found.requests) == 1
 
 
-def test_engines_that_are_always_ended_end_the_run(
+def test_supervisor_ends_the_run_when_engines_are_always_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(labeler.supervision.supervisor, "MAX_KILLED", 2)  # 20 take a while
@@ -164,7 +164,7 @@ def test_engines_that_are_always_ended_end_the_run(
         ("import ctypes; ctypes.PyDLL(None).sleep(60)", 1),
     ],
 )
-def test_an_engine_that_hangs_in_this_process_takes_it_along(hang: str, code: int) -> None:
+def test_watchdog_ends_its_own_process_over_an_engine_in_it(hang: str, code: int) -> None:
     child = (
         "from labeler.supervision.watchdog import Watchdog\n"
         f"with Watchdog(1.0).waiting():\n    {hang}"

@@ -51,7 +51,7 @@ def test_identity_says_what_the_teacher_computes(tiny_model_dir: Path) -> None:
     assert len(set(digests)) == 4
 
 
-def test_a_copy_elsewhere_has_the_same_identity(tiny_model_dir: Path, model_copy: Path) -> None:
+def test_identity_is_the_same_for_a_copy(tiny_model_dir: Path, model_copy: Path) -> None:
     edit_json(model_copy / "config.json", _name_or_path="elsewhere", transformers_version="9")
     assert teacher_identity(teacher(model_copy)) == teacher_identity(teacher(tiny_model_dir))
 
@@ -101,27 +101,27 @@ def test_weights_digest_sees_training_and_not_sharding(tmp_path: Path) -> None:
     assert whole != trained
 
 
-def test_a_checkpoint_that_is_cut_short(model_copy: Path) -> None:
+def test_weights_digest_refuses_a_truncated_checkpoint(model_copy: Path) -> None:
     file = model_copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(TeacherError, match="promises"):
         teacher_identity(teacher(model_copy))
 
 
-def test_no_such_model() -> None:
+def test_identity_refuses_a_missing_model() -> None:
     with pytest.raises(TeacherError, match="/nowhere/model does not exist"):
         model_folder(teacher("/nowhere/model"))
     with pytest.raises(TeacherError, match="there is no folder org/no-such-model"):
         model_folder(teacher("org/no-such-model"))
 
 
-def test_a_folder_without_a_model(tmp_path: Path) -> None:
+def test_identity_refuses_a_folder_without_a_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(TeacherError, match=r"has no weights \(\*\.safetensors\)"):
         model_folder(teacher(tmp_path))
 
 
-def test_a_model_of_an_unknown_kind(model_copy: Path) -> None:
+def test_identity_refuses_an_unknown_architecture(model_copy: Path) -> None:
     edit_json(model_copy / "config.json", model_type="nobody-knows")
     with pytest.raises(TeacherError, match=r"config\.json cannot be used"):
         teacher_identity(teacher(model_copy))
@@ -135,13 +135,13 @@ def test_without_a_teacher_only_the_tokenizer_counts(tiny_model_dir: Path) -> No
     assert identity.tokenizer_digest == teacher_identity(teacher(tiny_model_dir)).tokenizer_digest
 
 
-def test_a_folder_without_a_tokenizer(model_copy: Path) -> None:
+def test_identity_refuses_a_folder_without_a_tokenizer(model_copy: Path) -> None:
     (model_copy / "tokenizer.json").unlink()
     with pytest.raises(TeacherError, match="no tokenizer can be loaded"):
         load_tokenizer(teacher(model_copy))
 
 
-def test_ids_that_the_model_does_not_have(model_copy: Path) -> None:
+def test_vocabulary_refuses_ids_outside_the_model(model_copy: Path) -> None:
     tokenizer = load_tokenizer(teacher(model_copy))
     tokenizer.add_tokens(["<extra-0>", "<extra-1>"])
     tokenizer.save_pretrained(model_copy)
@@ -149,7 +149,7 @@ def test_ids_that_the_model_does_not_have(model_copy: Path) -> None:
         load_tokenizer(teacher(model_copy))
 
 
-def test_a_tokenizer_of_the_same_size_with_another_mapping(
+def test_vocabulary_refuses_another_mapping_of_the_same_size(
     tiny_model_dir: Path, model_copy: Path
 ) -> None:
     path = model_copy / "tokenizer.json"
@@ -163,11 +163,13 @@ def test_a_tokenizer_of_the_same_size_with_another_mapping(
         load_tokenizer(teacher(tiny_model_dir, tokenizer=str(model_copy)))
 
 
-def test_the_same_tokenizer_under_another_path(tiny_model_dir: Path, model_copy: Path) -> None:
+def test_vocabulary_accepts_the_same_tokenizer_elsewhere(
+    tiny_model_dir: Path, model_copy: Path
+) -> None:
     assert len(load_tokenizer(teacher(tiny_model_dir, tokenizer=str(model_copy)))) == 320
 
 
-def test_padding_is_allowed_and_another_vocabulary_is_not(model_copy: Path) -> None:
+def test_vocabulary_accepts_padding_and_refuses_others(model_copy: Path) -> None:
     edit_json(model_copy / "config.json", vocab_size=384)
     assert teacher_identity(teacher(model_copy)).vocab_size == 384
     edit_json(model_copy / "config.json", vocab_size=4096)

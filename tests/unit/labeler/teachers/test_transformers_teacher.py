@@ -45,7 +45,7 @@ def fragile_teacher(model: Path, error: Exception) -> TransformersTeacher:
         (RuntimeError(), r"\(RuntimeError: RuntimeError\)"),
     ],
 )
-def test_a_failed_forward_pass_is_a_teacher_error(
+def test_failed_forward_pass_is_a_teacher_error(
     tiny_model_dir: Path, error: Exception, told: str
 ) -> None:
     teacher = fragile_teacher(tiny_model_dir, error)
@@ -58,13 +58,15 @@ def test_a_failed_forward_pass_is_a_teacher_error(
     assert isinstance(labels, RowLabels)
 
 
-def test_a_mistake_of_our_own_is_not_put_down_to_the_engine(tiny_model_dir: Path) -> None:
+def test_programming_error_is_no_teacher_error(tiny_model_dir: Path) -> None:
     teacher = fragile_teacher(tiny_model_dir, TypeError("a bug"))
     with pytest.raises(TypeError, match="a bug"):
         teacher.label([ROW], [SPANS], KEYS)
 
 
-def test_a_row_without_room_does_not_end_the_job(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_row_that_runs_out_of_memory_does_not_end_the_job(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
     supervisor = EngineSupervisor(
         lambda: fragile_teacher(tiny_model_dir, torch.OutOfMemoryError("no room")),
         Attempts(Store(str(tmp_path)), "run"),

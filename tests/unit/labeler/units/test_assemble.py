@@ -95,7 +95,7 @@ def test_forbidden_ids_and_an_empty_tail_are_finite_zeros() -> None:
     assert (np.exp(rows.tail_logmass.astype(np.float64)) == 0).all()
 
 
-def test_a_vocabulary_smaller_than_k() -> None:
+def test_vocabulary_smaller_than_k_is_stored_whole() -> None:
     record = RecordSpec(kind="topk", k=1000)
     rows, _ = make_rows(record)
     validate(rows, record, VOCAB_SIZE)

@@ -43,7 +43,7 @@ def test_units_are_alike_where_rows_are_not() -> None:
     assert min(sizes) > 0.85 * max(sizes)  # no small rest either
 
 
-def test_a_unit_travels_as_one_row() -> None:
+def test_unit_travels_as_one_row() -> None:
     table = requests([3, 1, 8])
     one, two = unwrapped(pa.concat_tables([wrapped(table), wrapped(table.slice(1, 1))]))
     assert one.equals(table)

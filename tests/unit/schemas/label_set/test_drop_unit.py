@@ -26,7 +26,7 @@ def label_set(tmp_path: Path) -> LabelSet:
     return LabelSet.create_or_open(str(tmp_path / "labels"), SPEC, {"a": 0})
 
 
-def test_only_that_unit_goes_and_can_be_labelled_again(label_set: LabelSet) -> None:
+def test_drop_removes_one_unit_which_can_be_labelled_again(label_set: LabelSet) -> None:
     kept, gone = make_rows(3, SPEC.record, VOCAB, seed=1), make_rows(4, SPEC.record, VOCAB, seed=2)
     commit(label_set, kept)
     manifest = commit(label_set, gone)
@@ -36,7 +36,7 @@ def test_only_that_unit_goes_and_can_be_labelled_again(label_set: LabelSet) -> N
     assert len(label_set.committed_keys()) == 7
 
 
-def test_a_torn_manifest_can_be_dropped(label_set: LabelSet) -> None:
+def test_drop_removes_a_torn_manifest(label_set: LabelSet) -> None:
     manifest = commit(label_set, make_rows(3, SPEC.record, VOCAB, seed=1))
     torn = Path(label_set.url) / "manifests" / f"{manifest.unit_key}.json"
     torn.write_bytes(torn.read_bytes()[:-20])
@@ -47,6 +47,6 @@ def test_a_torn_manifest_can_be_dropped(label_set: LabelSet) -> None:
 
 
 @pytest.mark.parametrize("unit", ["00", "../label_set", ""])
-def test_an_unknown_unit_is_refused(label_set: LabelSet, unit: str) -> None:
+def test_drop_refuses_an_unknown_unit(label_set: LabelSet, unit: str) -> None:
     with pytest.raises(StoreError, match="no unit"):
         label_set.drop_unit(unit)

@@ -228,7 +228,9 @@ STEPS = [
 
 
 @pytest.mark.parametrize(("step", "when"), STEPS)
-def test_killed_between_any_two_steps(label_set: LabelSet, step: str, when: str) -> None:
+def test_commit_survives_a_kill_between_any_two_steps(
+    label_set: LabelSet, step: str, when: str
+) -> None:
     """A child is killed by SIGKILL in its commit; what is left is a whole unit or none."""
     rows = make_rows(6, RECORD, VOCAB)
     child = os.fork()

@@ -74,7 +74,7 @@ def test_columns_are_chosen(store: Store) -> None:
         read_row_group(store, REL, 0, SPEC, columns=["nothing"])
 
 
-def test_the_file_says_what_it_is(store: Store) -> None:
+def test_shard_file_names_its_spec(store: Store) -> None:
     rows = make_rows(6, SPEC, VOCAB)
     write_shard(store, REL, rows, SPEC, "abcd", VOCAB)
     file = pq.ParquetFile(store.path(REL))
@@ -147,7 +147,7 @@ PASSING = [
 
 @pytest.mark.parametrize(("error", "told"), PASSING)
 @pytest.mark.parametrize("url", ["", "memory://unreadable"])
-def test_a_store_that_does_not_answer_is_not_damaged(
+def test_store_that_does_not_answer_is_no_damaged_shard(
     store: Store, url: str, error: OSError, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What s3fs makes of AccessDenied and ExpiredToken has no errno, as Arrow's damage has none."""
@@ -164,7 +164,7 @@ def test_a_store_that_does_not_answer_is_not_damaged(
     assert "drop" not in str(caught.value)
 
 
-def test_a_store_that_failed_too_long_has_lost_nothing(
+def test_store_that_failed_too_long_has_lost_nothing(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = Store("memory://failing")

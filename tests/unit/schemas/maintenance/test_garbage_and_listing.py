@@ -45,7 +45,7 @@ def make_set(url: str) -> tuple[LabelSet, Manifest, Manifest]:
     return label_set, manifests[0], manifests[1]
 
 
-def test_only_old_files_that_no_manifest_names(url: str) -> None:
+def test_gc_takes_only_old_files_that_no_manifest_names(url: str) -> None:
     label_set, dropped, kept = make_set(url)
     label_set.drop_unit(dropped.unit_key)
     store = label_set.store
@@ -78,7 +78,7 @@ def test_only_old_files_that_no_manifest_names(url: str) -> None:
     assert verify(url).units == 1
 
 
-def test_nothing_is_collected_while_a_manifest_cannot_be_read(tmp_path: Path) -> None:
+def test_gc_takes_nothing_while_a_manifest_is_unreadable(tmp_path: Path) -> None:
     label_set, torn, _ = make_set(str(tmp_path))
     path = Path(label_set.store.path(f"manifests/{torn.unit_key}.json"))
     path.write_bytes(path.read_bytes()[:-9])
@@ -89,7 +89,7 @@ def test_nothing_is_collected_while_a_manifest_cannot_be_read(tmp_path: Path) ->
         collect_garbage(str(tmp_path), -1.0)
 
 
-def test_a_run_that_lasts_for_days_keeps_its_parts(tmp_path: Path) -> None:
+def test_gc_keeps_parts_of_a_run_that_lasts_for_days(tmp_path: Path) -> None:
     label_set, first, _ = make_set(str(tmp_path))
     part = "rosters/run.parts/first.parquet"
     label_set.store.write_bytes(part, b"x")
@@ -120,7 +120,7 @@ def test_gc_only_lists_unless_told(tmp_path: Path, capsys: pytest.CaptureFixture
     assert not shard.exists()
 
 
-def test_every_set_below_a_url(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ls_finds_every_set_below_a_url(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     _, first, second = make_set(url)
     other = make_spec(RecordSpec(kind="tokens"), VOCAB)
     parent = url.rsplit("/", 1)[0]
@@ -139,7 +139,7 @@ def test_every_set_below_a_url(url: str, capsys: pytest.CaptureFixture[str]) -> 
     assert "topk k=8" in capsys.readouterr().out
 
 
-def test_a_broken_set_does_not_hide_the_others(
+def test_ls_shows_the_others_beside_a_broken_set(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_set(str(tmp_path / "good"))

@@ -72,7 +72,9 @@ def mend(label_set: LabelSet, unit: str, rows: LabelRows) -> None:
     assert verify(label_set.url).problems == []
 
 
-def test_a_whole_set_passes(label_set: LabelSet, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_passes_an_intact_set(
+    label_set: LabelSet, capsys: pytest.CaptureFixture[str]
+) -> None:
     manifest = commit(label_set, rows_of(2))
     assert len(manifest.row_groups) > 2
     result = verify(label_set.url)
@@ -84,7 +86,7 @@ def test_a_whole_set_passes(label_set: LabelSet, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("column", LEAVES)
-def test_one_flipped_byte_in_any_column(label_set: LabelSet, column: str) -> None:
+def test_verify_finds_a_flipped_byte_in_any_column(label_set: LabelSet, column: str) -> None:
     rows = rows_of(2)
     manifest = commit(label_set, rows)
     path = path_of(label_set, manifest.shard)
@@ -102,7 +104,7 @@ def test_one_flipped_byte_in_any_column(label_set: LabelSet, column: str) -> Non
     mend(label_set, manifest.unit_key, rows)
 
 
-def test_every_byte_of_a_shard_counts(label_set: LabelSet) -> None:
+def test_verify_finds_any_flipped_byte_of_a_shard(label_set: LabelSet) -> None:
     rows = rows_of(2)
     manifest = commit(label_set, rows)
     path = path_of(label_set, manifest.shard)
@@ -143,7 +145,9 @@ FILES: dict[str, tuple[str, Callable[[Path], None], str, str]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_damaged_files(label_set: LabelSet, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_finds_damaged_files(
+    label_set: LabelSet, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     field, damage, what, found = FILES[name]
     rows = rows_of(2)
     manifest = commit(label_set, rows)
@@ -208,7 +212,7 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("found", BREAKS)
-def test_rows_that_break_an_invariant_are_named(label_set: LabelSet, found: str) -> None:
+def test_verify_names_rows_that_break_an_invariant(label_set: LabelSet, found: str) -> None:
     change, column = BREAKS[found]
     rows = rows_of(2)
     changed = rows.take(np.arange(len(rows)))
@@ -230,7 +234,7 @@ def test_rows_that_break_an_invariant_are_named(label_set: LabelSet, found: str)
     mend(label_set, manifest.unit_key, rows)
 
 
-def test_rows_that_are_not_what_their_keys_say(label_set: LabelSet) -> None:
+def test_verify_finds_rows_that_differ_from_their_keys(label_set: LabelSet) -> None:
     rows = rows_of(2)
     changed = rows.take(np.arange(len(rows)))
     changed.token_ids[0] = (changed.token_ids[0] + 1) % VOCAB  # never a target: no label is wrong
@@ -240,7 +244,7 @@ def test_rows_that_are_not_what_their_keys_say(label_set: LabelSet) -> None:
     assert {p.found.split()[0] for p in problems} == {"row_key", "content_key"}
 
 
-def test_key_files_are_compared_with_shards(label_set: LabelSet) -> None:
+def test_verify_compares_key_files_with_shards(label_set: LabelSet) -> None:
     rows = rows_of(2)
     forge(label_set, rows, rows.take(np.arange(len(rows))[::-1]))
     problems = verify(label_set.url).problems
@@ -248,7 +252,7 @@ def test_key_files_are_compared_with_shards(label_set: LabelSet) -> None:
     assert {"row_key", "num_tokens"} <= {p.column for p in problems}
 
 
-def test_everything_wrong_is_listed(label_set: LabelSet) -> None:
+def test_verify_lists_every_problem(label_set: LabelSet) -> None:
     kept, torn, gone = (commit(label_set, rows_of(seed)) for seed in (2, 3, 4))
     truncate(path_of(label_set, f"manifests/{torn.unit_key}.json"))
     path_of(label_set, gone.shard).unlink()
@@ -263,7 +267,7 @@ def test_everything_wrong_is_listed(label_set: LabelSet) -> None:
     assert result.garbage == 1
 
 
-def test_a_broken_description_is_a_problem(label_set: LabelSet, tmp_path: Path) -> None:
+def test_verify_reports_a_broken_description(label_set: LabelSet, tmp_path: Path) -> None:
     truncate(path_of(label_set, "label_set.json"))
     out = tmp_path / "out.json"
     assert main(["labels", "verify", label_set.url, "--json", str(out)]) == 1
@@ -277,7 +281,7 @@ PLACES = {"open": Store, "read_row_group": pq.ParquetFile, "read_bytes": Store}
 
 @pytest.mark.parametrize("method", PLACES)
 @pytest.mark.parametrize("error", [PermissionError("Access Denied"), TimeoutError()])
-def test_a_store_that_does_not_answer_is_no_damage(
+def test_verify_takes_no_answer_for_no_damage(
     label_set: LabelSet,
     method: str,
     error: OSError,
@@ -303,7 +307,7 @@ def test_a_store_that_does_not_answer_is_no_damage(
     assert "drop" not in told.err + told.out
 
 
-def test_tables_of_a_store_that_does_not_answer(
+def test_verify_raises_where_tables_cannot_be_fetched(
     label_set: LabelSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(self: Store, rel: str) -> bytes:

@@ -184,7 +184,7 @@ def test_what_cannot_be_served_says_why(have, want, reason):
         reduce_rows(make_rows(1, have, VOCAB_SIZE), have, want)
 
 
-def test_the_same_record_gives_the_same_rows_and_columns_not_read_stay_out():
+def test_reduce_to_the_same_record_keeps_rows_and_the_columns_read():
     rows = make_rows(3, THRESHOLD, VOCAB_SIZE)
     assert reduce_rows(rows, THRESHOLD, THRESHOLD) is rows
     fewer = THRESHOLD.model_copy(update={"temperatures": (2.0,), "entropy": False})

@@ -28,7 +28,7 @@ def test_rows_seeds_and_streams_differ() -> None:
     assert np.array_equal(base, uniforms(KEY, EVERYWHERE, 1, seed=0, stream=LABELLING))
 
 
-def test_the_numbers_stay_what_they_were() -> None:
+def test_uniforms_are_frozen() -> None:
     """Labels that were made must be made again: these values are pinned."""
     found = uniforms(KEY, np.array([1, 2, 1000]), 2, seed=7)
     assert found.tolist() == [
@@ -48,5 +48,5 @@ def test_uniform() -> None:
     assert ((counts - expected) ** 2 / expected).sum() < 45  # chi-squared, 15 degrees: p = 1e-4
 
 
-def test_no_positions() -> None:
+def test_uniforms_of_no_positions_are_empty() -> None:
     assert uniforms(KEY, np.zeros(0, np.int64), 3, seed=0).shape == (0, 3)

@@ -61,7 +61,7 @@ def test_write_read_list_delete(store: Store) -> None:
     assert store.list("a") == []
 
 
-def test_what_is_not_there_is_named(store: Store) -> None:
+def test_store_names_what_is_missing(store: Store) -> None:
     for read in (store.read_bytes, store.open, store.size):
         with pytest.raises(StoreError, match=r"nothing\.json: no such file"):
             read("nothing.json")
@@ -75,7 +75,7 @@ def test_exclusive_creation_keeps_the_first(store: Store) -> None:
     assert store.list("m") == ["m/x.json"]
 
 
-def test_no_temporary_file_stays(tmp_path: Path) -> None:
+def test_store_leaves_no_temporary_file(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     store.write_bytes("x", b"1")
     store.create_exclusive("y", b"1")
@@ -83,7 +83,7 @@ def test_no_temporary_file_stays(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "y"]
 
 
-def test_of_many_creators_one_wins(tmp_path: Path) -> None:
+def test_store_lets_one_of_many_creators_win(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     for attempt in range(20):
         start = threading.Barrier(8)
@@ -193,7 +193,7 @@ CALLS: dict[str, tuple[str, Callable[[Store], object]]] = {
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("timeout_s", [0.0, 60.0])
-def test_what_a_driver_fails_with_is_one_line(
+def test_store_reports_a_driver_error_in_one_line(
     name: str, timeout_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store("memory://refused")
@@ -227,7 +227,7 @@ def _failing(error: Exception) -> Callable[..., None]:
     return fail
 
 
-def test_a_driver_that_fails_after_the_opening(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_wraps_a_driver_error_after_opening(monkeypatch: pytest.MonkeyPatch) -> None:
     """A token can expire between two blocks."""
     store = Store(f"memory://{uuid.uuid4().hex}")
     with store.open("x", "wb") as file:
@@ -246,15 +246,13 @@ def test_a_driver_that_fails_after_the_opening(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.undo()
 
 
-def test_an_unreadable_local_file_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreadable_local_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("builtins.open", _failing(PermissionError(13, "Permission denied")))
     with pytest.raises(StoreError, match=rf"^{tmp_path}/x: .*Permission denied.*permissions, then"):
         Store(str(tmp_path)).open("x")
 
 
-def test_a_missing_driver_names_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_driver_names_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise ImportError("Install s3fs to access S3")
 

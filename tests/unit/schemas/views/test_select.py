@@ -115,7 +115,7 @@ def test_samples_are_by_key(tmp_path: Path) -> None:
     assert keys(some) <= keys(third)
 
 
-def test_the_split_keeps_documents_whole_and_survives_a_shuffle(tmp_path: Path) -> None:
+def test_split_keeps_documents_together_and_survives_a_shuffle(tmp_path: Path) -> None:
     sides = []
     for name, order in (("a", None), ("b", list(range(29, -1, -1)))):
         url = str(tmp_path / name)
@@ -171,7 +171,9 @@ def test_runs_of_one_set(tmp_path: Path) -> None:
         one(tmp_path, "x", str(tmp_path / "empty"))
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_view_command_prints_its_summary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     url = str(tmp_path / "a")
     make_run(url, "r1", 1)
     out, facts = tmp_path / "views", tmp_path / "out.json"

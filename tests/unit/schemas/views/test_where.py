@@ -40,7 +40,7 @@ HOLDS = {
 
 
 @pytest.mark.parametrize("text", HOLDS)
-def test_what_holds(text: str) -> None:
+def test_where_selects_what_holds(text: str) -> None:
     found = TABLE.filter(parse_filter(text, TABLE.column_names))
     assert found.column("n").to_pylist() == HOLDS[text]
 
@@ -73,7 +73,7 @@ def test_what_holds(text: str) -> None:
         "not " * 5000 + "n",
     ],
 )
-def test_everything_else_is_refused(text: str) -> None:
+def test_where_refuses_everything_else(text: str) -> None:
     with pytest.raises(ConfigError, match="--where"):
         parse_filter(text, TABLE.column_names)
 

@@ -104,7 +104,7 @@ def rewrite(store: Store, rel: str, content: bytes | None) -> None:
         store.write_bytes(rel, content)
 
 
-def test_the_newest_is_found_and_brought_back_exactly(store: Store, tmp_path: Path) -> None:
+def test_restore_brings_back_the_newest_exactly(store: Store, tmp_path: Path) -> None:
     save(store, 5, 10)
     torch.manual_seed(7)
     save(store, 15)
@@ -121,7 +121,7 @@ def test_the_newest_is_found_and_brought_back_exactly(store: Store, tmp_path: Pa
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_what_is_saved_is_the_state_when_it_was_saved(
+def test_save_writes_the_state_of_its_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, started, go_on = Store(str(tmp_path)), threading.Event(), threading.Event()
@@ -148,9 +148,7 @@ def test_what_is_saved_is_the_state_when_it_was_saved(
     assert writer.busy_s > 0
 
 
-def test_a_writer_that_fails_stops_the_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_writer_stops_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(str(tmp_path))
     save(store, 5)
 
@@ -169,7 +167,7 @@ def test_a_writer_that_fails_stops_the_training(
 
 
 @pytest.mark.parametrize("rank_is_lost_in", ["gathered", "barrier"])
-def test_a_lost_rank_is_no_fault_of_the_store(
+def test_lost_rank_is_no_store_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank_is_lost_in: str
 ) -> None:
     """Only what is no TutelageError makes the workers start again."""
@@ -193,7 +191,7 @@ def until_raised(writer: CheckpointWriter) -> None:
         time.sleep(0.01)
 
 
-def test_a_process_that_lost_the_run_finishes_no_checkpoint(tmp_path: Path) -> None:
+def test_former_owner_finishes_no_checkpoint(tmp_path: Path) -> None:
     store, calls = Store(str(tmp_path)), []
 
     def owner_changes() -> None:
@@ -209,13 +207,13 @@ def test_a_process_that_lost_the_run_finishes_no_checkpoint(tmp_path: Path) -> N
     assert find(store, tmp_path)[0] is None
 
 
-def test_only_the_newest_are_kept(store: Store) -> None:
+def test_writer_keeps_only_the_newest(store: Store) -> None:
     save(store, 5, 10, 15, keep=2)
     assert names(store) == ["step_15-aa", "step_10-aa"]
 
 
 @pytest.mark.parametrize(("best_is", "kept"), [("lowest", 10), ("highest", 5)])
-def test_the_best_are_kept_besides(tmp_path: Path, best_is: str, kept: int) -> None:
+def test_writer_also_keeps_the_best(tmp_path: Path, best_is: str, kept: int) -> None:
     store = Store(str(tmp_path))
     writer = make_writer(store, keep=1, keep_best=1, best_is=best_is)
     for step, loss in [(5, 3.0), (10, 1.0), (15, 2.0), (20, None), (25, 1.5)]:
@@ -224,7 +222,7 @@ def test_the_best_are_kept_besides(tmp_path: Path, best_is: str, kept: int) -> N
     assert names(store) == ["step_25-aa", f"step_{kept}-aa"]
 
 
-def test_what_was_skipped_goes_away_when_it_is_made_again(tmp_path: Path) -> None:
+def test_writer_deletes_a_skipped_checkpoint_once_replaced(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     save(store, 5, 10)
     rewrite(store, "checkpoints/step_10-aa/weights.pt", b"")
@@ -235,7 +233,7 @@ def test_what_was_skipped_goes_away_when_it_is_made_again(tmp_path: Path) -> Non
     assert not (tmp_path / "checkpoints" / "universal_step_4-aa").exists()
 
 
-def test_nothing_there(store: Store, tmp_path: Path) -> None:
+def test_find_returns_none_without_checkpoints(store: Store, tmp_path: Path) -> None:
     assert find(store, tmp_path) == (None, None, [])
 
 
@@ -247,7 +245,9 @@ def test_nothing_there(store: Store, tmp_path: Path) -> None:
         (lambda content: content[:-1] + b"!", "damaged"),
     ],
 )
-def test_damage_is_skipped_and_said(store: Store, tmp_path: Path, damage: Any, reason: str) -> None:
+def test_find_skips_damage_and_says_so(
+    store: Store, tmp_path: Path, damage: Any, reason: str
+) -> None:
     save(store, 5, 10)
     rel = "checkpoints/step_10-aa/weights.pt"
     rewrite(store, rel, damage(store.read_bytes(rel)))
@@ -258,7 +258,7 @@ def test_damage_is_skipped_and_said(store: Store, tmp_path: Path, damage: Any, r
     assert reason in skipped[0]
 
 
-def test_what_was_downloaded_goes_away(tmp_path: Path) -> None:
+def test_download_is_deleted_after_the_restore(tmp_path: Path) -> None:
     """Copies that are skipped at once, the one that is loaded after that, also if it fails."""
     store, cache = Store(f"memory://run-{tmp_path.name}"), tmp_path / "cache"
     save(store, 5, 10)
@@ -281,7 +281,7 @@ def test_what_was_downloaded_goes_away(tmp_path: Path) -> None:
     store.delete("checkpoints")
 
 
-def test_a_torn_manifest_is_skipped(store: Store, tmp_path: Path) -> None:
+def test_find_skips_a_torn_manifest(store: Store, tmp_path: Path) -> None:
     save(store, 5, 10)
     rel = "checkpoints/step_10-aa/manifest.json"
     rewrite(store, rel, store.read_bytes(rel)[:50])
@@ -292,7 +292,7 @@ def test_a_torn_manifest_is_skipped(store: Store, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dies_in", ["write_state", "gathered"])
-def test_a_save_that_dies_is_not_trusted(
+def test_find_skips_a_save_that_died(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_in: str
 ) -> None:
     save(store, 5)
@@ -323,7 +323,7 @@ def die_after(store: Store, monkeypatch: pytest.MonkeyPatch, dies_in: str) -> No
 
 
 @pytest.mark.parametrize("seed", [0, 1 << 24, 1 << 70])
-def test_random_streams_start_anew_on_another_number_of_workers(tmp_path: Path, seed: int) -> None:
+def test_random_streams_restart_on_another_number_of_workers(tmp_path: Path, seed: int) -> None:
     store = Store(str(tmp_path))
     save(store, 5)
     folder, manifest, _ = find(store, tmp_path)
@@ -345,7 +345,7 @@ def test_random_streams_start_anew_on_another_number_of_workers(tmp_path: Path, 
     assert draws[0] not in (draw(seed + 1, 5), draw(seed, 6))
 
 
-def test_hyperparameters_are_the_configurations(tmp_path: Path) -> None:
+def test_restore_takes_hyperparameters_from_the_configuration(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     save(store, 5)
     folder, manifest, _ = find(store, tmp_path)
@@ -357,7 +357,7 @@ def test_hyperparameters_are_the_configurations(tmp_path: Path) -> None:
     assert engine.optimizer.param_groups[0]["weight_decay"] == 0.25
 
 
-def test_a_folder_named_by_an_older_version_is_found(tmp_path: Path) -> None:
+def test_find_accepts_folder_names_of_older_versions(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     save(store, 5)
     shutil.move(tmp_path / "checkpoints" / "step_5-aa", tmp_path / "checkpoints" / "step_5")

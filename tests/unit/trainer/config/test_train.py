@@ -27,14 +27,14 @@ def load(tmp_path: Path, *overrides: str, text: str = MINIMAL) -> TrainConfig:
     return load_toml(str(path), TrainConfig, overrides)
 
 
-def test_a_minimal_file_is_a_complete_run(tmp_path: Path) -> None:
+def test_minimal_file_is_a_complete_run(tmp_path: Path) -> None:
     config = load(tmp_path)
     assert config.loss.kind == "forward_kl"
     assert config.data.epochs == 1
     assert config.data.steps is None
 
 
-def test_the_written_out_configuration_reads_back_the_same(tmp_path: Path) -> None:
+def test_written_configuration_reads_back_equal(tmp_path: Path) -> None:
     config = load(tmp_path, "optimizer.betas=[0.8, 0.99]", "deepspeed.native.zero_optimization.x=1")
     assert load(tmp_path, text=dump_toml(config)) == config
 
@@ -56,19 +56,19 @@ def test_the_written_out_configuration_reads_back_the_same(tmp_path: Path) -> No
         (["data.sequence_per_step=4"], "sequences_per_step"),
     ],
 )
-def test_a_wrong_value_is_named(tmp_path: Path, overrides: list[str], named: str) -> None:
+def test_config_names_a_wrong_value(tmp_path: Path, overrides: list[str], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         load(tmp_path, *overrides)
 
 
 @pytest.mark.parametrize(("kind", "field"), [("jsd", "beta"), ("skew_kl", "skew")])
-def test_a_divergence_takes_its_own_field(tmp_path: Path, kind: str, field: str) -> None:
+def test_config_refuses_fields_of_another_divergence(tmp_path: Path, kind: str, field: str) -> None:
     config = load(tmp_path, f"loss.kind={kind}", f"loss.{field}=0.3")
     assert getattr(config.loss, field) == 0.3
     assert load(tmp_path, text=dump_toml(config)) == config
 
 
-def test_a_student_from_a_config_needs_a_tokenizer(tmp_path: Path) -> None:
+def test_student_from_a_config_needs_a_tokenizer(tmp_path: Path) -> None:
     text = MINIMAL.replace('path = "models/small"', 'config = {model_type = "llama"}')
     with pytest.raises(ConfigError, match=r"student\.tokenizer"):
         load(tmp_path, text=text)
@@ -84,7 +84,7 @@ def test_configurations_cannot_be_changed() -> None:
         config.run = "other"  # type: ignore[misc]
 
 
-def test_the_best_by_a_held_out_value_needs_an_evaluation(tmp_path: Path) -> None:
+def test_best_by_a_held_out_metric_needs_an_evaluation(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"best_metric = \"eval_ce\" needs \[eval\], which is missing"
     ):

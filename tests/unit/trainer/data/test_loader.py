@@ -76,7 +76,7 @@ def stored(view: View) -> list[tuple[int, ...]]:
     return [tuple(rows.token_ids[bounds[i] : bounds[i + 1]].tolist()) for i in range(len(rows))]
 
 
-def test_every_row_comes_once_and_whole(view: View) -> None:
+def test_loader_returns_every_row_once(view: View) -> None:
     job = config(view)
     batches = load(view, job)
     assert sorted(documents(batches)) == sorted(stored(view))
@@ -87,7 +87,7 @@ def test_every_row_comes_once_and_whole(view: View) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [2, 3, 5])  # of four lanes
-def test_ranks_together_read_what_one_reads(view: View, num_workers: int) -> None:
+def test_loader_shares_the_rows_among_ranks(view: View, num_workers: int) -> None:
     job = config(view)
     alone = load(view, job)
     shares = [load(view, job, rank, world_size=num_workers) for rank in range(num_workers)]
@@ -99,7 +99,7 @@ def test_ranks_together_read_what_one_reads(view: View, num_workers: int) -> Non
         assert {part.state for part in together} == {whole.state}
 
 
-def test_going_on_reads_the_rest(view: View) -> None:
+def test_loader_resumes_with_the_rest(view: View) -> None:
     job = config(view, data={"micro_batch_size": 2})
     whole = load(view, job)
     for done in (1, len(whole) - 1):
@@ -111,7 +111,7 @@ def test_going_on_reads_the_rest(view: View) -> None:
                 assert torch.equal(a.targets.entry_ids, b.targets.entry_ids)
 
 
-def test_targets_point_at_the_state_before_their_token(view: View) -> None:
+def test_loader_targets_point_at_the_state_before_their_token(view: View) -> None:
     for batch in load(view, config(view, data={"micro_batch_size": 3})):
         for micro_batch in batch.micro_batches:
             targets = micro_batch.targets
@@ -137,7 +137,7 @@ def test_hard_labels_read_no_teacher(view: View) -> None:
     reader.close()
 
 
-def test_a_view_may_promise_less_than_its_label_set_holds(tmp_path: Path) -> None:
+def test_view_may_promise_less_than_its_label_set_holds(tmp_path: Path) -> None:
     have = RecordSpec(kind="threshold", tau=0.05, temperatures=(0.5, 2.0), draw_temperature=2.0)
     want = RecordSpec(kind="threshold", tau=0.2, temperatures=(2.0,), entropy=False)
     whole = make_view(tmp_path, have, VOCABULARY)
@@ -159,12 +159,12 @@ def test_a_view_may_promise_less_than_its_label_set_holds(tmp_path: Path) -> Non
     hard.close()
 
 
-def test_a_view_cannot_promise_what_its_label_set_lacks(view: View) -> None:
+def test_view_cannot_promise_what_its_label_set_lacks(view: View) -> None:
     with pytest.raises(StoreError, match=r"record\.k: only 3 stored"):
         build_view(f"{view.url}-more", [(view.label_sets[0], "run")], RecordSpec(kind="topk", k=4))
 
 
-def test_damage_reaches_the_training(tmp_path: Path) -> None:
+def test_loader_raises_damage_in_the_training(tmp_path: Path) -> None:
     view = make_view(tmp_path, RECORD, VOCABULARY)
     shard = next((tmp_path / "labels" / "shards").iterdir())
     content = bytearray(shard.read_bytes())
@@ -201,7 +201,7 @@ def assert_same_rows(found: LabelRows, expected: LabelRows) -> None:
         assert np.array_equal(getattr(found, name), getattr(expected, name)), name
 
 
-def test_the_order_does_not_depend_on_what_the_labels_are(tmp_path: Path) -> None:
+def test_order_does_not_depend_on_the_labels(tmp_path: Path) -> None:
     """Students of two records learn from the same rows in the same order."""
     tables = [
         read_row_table(make_view(tmp_path / record.kind, record, VOCABULARY), job_data())

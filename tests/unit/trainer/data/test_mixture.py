@@ -51,7 +51,7 @@ def start(view: MixedView, step: int = 0) -> LoaderState:
     return LoaderState(view_hash=view.view_hash, seed=0, epoch=0, step=step)
 
 
-def test_shares_of_sequences_hold_at_every_step(config, view, rows) -> None:
+def test_mixture_holds_its_shares_at_every_step(config, view, rows) -> None:
     seen = np.zeros(2)
     for state, packs in islice(run_steps(rows, config.data, start(view)), 60):
         assert len(packs) == config.data.sequences_per_step
@@ -62,7 +62,7 @@ def test_shares_of_sequences_hold_at_every_step(config, view, rows) -> None:
         assert state.epoch == 0
 
 
-def test_each_view_is_read_in_its_own_order_again_and_again(config, view, rows) -> None:
+def test_mixture_repeats_each_view_in_its_own_order(config, view, rows) -> None:
     steps = islice(run_steps(rows, config.data, start(view)), 60)
     small = [row for _, packs in steps for pack in packs for row in pack.tolist() if row >= 96]
     alone = read_row_table(open_view(config.view[1].view), config.data)
@@ -75,7 +75,7 @@ def test_each_view_is_read_in_its_own_order_again_and_again(config, view, rows) 
 
 
 @pytest.mark.parametrize("done", [1, 7, 41])
-def test_going_on_from_a_step_reads_the_rest(config, view, rows, done: int) -> None:
+def test_mixture_resumes_with_the_rest(config, view, rows, done: int) -> None:
     whole = list(islice(run_steps(rows, config.data, start(view)), done + 5))
     rest = list(islice(run_steps(rows, config.data, whole[done - 1][0]), 5))
     for (state, packs), (expected, others) in zip(rest, whole[done:], strict=True):
@@ -84,7 +84,7 @@ def test_going_on_from_a_step_reads_the_rest(config, view, rows, done: int) -> N
             assert pack.tolist() == other.tolist()
 
 
-def test_the_loader_reads_the_rows_of_both_views(config, view, rows) -> None:
+def test_loader_reads_the_rows_of_both_views(config, view, rows) -> None:
     loader = Loader(config, view, rows, start(view), 0, len(VOCABULARY))
     try:
         batch = next(loader)
@@ -98,7 +98,7 @@ def test_the_loader_reads_the_rows_of_both_views(config, view, rows) -> None:
         assert micro_batch.input_ids[0, : len(tokens)].tolist() == tokens.tolist()
 
 
-def test_the_hash_is_of_views_and_shares(config, view) -> None:
+def test_mixture_hash_is_of_views_and_shares(config, view) -> None:
     def other(weights: tuple[float, float]) -> str:
         parts = [p.model_copy(update={"weight": w}) for p, w in zip(config.view, weights)]  # noqa: B905
         return open_view(parts).view_hash
@@ -107,7 +107,7 @@ def test_the_hash_is_of_views_and_shares(config, view) -> None:
     assert other((2.0, 3.0)) != view.view_hash
 
 
-def test_a_mixture_survives_its_file_and_needs_steps(config, tmp_path: Path) -> None:
+def test_mixture_survives_its_file_and_needs_steps(config, tmp_path: Path) -> None:
     (tmp_path / "train.toml").write_text(dump_toml(config))
     assert load_toml(tmp_path / "train.toml", TrainConfig) == config
     views = [part.model_dump() for part in config.view]

@@ -11,11 +11,11 @@ def pack(lengths: list[int], max_tokens: int) -> list[list[int]]:
     return packs + list(packer.flush())
 
 
-def test_a_row_goes_into_the_first_pack_with_room() -> None:
+def test_packer_puts_a_row_into_the_first_pack_with_room() -> None:
     assert pack([6, 5, 4, 5, 1], 10) == [[0, 2], [1, 3], [4]]
 
 
-def test_the_fullest_pack_is_closed_when_all_are_open() -> None:
+def test_packer_closes_the_fullest_pack_when_all_are_open() -> None:
     lengths = [6] * OPEN_PACKS + [7]
     lengths[3] = 9
     packs = pack(lengths, 10)
@@ -23,15 +23,15 @@ def test_the_fullest_pack_is_closed_when_all_are_open() -> None:
     assert packs[-1] == [OPEN_PACKS]
 
 
-def test_a_row_of_full_length_stands_alone() -> None:
+def test_packer_leaves_a_row_of_full_length_alone() -> None:
     assert pack([10, 10, 3], 10) == [[0], [1], [2]]
 
 
-def test_nothing_gives_nothing() -> None:
+def test_packer_of_no_rows_makes_no_packs() -> None:
     assert pack([], 10) == []
 
 
-def test_adding_in_parts_changes_nothing() -> None:
+def test_packer_does_not_depend_on_how_rows_are_added() -> None:
     lengths = np.random.default_rng(0).integers(1, 64, 500).tolist()
     packer = Packer(64)
     packs = []
@@ -41,7 +41,7 @@ def test_adding_in_parts_changes_nothing() -> None:
     assert packs + list(packer.flush()) == pack(lengths, 64)
 
 
-def test_packs_are_nearly_full() -> None:
+def test_packer_fills_packs_nearly() -> None:
     lengths = np.random.default_rng(1).integers(1, 512, 4000).tolist()
     packs = pack(lengths, 1024)
     assert sum(lengths) / (len(packs) * 1024) > 0.97

@@ -55,7 +55,7 @@ def test_shuffled_is_frozen() -> None:
     assert shuffled(100, "a").tolist() != shuffled(100, "b").tolist()
 
 
-def test_the_order_depends_on_view_seed_and_epoch() -> None:
+def test_order_depends_on_view_seed_and_epoch() -> None:
     rows, data = make_rows([40] * 6), make_data()
     first = flat(list(epoch_steps(rows, data, 0)))
     assert flat(list(epoch_steps(rows, data, 0))) == first
@@ -64,7 +64,7 @@ def test_the_order_depends_on_view_seed_and_epoch() -> None:
     assert flat(list(epoch_steps(rows, make_data(seed=1), 0))) != first
 
 
-def test_resuming_gives_the_rest_of_the_run() -> None:
+def test_order_resumes_with_the_rest_of_the_run() -> None:
     rows, data = make_rows([30] * 5), make_data(epochs=3)
     start = LoaderState(view_hash="v", seed=0, epoch=0, step=0)
     whole = [(state, flat([step])) for state, step in run_steps(rows, data, start)]
@@ -82,7 +82,7 @@ def test_resuming_after_the_last_step_of_an_epoch_starts_the_next() -> None:
     assert (following.epoch, following.step) == (1, 1)
 
 
-def test_a_state_of_another_order_is_refused() -> None:
+def test_loader_state_refuses_another_order() -> None:
     now = LoaderState(view_hash="v", seed=0, epoch=0, step=0)
     later = LoaderState(view_hash="v", seed=0, epoch=2, step=9)
     later.check_order(now, "it", "start again")
@@ -101,7 +101,7 @@ def test_steps_run_over_as_many_epochs_as_they_need() -> None:
     assert states[-1].epoch > 3
 
 
-def test_a_lane_that_ran_dry_gives_empty_packs() -> None:
+def test_lane_that_ran_dry_gives_empty_packs() -> None:
     rows = make_rows([3], longest=64)
     steps = list(epoch_steps(rows, make_data(lanes=4), 0))
     assert all(len(step) == 4 for step in steps)
@@ -169,7 +169,7 @@ def test_places_of_rows_are_read_from_the_view() -> None:
     assert rows.row.tolist() == [0, 1, 0, 0, 1]
 
 
-def test_a_row_longer_than_the_context_is_an_error() -> None:
+def test_row_longer_than_the_context_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"1 of 5 rows .* row 3, has 65 tokens.*long_rows"):
         read_row_table(view_table([5, 64, 7, 65, 9]), make_data())
 
@@ -182,11 +182,11 @@ def test_long_rows_may_be_dropped_and_are_counted() -> None:
     assert rows.row.tolist() == [0, 1, 1]
 
 
-def test_a_view_of_long_rows_only_is_an_error() -> None:
+def test_view_of_long_rows_only_is_an_error() -> None:
     with pytest.raises(ConfigError, match="5 of 5 rows"):
         read_row_table(view_table([65] * 5), make_data(long_rows="drop"))
 
 
-def test_an_empty_view_is_an_error() -> None:
+def test_empty_view_is_an_error() -> None:
     with pytest.raises(ConfigError, match="no rows"):
         read_row_table(view_table([]), make_data())

@@ -69,7 +69,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
 
 @pytest.mark.parametrize("length", [{"epochs": 2}, {"epochs": None, "steps": 23}])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_batches_are_those_of_the_trainer(view, length, world_size):
+def test_view_dataset_gives_the_trainers_batches(view, length, world_size):
     wanted = data(**length)
     totals: dict[int, float] = {}
     for rank in range(world_size):
@@ -89,7 +89,7 @@ def test_batches_are_those_of_the_trainer(view, length, world_size):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
-def test_worker_processes_change_nothing(view, num_workers):
+def test_view_dataset_gives_the_same_in_any_number_of_processes(view, num_workers):
     wanted = data(epochs=1)
     alone = list(dataset(view, wanted))
     loader = DataLoader(
@@ -105,7 +105,7 @@ def test_worker_processes_change_nothing(view, num_workers):
         assert torch.equal(one["targets"].entry_ids, other["targets"].entry_ids)
 
 
-def test_every_state_goes_on_with_the_next_batch(view):
+def test_view_dataset_resumes_from_every_state(view):
     wanted = data(micro_batch_size=2)
     first = dataset(view, wanted)
     everything = list(first)
@@ -125,7 +125,7 @@ def test_every_state_goes_on_with_the_next_batch(view):
     assert len(list(rest_of_it)) == 9 * 3 - 13
 
 
-def test_a_step_taken_on_other_ranks_goes_on_where_it_ended(view):
+def test_view_dataset_resumes_on_other_ranks(view):
     wanted = data()
     state = list(dataset(view, wanted))[3 * 4 - 1]["state"]  # after four whole steps
     rest = [dataset(view, wanted, rank, 2) for rank in range(2)]
@@ -156,7 +156,7 @@ def test_state_dict_follows_the_iteration_and_refuses_where_it_cannot(view):
         elsewhere.state_dict()
 
 
-def test_what_does_not_fit_is_refused(view):
+def test_view_dataset_refuses_what_does_not_fit(view):
     good = dataset(view, data())
     with pytest.raises(ConfigError, match=r"seed = 0, but here it is 1; .*same data\.seed"):
         dataset(view, data(seed=1)).load_state_dict(good.state_dict())

@@ -50,7 +50,7 @@ def test_gradient_accumulation_is_derived(
     assert native["train_batch_size"] == expected * micro_batch_size * num_workers
 
 
-def test_everything_whose_default_changed_is_written_out() -> None:
+def test_deepspeed_config_writes_every_changed_default() -> None:
     native = build_deepspeed_config(config(gradient_clipping=0.5, precision="bf16"), 1000, WORLD)
     assert native["gradient_clipping"] == 0.5
     assert native["bf16"] == {"enabled": True, "check_grad_overflow": False}
@@ -76,7 +76,7 @@ def test_native_options_pass_through_and_change_defaults() -> None:
     assert zero["overlap_comm"] is True
 
 
-def test_a_native_option_that_agrees_is_fine() -> None:
+def test_native_option_that_agrees_passes() -> None:
     native = {"zero_optimization": {"stage": 2}, "train_batch_size": "auto"}
     build_deepspeed_config(config(zero_stage=2, native=native), 1000, WORLD)
 
@@ -95,7 +95,7 @@ def test_a_native_option_that_agrees_is_fine() -> None:
         ({"amp": {"enabled": True}}, "native.amp", "deepspeed.precision"),
     ],
 )
-def test_a_contradiction_names_both_sides(native: dict[str, Any], theirs: str, ours: str) -> None:
+def test_contradiction_names_both_sides(native: dict[str, Any], theirs: str, ours: str) -> None:
     with pytest.raises(ConfigError) as error:
         build_deepspeed_config(config(native=native), 1000, WORLD)
     assert theirs in str(error.value)
@@ -116,7 +116,7 @@ def both(section: str, values: dict[str, Any], native: dict[str, Any]) -> TrainC
     return TrainConfig.model_validate(content)
 
 
-def test_a_native_optimizer_reaches_deepspeed_and_a_scheduler_does_not() -> None:
+def test_native_optimizer_reaches_deepspeed_and_a_scheduler_does_not() -> None:
     native = {"optimizer": ADAGRAD, "scheduler": {"type": "WarmupLR", "params": {}}}
     built = build_deepspeed_config(config(native=native), 1000, WORLD)
     assert built["optimizer"] == ADAGRAD

@@ -47,7 +47,7 @@ def step(engine: Any, inputs: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_the_first_step_in_bf16_is_the_first_of_the_optimizer(stage: int) -> None:
+def test_first_step_in_bf16_is_the_first_of_the_optimizer(stage: int) -> None:
     torch.manual_seed(0)
     model, inputs = nn.Linear(8, 8), torch.randn(4, 8).bfloat16()
     job = config(stage, "bf16")
@@ -72,7 +72,7 @@ def test_the_first_step_in_bf16_is_the_first_of_the_optimizer(stage: int) -> Non
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_what_is_trained_in_fp32_is_float32_whatever_it_was_built_in(stage: int) -> None:
+def test_fp32_training_widens_weights_of_any_dtype(stage: int) -> None:
     torch.manual_seed(0)
     frozen, trained = nn.Linear(8, 8).bfloat16(), nn.Linear(8, 8, dtype=torch.bfloat16)
     frozen.requires_grad_(False)

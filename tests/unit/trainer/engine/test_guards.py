@@ -15,7 +15,7 @@ def guard(spikes: str = "warn", recent: dict[str, list[float]] | None = None) ->
 
 @pytest.mark.parametrize("spikes", ["off", "warn", "stop"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_always_stops(spikes: str, value: float) -> None:
+def test_guard_stops_on_values_that_are_not_finite(spikes: str, value: float) -> None:
     for check in (lambda: guard(spikes).check_loss(7, value, 2.0),
                   lambda: guard(spikes).check_gradient(7, value)):  # fmt: skip
         with pytest.raises(BadStep) as error:
@@ -24,7 +24,7 @@ def test_what_is_not_finite_always_stops(spikes: str, value: float) -> None:
         assert error.value.median is None
 
 
-def test_a_spike_is_measured_against_the_median_of_the_window() -> None:
+def test_guard_measures_a_spike_against_the_windows_median() -> None:
     mine = guard()
     assert [mine.check_loss(step, 2.0, 1.0) for step in range(MIN_RECENT_STEPS)] == [
         ""
@@ -34,14 +34,14 @@ def test_a_spike_is_measured_against_the_median_of_the_window() -> None:
     assert len(mine.recent[LOSS]) == 10
 
 
-def test_the_first_steps_are_no_spikes() -> None:
+def test_guard_finds_no_spike_in_the_first_steps() -> None:
     mine = guard("stop")
     assert [mine.check_gradient(step, 10.0**step) for step in range(MIN_RECENT_STEPS)] == [
         ""
     ] * MIN_RECENT_STEPS
 
 
-def test_a_guard_goes_on_where_another_stood() -> None:
+def test_guard_resumes_from_recent_values() -> None:
     first = guard("stop")
     for step in range(20):
         first.check_gradient(step, 1.0 + 0.01 * step)
@@ -52,7 +52,7 @@ def test_a_guard_goes_on_where_another_stood() -> None:
 
 
 @pytest.mark.parametrize("losses", [[1e-9, -1e-9] * 8, [-1.0] * 16], ids=["zero", "negative"])
-def test_median_of_zero_or_less_makes_nothing_a_spike(losses: list[float]) -> None:
+def test_guard_finds_no_spike_over_a_median_of_zero_or_less(losses: list[float]) -> None:
     mine = guard()
     warnings = [mine.check_loss(step, loss, 1.0) for step, loss in enumerate([*losses, 3.0])]
     assert warnings == [""] * 17

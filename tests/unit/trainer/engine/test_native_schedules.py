@@ -39,7 +39,7 @@ def learning_rate(scheduler: dict[str, Any]) -> LearningRate:
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda section: section["type"])
-def test_any_step_has_the_rate_that_deepspeed_comes_to(scheduler: dict[str, Any]) -> None:
+def test_native_schedule_gives_deepspeeds_rate_at_any_step(scheduler: dict[str, Any]) -> None:
     from deepspeed.runtime import lr_schedules
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
@@ -57,6 +57,6 @@ def test_any_step_has_the_rate_that_deepspeed_comes_to(scheduler: dict[str, Any]
         assert rate(step) == expected[step - 1], step
 
 
-def test_a_parameter_that_it_does_not_have_is_named() -> None:
+def test_native_schedule_names_an_unknown_parameter() -> None:
     with pytest.raises(ConfigError, match=r"scheduler\.params.*'warmup'"):
         learning_rate({"type": "WarmupLR", "params": {"warmup": 4}})

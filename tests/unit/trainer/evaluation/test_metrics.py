@@ -49,7 +49,7 @@ def test_metrics_equal_a_naive_count(spread):
     assert tally.calibration.error == pytest.approx(expected["ece"], rel=1e-4)
 
 
-def test_a_model_is_at_no_distance_from_itself():
+def test_model_is_at_no_distance_from_itself():
     logits = torch.randn(50, 20, generator=torch.Generator().manual_seed(0))
     tally = Tally()
     tally.add(logits, logits, torch.zeros(50, dtype=torch.long))
@@ -66,7 +66,7 @@ def test_padding_ids_of_one_model_do_not_count():
     torch.testing.assert_close(kl_divergence(teacher, padded), expected)
 
 
-def test_a_teacher_that_excludes_an_id_gives_a_finite_distance():
+def test_teacher_that_excludes_an_id_gives_a_finite_distance():
     teacher = torch.tensor([[0.0, -torch.inf, 1.0]])
     assert torch.isfinite(kl_divergence(teacher, torch.zeros(1, 3))).all()
 

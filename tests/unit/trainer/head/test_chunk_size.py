@@ -44,7 +44,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("softcap", [None, 30.0])
-def test_a_chunk_takes_what_the_budget_allows(dtype, temperature, softcap):
+def test_chunk_takes_what_the_budget_allows(dtype, temperature, softcap):
     hidden, weight = inputs(dtype)
     targets, transform = labels(), LogitTransform(1.0, softcap)
     peaks, chunks = [], []
@@ -62,7 +62,7 @@ def test_a_chunk_takes_what_the_budget_allows(dtype, temperature, softcap):
     assert expected <= peaks[1] - peaks[0] <= 1.08 * expected
 
 
-def test_results_do_not_depend_on_the_budget_beyond_rounding():
+def test_loss_does_not_depend_on_the_budget_beyond_rounding():
     hidden, weight = inputs(torch.float32)
     targets = labels().chunk(0, 40)
     found = []
@@ -114,6 +114,6 @@ def test_chunk_of_no_positions_has_one():
     assert chunk_tokens(LossConfig(), 0, 1 << 15, torch.float32, CPU, False) == 1
 
 
-def test_two_sizes_of_a_chunk_are_refused():
+def test_config_refuses_two_chunk_sizes():
     with pytest.raises(ValueError, match="give one of them"):
         LossConfig(chunk_tokens=5, head_memory_bytes=1 << 20)

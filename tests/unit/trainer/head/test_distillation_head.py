@@ -24,7 +24,7 @@ def test_head_module_gives_logits_or_loss_and_shares_parameters():
     torch.testing.assert_close(total, expected)
 
 
-def test_a_head_of_its_own_learns():
+def test_head_of_its_own_learns():
     hidden, _, _, targets = inputs(18, torch.float32)
     torch.manual_seed(0)
     head = DistillationHead(

@@ -62,7 +62,7 @@ def test_value_and_gradients_equal_the_dense_oracle(record, kind, temperature, a
 
 
 @pytest.mark.parametrize(("record", "kind", "temperature", "alpha"), CASES)
-def test_the_reported_loss_is_the_one_whose_gradient_is_used(record, kind, temperature, alpha):
+def test_reported_loss_is_the_one_whose_gradient_is_used(record, kind, temperature, alpha):
     hidden, weight, _, targets = inputs(1, record=record)
     loss = LossConfig(kind=kind, temperature=temperature, alpha=alpha, chunk_tokens=8)
 
@@ -121,7 +121,7 @@ def test_many_chunks_do_not_drift_in_bfloat16():
 
 
 @pytest.mark.parametrize("num_labels", [255, 511, 3070])
-def test_a_mean_in_bfloat16_is_the_sum_over_the_number(num_labels):
+def test_mean_in_bfloat16_is_the_sum_over_the_number(num_labels):
     """Whichever is rounded before the product, 1 / N or the sum, all is off by up to 0.4%."""
     rng = np.random.default_rng(19)
     targets = random_targets(rng, 256, V, 256)
@@ -218,7 +218,7 @@ def test_extreme_students_and_teachers_stay_finite_and_right(kind, offset):
     )
 
 
-def test_a_head_of_the_whole_vocabulary_is_the_full_kl():
+def test_head_of_all_ids_gives_the_full_kl():
     rng = np.random.default_rng(8)
     targets = random_targets(rng, T, V, T, head_sizes=np.full(T, V))
     assert torch.isinf(targets.tail_logmass).all()
@@ -247,7 +247,7 @@ def test_truncated_may_be_negative_and_is_not_clamped():
     assert parts["kl"].item() < 0
 
 
-def test_only_what_needs_a_gradient_gets_one():
+def test_loss_gives_gradients_only_where_needed():
     hidden, weight, _, targets = inputs(10, torch.float32)
     full = fused_distillation_loss(hidden, weight, None, targets, LossConfig(kind="ghost"))[0]
     d_hidden, d_weight = gradients(full, hidden, weight)
@@ -345,7 +345,7 @@ def test_zero_weight_positions_count_for_nothing():
     torch.testing.assert_close(gradients(total, hidden), gradients(alone, hidden))
 
 
-def test_ids_outside_the_head_are_refused():
+def test_loss_refuses_ids_outside_the_head():
     hidden, weight, _, targets = inputs(15)
     with pytest.raises(
         VocabularyError, match=f"id {V - 1} but the student's head has {V - 1} rows"
@@ -353,7 +353,7 @@ def test_ids_outside_the_head_are_refused():
         fused_distillation_loss(hidden, weight[:-1], None, targets, LossConfig(kind="ghost"))
 
 
-def test_a_temperature_that_is_not_stored_is_refused_by_name():
+def test_loss_refuses_a_temperature_that_is_not_stored():
     hidden, weight, _, targets = inputs(16)
     with pytest.raises(ConfigError, match=r"3\.0 .* serve 0\.5, 1\.0, 2\.0"):
         fused_distillation_loss(
@@ -364,7 +364,7 @@ def test_a_temperature_that_is_not_stored_is_refused_by_name():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("record", "kind", "temperature", "alpha"), CASES)
-def test_a_gpu_gives_the_same_loss_and_the_same_bits_twice(record, kind, temperature, alpha, dtype):
+def test_gpu_gives_the_same_loss_and_the_same_bits_twice(record, kind, temperature, alpha, dtype):
     """Softmax in place and half-precision products with a float32 result have their own kernels."""
     hidden, weight, _, targets = inputs(2, record=record)
     loss = LossConfig(kind=kind, temperature=temperature, alpha=alpha, chunk_tokens=8)

@@ -129,7 +129,7 @@ def test_gradients_of_the_whole_model(kind, temperature, alpha, tied):
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.parametrize(("kind", "temperature", "alpha"), CASES)
-def test_the_reported_loss_moves_as_its_gradient_says(kind, temperature, alpha, transform):
+def test_reported_loss_moves_as_its_gradient_says(kind, temperature, alpha, transform):
     """By finite differences, through a tied head."""
     loss = LossConfig(kind=kind, temperature=temperature, alpha=alpha, chunk_tokens=4)
     parts, model = batches(kind), Model(tied=True)

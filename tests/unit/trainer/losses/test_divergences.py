@@ -53,7 +53,7 @@ def test_masses_of_zero_on_either_side_or_both_give_numbers(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_student_equal_to_the_teacher_has_nothing_to_learn(kind):
+def test_student_equal_to_the_teacher_has_zero_loss(kind):
     targets, logits = inputs(0)
     ids = targets.entry_ids.long().view(T, 5)
     m = targets.tail_logmass.double().exp()
@@ -122,7 +122,7 @@ def test_own_fields_count(loss, record):
     assert total != pytest.approx(run(logits, targets, loss.model_copy(update=other))[0], rel=1e-3)
 
 
-def test_an_empty_bucket_of_the_teacher_pulls_without_breaking():
+def test_empty_bucket_of_the_teacher_gives_finite_gradients():
     """Draws that cover all of the tail leave a bucket of exactly nothing."""
     targets, logits = inputs(4)
     gone = torch.full_like(targets.tail_logmass, -torch.inf)

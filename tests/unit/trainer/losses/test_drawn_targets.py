@@ -89,7 +89,7 @@ def test_draws_at_another_temperature_are_weighed_by_the_ratio():
     assert weights[2:4].tolist() == pytest.approx(expected, rel=3e-3)
 
 
-def test_a_partition_gives_draws_their_own_probability_and_the_bucket_the_rest():
+def test_partition_gives_draws_their_own_probability_and_the_bucket_the_rest():
     targets = build(threshold_rows())
     partition = teacher_partition(targets, 1.0, targets.segments(), torch.float64)
     weights = partition.log_weights(targets.segments()).exp()
@@ -103,7 +103,7 @@ def test_a_partition_gives_draws_their_own_probability_and_the_bucket_the_rest()
     assert partition.tail.min() > 0
 
 
-def test_a_draw_the_student_lacks_goes_without_touching_the_rest():
+def test_draw_the_student_lacks_leaves_the_rest_alone():
     """Ids 7 and 9 are absent: the mass off the head, and every other weight, stay as they were."""
     full, folded = build(threshold_rows()), build(threshold_rows(), vocab_size=7)
     assert folded.entry_ids.tolist() == [4, 1, 5, 2]
@@ -114,7 +114,7 @@ def test_a_draw_the_student_lacks_goes_without_touching_the_rest():
     assert partition.tail[0].item() == pytest.approx(0.2, rel=1e-2)
 
 
-def test_a_position_whose_draws_are_all_absent_counts_for_nothing_or_is_an_error():
+def test_position_whose_draws_are_all_absent_counts_for_nothing_or_is_an_error():
     rows = threshold_rows(
         head_len=np.array([0, 0], np.uint16),
         tail_len=np.array([1, 5], np.uint16),
@@ -193,7 +193,7 @@ def test_losses_that_the_record_serves_pass():
     check_loss(above, RecordSpec(kind="sampled", temperatures=(2.0,), draw_temperature=1.0))
 
 
-def test_a_temperature_whose_normaliser_was_not_read_is_an_error():
+def test_temperature_whose_normaliser_was_not_read_is_an_error():
     targets = build(threshold_rows(lse=None))
     with pytest.raises(ConfigError, match="lse was not read"):
         estimate(targets, 2.0)

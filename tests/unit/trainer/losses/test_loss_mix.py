@@ -32,7 +32,7 @@ def inputs(drawn: bool):
 @pytest.mark.parametrize(("kind", "mix"), MIXES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("alpha", [1.0, 0.4])
-def test_a_mix_is_the_sum_of_its_targets(kind, mix, temperature, alpha):
+def test_mix_is_the_sum_of_its_targets(kind, mix, temperature, alpha):
     own = {"beta": 0.3, "skew": 0.2} if kind == "jsd" else {}
     loss = LossConfig(
         kind=kind, mix=mix, temperature=temperature, alpha=alpha, chunk_tokens=4, **own

@@ -71,7 +71,7 @@ def test_chunks_are_the_whole_cut_apart():
     assert chunk.lse.shape == (2, 1)
 
 
-def test_a_loss_off_by_one_would_be_seen():
+def test_loss_off_by_one_would_be_seen():
     """A student whose state at t - 1 names token t has no loss; at t it would have a large one."""
     targets = build()
     hidden = torch.zeros(16, 30)
@@ -106,7 +106,7 @@ def test_weights_at_another_temperature_come_from_the_stored_normaliser():
     assert (partition.tail > 0).all()
 
 
-def test_a_head_that_rounding_lifted_over_one_is_everything():
+def test_head_that_rounding_lifted_over_one_has_all_mass():
     rows = two_rows(lse=np.full((4, 1), -0.5, np.float16))
     targets = build(rows)
     partition = teacher_partition(targets, 2.0, targets.segments(), torch.float64)
@@ -146,7 +146,7 @@ def test_rows_without_a_teacher_are_hard_labels_only():
         fused_distillation_loss(hidden, torch.eye(30), None, targets, LossConfig(kind="ghost"))
 
 
-def test_a_position_without_entries_is_an_error_not_a_silent_zero():
+def test_position_without_entries_is_an_error():
     with pytest.raises(RecordError, match=r"label 1 .* has no entries"):
         build(
             two_rows(

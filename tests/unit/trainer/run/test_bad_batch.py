@@ -33,7 +33,7 @@ def text(bad: BadStep, *rows: BadRow, checkpoint: str = "run/checkpoints/step_8"
 NAN = BadStep(LOSS, math.nan, None, 9)
 
 
-def test_the_row_that_gives_it_is_named() -> None:
+def test_report_names_the_row_that_gives_nan() -> None:
     found = text(NAN, row(41, False), row(2, True), row(3, None))
     assert found.startswith("the loss of step 9 is nan, as it is for 1 of 2 rows run on their own")
     assert "row 41 of the view (shard shards/x.parquet, row group 1, row 7)" in found
@@ -47,13 +47,13 @@ def test_corrupted_weights_are_distinguished_from_bad_rows() -> None:
     )
 
 
-def test_a_gradient_blames_no_row() -> None:
+def test_report_of_a_gradient_blames_no_row() -> None:
     found = text(BadStep(GRADIENT, math.inf, None, 3), row(1, None), checkpoint="")
     assert found.startswith("the gradient norm of step 3 is inf; run/bad_batch.json")
     assert "no checkpoint precedes it. Lower optimizer.lr" in found
 
 
-def test_a_spike_says_how_large_it_is_and_how_to_go_on() -> None:
+def test_report_of_a_spike_says_how_large_it_is_and_how_to_resume() -> None:
     found = text(BadStep(LOSS, 12.5, 2.5, 30), row(1, True))
     assert found.startswith("the loss of step 30 is 12.5, 5.0 times the median before it; ")
     assert "guard.spikes=warn" in found

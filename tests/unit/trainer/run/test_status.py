@@ -11,7 +11,7 @@ STATUS = StepStatus(step=120, num_steps=600, tokens=90_000, loss=3.21456, data_w
 LINE = "train: step 120/600 | loss 3.2146 | 1.2% waiting for data"
 
 
-def test_the_first_error_is_kept() -> None:
+def test_status_keeps_the_first_error() -> None:
     status = RunStatus()
     assert status.error() is None
     status.fail(DamagedError("the cause"))
@@ -19,7 +19,7 @@ def test_the_first_error_is_kept() -> None:
     assert str(status.error()) == "the cause"
 
 
-def test_notes_are_shown_once_and_the_last_state_always(
+def test_status_shows_notes_once_and_the_last_state_always(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     status = RunStatus()
@@ -30,7 +30,7 @@ def test_notes_are_shown_once_and_the_last_state_always(
     assert capsys.readouterr().err.splitlines() == ["one", "two", LINE]
 
 
-def test_a_lost_status_does_not_end_the_run() -> None:
+def test_lost_status_does_not_end_the_run() -> None:
     class Lost(RunStatus):
         def news(self, num_notes: int) -> tuple[StepStatus | None, list[str]]:
             raise ConnectionError

@@ -49,7 +49,7 @@ def architecture(model_type: str, **fields: Any) -> nn.Module:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def test_one_seed_is_one_student(tiny_model_dir):
+def test_student_is_a_function_of_its_seed(tiny_model_dir):
     torch.manual_seed(1)
     first, tokenizer = build_student(random_config(tiny_model_dir))
     torch.manual_seed(2)
@@ -74,14 +74,14 @@ def test_bfloat16_students_are_the_float32_ones_rounded(tiny_model_dir):
     assert all(map(torch.equal, full.buffers(), half.buffers()))
 
 
-def test_a_checkpoint_is_loaded_with_its_own_tokenizer(tiny_model_dir):
+def test_checkpoint_is_loaded_with_its_own_tokenizer(tiny_model_dir):
     model, tokenizer = build_student(StudentConfig(path=str(tiny_model_dir)))
     assert model.config.vocab_size == len(tokenizer.get_vocab()) == 320
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_student_gives_the_loss_of_its_own_logits(tiny_model_dir, tied, rng):
+def test_student_gives_the_loss_of_its_own_logits(tiny_model_dir, tied, rng):
     model, _ = build_student(random_config(tiny_model_dir, tie_word_embeddings=tied))
     names = list(model.state_dict())
     targets = random_targets(rng, 12, model.config.vocab_size, 20)
@@ -120,7 +120,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_model_dir, rng):
     torch.testing.assert_close(results[0], results[1])
 
 
-def test_an_exported_student_is_an_ordinary_checkpoint(tiny_model_dir, tmp_path):
+def test_exported_student_is_an_ordinary_checkpoint(tiny_model_dir, tmp_path):
     model, _ = build_student(StudentConfig(path=str(tiny_model_dir)))
     student = StudentWithHead(model)
     student.model.save_pretrained(tmp_path)
@@ -154,7 +154,7 @@ def test_packed_documents_are_as_if_alone(model_type, attention, rng):
         ("qwen2", {"tie_word_embeddings": True}),
     ],
 )
-def test_what_architectures_do_to_their_logits_is_known(model_type, fields):
+def test_logit_transforms_of_architectures_are_known(model_type, fields):
     model = architecture(model_type, **fields)
     check_student(model)
     tokens = torch.arange(9)[None]
@@ -206,7 +206,7 @@ def test_adapters_on_the_head_are_refused(tiny_model_dir):
         install_head(model)
 
 
-def test_a_missing_folder_is_named(tmp_path, tiny_model_dir):
+def test_student_names_a_missing_folder(tmp_path, tiny_model_dir):
     missing = tmp_path / "nothing"
     with pytest.raises(StudentError, match=r"no tokenizer at .*nothing: the folder does not exist"):
         build_student(StudentConfig(path=str(missing)))
@@ -217,7 +217,7 @@ def test_a_missing_folder_is_named(tmp_path, tiny_model_dir):
         build_student(StudentConfig(path=str(tmp_path / "empty"), tokenizer=str(tiny_model_dir)))
 
 
-def test_a_checkpoint_without_all_weights_is_refused(tmp_path, tiny_model_dir):
+def test_student_refuses_a_checkpoint_without_all_weights(tmp_path, tiny_model_dir):
     from safetensors.torch import save_file
 
     model = load_model(str(tiny_model_dir), "float32")
@@ -238,7 +238,7 @@ def test_a_checkpoint_without_all_weights_is_refused(tmp_path, tiny_model_dir):
         ({"vocab_size": 100}, "vocab_size = 100 is less than the 320 ids"),
     ],
 )
-def test_a_bad_configuration_says_what_is_wrong(tiny_model_dir, fields, message):
+def test_bad_student_config_says_what_is_wrong(tiny_model_dir, fields, message):
     with pytest.raises(StudentError) as error:
         build_student(random_config(tiny_model_dir, **fields))
     assert message in str(error.value)

@@ -59,13 +59,13 @@ def test_merging_gives_the_same_logits_under_the_same_names(
     assert torch.allclose(logits(plain), logits(adapted), atol=1e-5)
 
 
-def test_the_same_seed_gives_the_same_adapters(tiny_model_dir: Path) -> None:
+def test_adapters_are_a_function_of_the_seed(tiny_model_dir: Path) -> None:
     one, other = student(tiny_model_dir), student(tiny_model_dir)
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_a_frozen_head_gets_no_gradient(tiny_model_dir: Path) -> None:
+def test_frozen_head_gets_no_gradient(tiny_model_dir: Path) -> None:
     import numpy as np
 
     from tests.support.distillation_oracle import random_targets
@@ -94,7 +94,7 @@ def test_layers_that_cannot_have_adapters_are_refused(
         student(tiny_model_dir, target_modules=targets)
 
 
-def test_the_digest_tells_bases_apart(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_base_digest_distinguishes_bases(tiny_model_dir: Path, tmp_path: Path) -> None:
     import shutil
 
     plain = build_student(StudentConfig(path=str(tiny_model_dir)))[0]

@@ -28,7 +28,7 @@ def test_equal_sizes_with_other_ids_are_refused_and_named():
         compare_vocabularies(student, 10, LABELS, "student")
 
 
-def test_a_missing_token_is_named():
+def test_vocabulary_names_a_missing_token():
     student = {token: i for token, i in LABELS.items() if i != 7}
     with pytest.raises(
         VocabularyError, match=r"id 7 is 'token7' .* nothing in the student, without 'token7'"
@@ -42,6 +42,6 @@ def test_only_the_first_few_are_shown():
     assert "token5" not in str(error.value)
 
 
-def test_a_head_with_too_few_rows_is_refused():
+def test_vocabulary_refuses_a_head_with_too_few_rows():
     with pytest.raises(VocabularyError, match=r"9 rows .* 10 ids"):
         compare_vocabularies(dict(LABELS), 9, LABELS, "student")

@@ -115,7 +115,7 @@ def test_tracker_that_refuses_the_run_is_a_config_error(
         open_trackers(config)
 
 
-def test_a_run_is_found_again_from_another_folder(
+def test_run_id_is_the_same_from_another_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run_id(run: str) -> str:
@@ -151,7 +151,7 @@ class Away:
         raise ConnectionError("no route")
 
 
-def test_a_tracker_that_fails_is_left_and_said_to_be() -> None:
+def test_failing_tracker_is_dropped_with_a_warning() -> None:
     away = Away()
     trackers = Trackers([away])
     said = [trackers.log({"train/loss": 1.0}, step) for step in (1, 2, 3)]

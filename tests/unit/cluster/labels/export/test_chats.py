@@ -120,7 +120,7 @@ def test_chat_prompts_need_their_messages(
     assert not (tmp_path / "d.jsonl").exists()
 
 
-def test_another_tokenizer_is_refused(
+def test_export_refuses_another_tokenizer(
     tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     label_set = make_set(tmp_path, tokenizer, texts(tokenizer), [""] * 4)

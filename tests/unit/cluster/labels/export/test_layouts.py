@@ -132,7 +132,7 @@ def test_widths_of_packed_ids(vocab: int, bits: int) -> None:
 
 
 @pytest.mark.parametrize("layout", ["axolotl", "distillkit"])
-def test_what_a_layout_cannot_say_is_refused(layout: str) -> None:
+def test_layouts_refuse_what_they_cannot_express(layout: str) -> None:
     for record, found in (
         (RecordSpec(kind="threshold"), "draws carry weights"),
         (RecordSpec(kind="sampled"), "draws carry weights"),

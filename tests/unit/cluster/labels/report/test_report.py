@@ -29,7 +29,7 @@ def make_set(url: Path, record: RecordSpec) -> LabelSet:
 
 
 @pytest.mark.parametrize("record", [SPEC.record, RecordSpec(kind="tokens")])
-def test_one_file_with_everything(tmp_path: Path, record: RecordSpec) -> None:
+def test_report_is_one_file_with_every_section(tmp_path: Path, record: RecordSpec) -> None:
     label_set = make_set(tmp_path / "labels", record)
     out, facts = tmp_path / "deep" / "report.html", tmp_path / "out.json"
     words = ["labels", "report", label_set.url, "--out", str(out), "--json", str(facts)]
@@ -47,7 +47,7 @@ def test_one_file_with_everything(tmp_path: Path, record: RecordSpec) -> None:
     assert out.read_text() == page
 
 
-def test_names_are_escaped(tmp_path: Path) -> None:
+def test_report_escapes_names(tmp_path: Path) -> None:
     hostile = """<script>alert('x') & "y" <b>"""
     label_set = LabelSet.create_or_open(str(tmp_path / hostile), SPEC)
     rows = make_rows(5, SPEC.record, VOCAB)
@@ -62,7 +62,7 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert f"<td>model {escaped}</td>" in page
 
 
-def test_calibration_against_a_loop(tmp_path: Path) -> None:
+def test_calibration_equals_a_naive_loop(tmp_path: Path) -> None:
     label_set = make_set(tmp_path / "labels", SPEC.record)
     groups = sample_groups(label_set, 10, 0)
     found = calibration(groups)

@@ -33,7 +33,7 @@ def label_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LabelSet:
     return label_set
 
 
-def test_the_sample_is_a_function_of_set_and_seed(label_set: LabelSet) -> None:
+def test_sample_is_a_function_of_set_and_seed(label_set: LabelSet) -> None:
     first, again, other = (
         [(group.shard, group.row_group) for group in sample_groups(label_set, 4, seed)]
         for seed in (1, 1, 2)

@@ -28,7 +28,7 @@ def teacher(running: Any, model: Path, **remote: Any) -> RemoteTeacher:
     return RemoteTeacher(TeacherConfig.model_validate(content), RECORD)
 
 
-def test_heads_ranks_and_tails_of_an_answer() -> None:
+def test_answer_gives_heads_ranks_and_tails() -> None:
     answer = [
         None,
         told({3: -1.0, 2: -1.0}, 7, -4.0, 5),  # equally probable ids, and a token beyond them
@@ -43,7 +43,7 @@ def test_heads_ranks_and_tails_of_an_answer() -> None:
     assert labels.head_len.tolist() == [K, K]
 
 
-def test_a_tail_is_within_what_is_known_of_it() -> None:
+def test_tail_is_within_what_the_answer_bounds() -> None:
     sure = [
         told({2: -1e-9, 3: -30.0}, 7, -31.0, 3),  # 318 others, none above exp(-30)
         told({9: float(np.log(0.999)), 4: float(np.log(0.001))}, 8, -10.0, 7),
@@ -65,12 +65,12 @@ def test_a_tail_is_within_what_is_known_of_it() -> None:
         ([None, *[told({1: 4.0, 2: 3.0}, t, 1.0, 3) for t in (7, 9)]], "raw_logprobs"),
     ],
 )
-def test_answers_that_are_no_labels_are_refused(answer: Any, message: str) -> None:
+def test_parser_refuses_answers_that_are_no_labels(answer: Any, message: str) -> None:
     with pytest.raises(TeacherError, match=message):
         row_labels(answer, ROW, SPANS, K, 320)
 
 
-def test_a_busy_or_broken_connection_is_tried_again(tiny_model_dir: Path) -> None:
+def test_client_retries_busy_and_broken_connections(tiny_model_dir: Path) -> None:
     with server(503, 0, 500) as running:
         remote = teacher(running, tiny_model_dir)
         (labels,) = remote.label([ROW], [SPANS], KEYS)
@@ -81,7 +81,7 @@ def test_a_busy_or_broken_connection_is_tried_again(tiny_model_dir: Path) -> Non
     assert len(running.asked) == 1 + 4
 
 
-def test_a_row_that_the_server_fails_over_is_the_only_one(tiny_model_dir: Path) -> None:
+def test_client_quarantines_only_the_row_the_server_fails_on(tiny_model_dir: Path) -> None:
     with server() as running:
         remote = teacher(running, tiny_model_dir)
         poison = np.array([5, POISON, 9], np.int32)
@@ -97,7 +97,7 @@ def test_a_row_that_the_server_fails_over_is_the_only_one(tiny_model_dir: Path) 
 
 
 @pytest.mark.parametrize("status", [400, 404, 405, 500])
-def test_a_server_that_refuses_every_row_has_nothing_against_one(
+def test_client_raises_where_the_server_refuses_every_row(
     tiny_model_dir: Path, status: int
 ) -> None:
     with server() as running:
@@ -113,7 +113,7 @@ def test_a_server_that_refuses_every_row_has_nothing_against_one(
     assert (canary["prompt"], canary["max_tokens"], canary["temperature"]) == ([0, 1], 1, 0.5)
 
 
-def test_a_server_that_goes_away_is_nobodys_fault(tiny_model_dir: Path) -> None:
+def test_client_raises_where_the_server_is_gone(tiny_model_dir: Path) -> None:
     with server() as running:
         remote = teacher(running, tiny_model_dir, patience_s=0.5)
     with pytest.raises(TeacherGoneError, match=r"no answer for 0 s.*run the same command again"):
@@ -121,7 +121,7 @@ def test_a_server_that_goes_away_is_nobodys_fault(tiny_model_dir: Path) -> None:
     remote.close()
 
 
-def test_what_a_server_cannot_give_is_found_at_the_start(
+def test_remote_teacher_checks_its_server_at_the_start(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with server() as running:

@@ -98,7 +98,7 @@ def started_together(thread: EngineThread, *calls: list[str]) -> list[object]:
         return [future.exception() or texts(future.result()) for future in futures]
 
 
-def test_the_next_call_is_in_the_engine_before_this_one_ends(
+def test_engine_gets_the_next_call_before_this_one_ends(
     thread: EngineThread, engine: SlowEngine
 ) -> None:
     assert started_together(thread, ["a", "b"], ["c"]) == [["a", "b"], ["c"]]
@@ -106,7 +106,7 @@ def test_the_next_call_is_in_the_engine_before_this_one_ends(
     assert engine.threads == {"engine"}
 
 
-def test_each_call_gets_its_own_in_its_order(thread: EngineThread) -> None:
+def test_engine_thread_returns_each_calls_rows_in_order(thread: EngineThread) -> None:
     calls = [[f"{call}-{row}" for row in range(5)] for call in range(8)]
     with ThreadPoolExecutor(8) as pool:
         found = pool.map(lambda call: texts(thread.outputs(requests(*call))), calls)
@@ -120,12 +120,12 @@ def test_each_row_is_reported_when_the_engine_has_finished_it(thread: EngineThre
     assert finished == [0, 2]
 
 
-def test_what_the_engine_refuses_disturbs_nobody(thread: EngineThread) -> None:
+def test_refused_request_leaves_others_alone(thread: EngineThread) -> None:
     assert texts(thread.outputs(requests("a", REFUSED, "b"))) == ["a", "not this one", "b"]
     assert texts(thread.outputs(requests(REFUSED))) == ["not this one"]
 
 
-def test_a_failure_fails_what_is_in_flight_and_what_comes_later(thread: EngineThread) -> None:
+def test_failure_fails_calls_in_flight_and_later_ones(thread: EngineThread) -> None:
     first, second = started_together(thread, ["a", DEADLY], ["b"])
     for error in (first, second):
         assert isinstance(error, TeacherError)
@@ -134,13 +134,15 @@ def test_a_failure_fails_what_is_in_flight_and_what_comes_later(thread: EngineTh
         thread.outputs(requests("c"))
 
 
-def test_rows_that_an_engine_forgets_are_missed(thread: EngineThread, engine: SlowEngine) -> None:
+def test_engine_thread_misses_rows_that_the_engine_lost(
+    thread: EngineThread, engine: SlowEngine
+) -> None:
     engine.add_request = lambda *_: "taken"  # type: ignore[method-assign]
     with pytest.raises(TeacherError, match="1 rows in flight: it reports no unfinished"):
         thread.outputs(requests("a"))
 
 
-def test_alone_means_that_the_engine_is_empty(thread: EngineThread, engine: SlowEngine) -> None:
+def test_alone_waits_until_the_engine_is_empty(thread: EngineThread, engine: SlowEngine) -> None:
     def count() -> int:
         return len(engine.waiting)
 

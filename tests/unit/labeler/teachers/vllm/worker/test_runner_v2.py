@@ -141,7 +141,9 @@ def check(found: Any, one: Request, runner: Runner, record: RecordSpec) -> None:
 @pytest.mark.parametrize(
     "record", [RecordSpec(kind="topk", k=6), RecordSpec(kind="threshold", tau=0.05)]
 )
-def test_prompts_in_one_step_in_several_and_preempted(runner: Runner, record: RecordSpec) -> None:
+def test_runner_v2_labels_prompts_of_one_or_several_steps_and_preempted_ones(
+    runner: Runner, record: RecordSpec
+) -> None:
     assert install_into(runner, record) == ""
     short = request("short", 1, 9, [1, 9])
     long = request("long", 4, 40, [1, 5, 12, 31, 35, 40])
@@ -159,7 +161,7 @@ def test_prompts_in_one_step_in_several_and_preempted(runner: Runner, record: Re
     assert runner.step([(short, 1), (long, 1)]) == {}  # both decode now
 
 
-def test_another_record_from_now_on(runner: Runner) -> None:
+def test_runner_v2_takes_another_record(runner: Runner) -> None:
     install_into(runner, RecordSpec(kind="topk", k=6))
     record = RecordSpec(kind="topk", k=3)
     assert install_into(runner, record) == ""
@@ -169,7 +171,7 @@ def test_another_record_from_now_on(runner: Runner) -> None:
     check(runner.step([(one, 12)])["one"], one, runner, record)
 
 
-def test_the_installed_vllm_has_the_names_it_relies_on() -> None:
+def test_installed_vllm_has_the_names_that_runner_v2_uses() -> None:
     assert incompatibility(worker()) == ""
     other = worker()
     other.add_request = lambda req_id, sampling_params: None
