@@ -33,11 +33,8 @@ def run_label_job(config: LabelConfig, progress: bool = True) -> LabelSummary:
         StoreError: the label set has another spec, or cannot be written to.
         AccountsError: the run cannot account for every row.
     """
-    with (
-        retrying(RetryPolicy(config.run.store_patience_s)),
-        Progress("label", enabled=progress) as shown,
-    ):
-        return _run(config, shown)
+    with retrying(RetryPolicy(config.run.store_patience_s)):
+        return _run(config, Progress("label", enabled=progress))
 
 
 def _run(config: LabelConfig, progress: Progress) -> LabelSummary:
@@ -63,7 +60,7 @@ def _run(config: LabelConfig, progress: Progress) -> LabelSummary:
         progress.say(f"reusing richer labels ({reduced})")
     # Names sort by time; the suffix keeps runs that start in the same second apart.
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
-    with ray_session(config.run):
+    with ray_session(config.run), progress:  # the summary comes below the bar's last state
         resources = plan_resources(config, *cluster_size())
         setup = RunSetup(run, with_absolute_paths(config))
         run_pipeline(pieces, setup, frozen, resources, progress)
