@@ -45,7 +45,7 @@ from schemas.record.rounding import FLOAT16_BITS
 from schemas.record.uniforms import uniforms
 from schemas.spec import RecordSpec
 from trainer.config.train import LossConfig
-from trainer.losses.objectives import StudentPartition, pull_of
+from trainer.losses.objectives import StudentPartition, evaluate_objective
 from trainer.losses.targets import SparseTargets
 
 ROW_KEY = bytes(range(16))
@@ -174,9 +174,9 @@ def gradient(log_q: Tensor, targets: SparseTargets, loss: LossConfig) -> Tensor:
     off.view(-1).index_fill_(0, flat, -torch.inf)
     log_tail = torch.logsumexp(off, 1)
     student = StudentPartition(log_q.view(-1).index_select(0, flat), log_tail, segments)
-    pull = pull_of(targets, loss, student)
-    dense = (off - log_tail[:, None]).exp() * pull.tail_gradient[:, None]
-    return dense.view(-1).scatter_(0, flat, pull.entry_gradient).view_as(dense)
+    result = evaluate_objective(targets, loss, student)
+    dense = (off - log_tail[:, None]).exp() * result.tail_gradient[:, None]
+    return dense.view(-1).scatter_(0, flat, result.entry_gradient).view_as(dense)
 
 
 def _as_targets(labels: PositionLabels, target_ids: Tensor, record: RecordSpec) -> SparseTargets:

@@ -1,20 +1,20 @@
-"""The student's output head and its loss in one step, without ever holding a [T, V] tensor.
+"""The student's output head fused with its loss; a full [T, V] tensor never exists.
 
-A language-model head turns T hidden states into T x V logits, which at 32k tokens and 128k ids is
-16 GB in float32, several times over once a loss and its gradient are taken. Here the positions are
-worked off in chunks: logits, loss and gradient of one chunk live in one buffer, and only the
-gradients of the hidden states and of the weight remain. The gradient is computed in the forward
-pass, while the logits are there, and scaled in the backward pass by what comes in.
+A language-model head turns T hidden states into T x V logits: 16 GB in float32 at 32k tokens and
+128k ids, and several times that with a loss and its gradient. Here positions are processed in
+chunks: logits, loss and gradient of one chunk share one buffer, and only the gradients of the
+hidden states and of the weight remain. The gradient is computed in the forward pass, while the
+logits exist, and scaled by the incoming gradient in the backward pass.
 
 One pass over the logits of a chunk, at distillation temperature 1:
 
-1. read the logits of the hard label and of the cached ids S, then take S out of the row;
-2. softmax over the rest, in place; its normaliser joined with S gives the full log-sum-exp, and the
-   bucket's log-mass without the cancellation in 1 - Q;
-3. loss and gradient of the target on S and on the bucket (`trainer.losses.objectives`),
-   cross-entropy mixed in; the row times one number is the gradient off S, and S is written over it.
+1. Read the logits of the hard label and of the cached ids S, then remove S from the row.
+2. Softmax over the rest, in place. Its normaliser joined with S gives the full log-sum-exp, and the
+   bucket's log mass without the cancellation in 1 - Q.
+3. Loss and gradient of the target on S and on the bucket (`trainer.losses.objectives`), mixed with
+   cross-entropy. The row times one number is the gradient off S; S is written over it.
 
-So a distillation step costs what a cross-entropy step does. Another temperature needs a second
+So a distillation step costs as much as a cross-entropy step. Another temperature needs a second
 softmax, hence a second pass and buffer.
 
 Shapes: L tokens of the micro-batch, T labelled positions, H hidden size, V vocabulary, E entries.
@@ -31,7 +31,7 @@ from schemas.errors import VocabularyError
 from trainer.config.train import LossConfig
 from trainer.head.chunk_size import chunk_tokens
 from trainer.head.row_softmax import RowSoftmax, row_softmax
-from trainer.losses.objectives import Pull, StudentPartition, pull_of
+from trainer.losses.objectives import LossAndGradient, StudentPartition, evaluate_objective
 from trainer.losses.targets import SparseTargets
 
 METRICS = ("loss", "ce", "kl", "weight")
@@ -39,7 +39,7 @@ METRICS = ("loss", "ce", "kl", "weight")
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to its logits after the head: scale, then cap * tanh(logit / cap).
+    """Transformation of a model's logits after the head: scale, then cap * tanh(logit / cap).
 
     Attributes:
         scale: factor on every logit.
@@ -50,7 +50,7 @@ class LogitTransform:
     softcap: float | None = None
 
     def apply_(self, logits: Tensor) -> Tensor | None:
-        """Transforms [T, V] logits in place; returns what `backward_` needs."""
+        """Transforms logits [T, V] in place; returns tanh [T, V] for `backward_`, or None."""
         if self.scale != 1.0:
             logits.mul_(self.scale)
         if self.softcap is None:
@@ -60,7 +60,7 @@ class LogitTransform:
         return bounded
 
     def backward_(self, gradient: Tensor, bounded: Tensor | None) -> None:
-        """Turns the gradient of the transformed logits into that of the head's, in place."""
+        """Turns the gradient [T, V] of the transformed logits into that of the head's, in place."""
         if bounded is not None:
             gradient.mul_(bounded.square_().neg_().add_(1.0))
         if self.scale != 1.0:
@@ -75,27 +75,28 @@ def fused_distillation_loss(
     loss: LossConfig,
     transform: LogitTransform = LogitTransform(),
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum over positions of weight * ((1 - alpha) * CE + alpha * T^2 * KL), and its parts.
+    """Sum over positions of weight * ((1 - alpha) * CE + alpha * temperature^2 * KL).
 
-    `loss.kind = "hard"` is cross-entropy alone, whatever alpha is. Logarithms and sums are float32
-    (float64 for a float64 head); gradients are accumulated and scaled in float32.
+    ``loss.kind = "hard"`` is cross-entropy alone, whatever alpha is. Logarithms and sums are
+    float32 (float64 for a float64 head); gradients are accumulated and scaled in float32.
 
     Args:
-        hidden: [..., H], all hidden states of the micro-batch; `targets.positions` index the
+        hidden: [..., H], all hidden states of the micro-batch; ``targets.positions`` index the
             flattened leading axes. Labels of token t use the state at t - 1.
         weight: [V, H], the head.
         bias: [V] or None.
-        targets: labels, on the device of `hidden`.
-        loss: target, alpha, temperature, size of a chunk (see `trainer.head.chunk_size`).
-        transform: what the model does to its logits.
+        targets: labels of T positions, on the device of `hidden`.
+        loss: target, alpha, temperature and chunk size (`trainer.head.chunk_size`).
+        transform: of the model's logits.
 
     Returns:
-        The sum (scalar, nats; the caller divides), and detached sums by name: `loss` the same
-        again, `ce` and `kl` weighted without alpha and T^2, `weight` of the positions.
+        The sum (scalar, nats, not divided by the weights), and detached sums by name: ``loss`` the
+        same again, ``ce`` and ``kl`` weighted without alpha and temperature^2, ``weight`` of the
+        positions.
 
     Raises:
         VocabularyError: an id of the labels lies outside the head.
-        ConfigError: the labels cannot serve the loss (see `losses.compatibility.check_loss`).
+        ConfigError: the labels cannot serve the loss (`trainer.losses.compatibility`).
     """
     if targets.num_ids > weight.shape[0]:
         raise VocabularyError(
@@ -103,12 +104,12 @@ def fused_distillation_loss(
             "rows; train a student with the vocabulary of the labels"
         )
     flat = hidden.reshape(-1, hidden.shape[-1])
-    # needs_input_grad stays true under no_grad, so what is wanted is said here.
-    on = torch.is_grad_enabled()
+    # ctx.needs_input_grad stays true under no_grad, so it is worked out here.
+    enabled = torch.is_grad_enabled()
     wanted = _Wanted(
-        hidden=on and hidden.requires_grad,
-        weight=on and weight.requires_grad,
-        bias=on and bias is not None and bias.requires_grad,
+        hidden=enabled and hidden.requires_grad,
+        weight=enabled and weight.requires_grad,
+        bias=enabled and bias is not None and bias.requires_grad,
     )
     total, parts = _FusedDistillation.apply(flat, weight, bias, targets, loss, transform, wanted)
     return total, dict(zip(METRICS, parts.unbind(), strict=True))
@@ -165,18 +166,16 @@ class _FusedDistillation(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the fused head was run backward twice; its gradients are gone")
         gradients, ctx.gradients = ctx.gradients, None
-        # Taken out one by one, so that each in float32 goes when it has its half-precision copy.
+        # Popped one by one: each float32 gradient is freed once its half-precision copy exists.
         scaled = [_scaled(gradients.pop(0), grad_total, dtype) for dtype in ctx.dtypes]
         return (*scaled, None, None, None, None)
 
 
 class _HeadPass:
-    """Works off chunks of positions and collects the gradients.
+    """Processes chunks of positions and accumulates the gradients.
 
     Attributes:
-        d_hidden, d_weight, d_bias: [L, H], [V, H] and [V], in float32 at least; None where they are
-            not wanted. Rounded to half precision before it is scaled, a gradient would be off by up
-            to 0.4% as a whole: the factor 1 / N then moves all values of a binade the same way.
+        d_hidden, d_weight, d_bias: [L, H], [V, H] and [V], in float32 at least; None if not wanted.
     """
 
     def __init__(
@@ -189,6 +188,8 @@ class _HeadPass:
     ) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.transform, self.wanted = transform, wanted
+        # Gradients stay in float32 until they are scaled. Rounded to half precision before, they
+        # would share an error of up to 0.4%: the factor 1 / N shifts all values of a binade alike.
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
         self.buffer = hidden.new_empty(0, dtype=self.dtype)
         self.d_hidden = torch.zeros_like(hidden, dtype=self.dtype) if wanted.hidden else None
@@ -198,7 +199,7 @@ class _HeadPass:
         )
 
     def run(self, chunk: SparseTargets, loss: LossConfig) -> Tensor:
-        """Adds one chunk's gradients; returns its part of each of METRICS."""
+        """Accumulates one chunk's gradients; returns its sums [4] in the order of METRICS."""
         rows = self.hidden.index_select(0, chunk.positions).to(self.weight.dtype)
         logits = self._logits(rows)
         bounded = self.transform.apply_(logits)
@@ -209,7 +210,7 @@ class _HeadPass:
         return _sums(ce, kl, chunk.weights.to(self.dtype), loss)
 
     def _logits(self, rows: Tensor) -> Tensor:
-        """[T, V] logits of [T, H] rows, in the buffer that all chunks share where that is free."""
+        """Logits [T, V] of rows [T, H]; in float32 they reuse one buffer for all chunks."""
         if rows.dtype != self.dtype:
             logits = _mm_wide(rows, self.weight.t(), self.dtype)
             return logits if self.bias is None else logits.add_(self.bias)
@@ -221,7 +222,7 @@ class _HeadPass:
         return logits if self.bias is None else logits.add_(self.bias)
 
     def _accumulate(self, gradient: Tensor, rows: Tensor, positions: Tensor) -> None:
-        """Adds the gradients that follow from that of a chunk's logits, [T, V]."""
+        """Accumulates the gradients that follow from that of a chunk's logits [T, V]."""
         if self.d_bias is not None:
             self.d_bias += gradient.sum(0)
         narrow = gradient.to(self.weight.dtype)
@@ -239,7 +240,7 @@ def _scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tens
 
 
 def _mm_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b of two matrices of one type, accumulated and returned in `dtype`."""
+    """a @ b of two matrices of the same type, accumulated and returned in `dtype`."""
     if a.dtype == dtype:
         return torch.mm(a, b)
     if a.is_cuda:
@@ -250,7 +251,7 @@ def _mm_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 def _loss_and_gradient(
     logits: Tensor, chunk: SparseTargets, loss: LossConfig, need_gradient: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """CE [T], KL [T] or None, and the gradient of the chunk's weighted loss, in `logits`' place."""
+    """CE [T], KL [T] or None, and the gradient of the weighted loss, which overwrites `logits`."""
     weights, softmax_of = chunk.weights.to(logits.dtype), row_softmax(loss, logits)
     if loss.kind == "hard" or loss.alpha == 0.0:
         ce = _cross_entropy(logits, chunk.token_ids, weights if need_gradient else None, softmax_of)
@@ -290,47 +291,49 @@ def _distil(
 ) -> tuple[Tensor, Tensor]:
     """CE and KL, [T] each, of logits [T, V] already divided by the distillation temperature.
 
-    With weights, `logits` becomes the gradient of weights * KL, at temperature 1 that of
-    weights * ((1 - alpha) * CE + alpha * KL): CE belongs to the same softmax there.
+    With weights, `logits` becomes the gradient of weights * KL, or at temperature 1, where CE has
+    the same softmax, that of weights * ((1 - alpha) * CE + alpha * KL).
     """
     segments = chunk.segments()
     flat = segments.rows * logits.shape[1] + chunk.entry_ids
-    everything = logits.view(-1)
-    at_entries = everything.index_select(0, flat)
+    flat_logits = logits.view(-1)
+    at_entries = flat_logits.index_select(0, flat)
     at_token = logits.gather(1, chunk.token_ids[:, None])[:, 0]
 
-    # Not -inf: a row whose every id is in S must stay a number. Its bucket then has no mass.
-    everything.scatter_(0, flat, torch.finfo(logits.dtype).min)
+    # Not -inf, which would give NaN in a row with every id in S. Its bucket then has no mass.
+    flat_logits.scatter_(0, flat, torch.finfo(logits.dtype).min)
     off = softmax_of(logits)
     lse = torch.logaddexp(off.lse, segments.logsumexp(at_entries))
     student = StudentPartition(at_entries.sub_(segments.spread(lse)), off.lse - lse, segments)
-    pull = pull_of(chunk, loss, student)
+    result = evaluate_objective(chunk, loss, student)
     if weights is not None:
         share = loss.alpha if loss.temperature == 1.0 else 1.0
-        tail, entries = _mixed(pull, student, share)
+        tail, entries = _mixed(result, student, share)
         off.times_(weights * tail)
-        everything.scatter_(0, flat, segments.spread(weights) * entries)
+        flat_logits.scatter_(0, flat, segments.spread(weights) * entries)
         if share < 1.0:
             at = chunk.token_ids[:, None]
             logits.scatter_add_(1, at, (weights * (share - 1.0))[:, None])
-    return lse - at_token, pull.loss
+    return lse - at_token, result.loss
 
 
-def _mixed(pull: Pull, student: StudentPartition, alpha: float) -> tuple[Tensor, Tensor]:
-    """Gradients at the bucket [T] and at S [E]: `alpha` of the target's, the rest of them q's own.
+def _mixed(
+    target: LossAndGradient, student: StudentPartition, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients at the bucket [T] and at S [E] of alpha * target + (1 - alpha) * CE.
 
-    Cross-entropy's is q - onehot; the caller subtracts the hard label.
+    The gradient of CE is q - onehot; the caller subtracts the onehot.
     """
     if alpha == 1.0:
-        return pull.tail_gradient, pull.entry_gradient
+        return target.tail_gradient, target.entry_gradient
     return (
-        alpha * pull.tail_gradient + (1.0 - alpha) * student.log_tail.exp(),
-        alpha * pull.entry_gradient + (1.0 - alpha) * student.log_entries.exp(),
+        alpha * target.tail_gradient + (1.0 - alpha) * student.log_tail.exp(),
+        alpha * target.entry_gradient + (1.0 - alpha) * student.log_entries.exp(),
     )
 
 
 def _sums(ce: Tensor, kl: Tensor | None, weights: Tensor, loss: LossConfig) -> Tensor:
-    """The chunk's part of each of METRICS."""
+    """The chunk's sums [4] in the order of METRICS."""
     ce_sum = torch.dot(weights, ce)
     if kl is None:
         zero = torch.zeros_like(ce_sum)

@@ -1,4 +1,4 @@
-"""Which losses the labels of a record can serve: found out before anything is trained."""
+"""Checks that labels of a record can serve a loss, before anything is trained."""
 
 from collections.abc import Sequence
 
@@ -8,20 +8,25 @@ from trainer.config.train import LossConfig
 
 
 def check_loss(loss: LossConfig, record: RecordSpec) -> None:
-    """Refuses, before any training, a target that labels of this record cannot give.
+    """Refuses a loss that labels of this record cannot serve; see `effective_kind`."""
+    for _, target in loss.targets():
+        effective_kind(target, record)
+
+
+def effective_kind(loss: LossConfig, record: RecordSpec) -> str:
+    """The kind of target that a loss without a mix gives on labels of this record.
+
+    It is ``loss.kind``, except for forward_kl above the temperature that draws were made at: the
+    weights of the draws are unbounded there, so it becomes the ghost target if
+    ``loss.approximate_temperature`` is set.
 
     Raises:
         ConfigError: the loss needs a teacher and the labels are tokens alone; it needs draws and
-            they have none; its temperature is not stored, or above that of the draws, where their
-            weights have no bound.
+            they have none; its temperature is not stored; or it is above that of the draws and
+            ``loss.approximate_temperature`` is not set.
     """
-    for _, target in loss.targets():
-        _check_target(target, record)
-
-
-def _check_target(loss: LossConfig, record: RecordSpec) -> None:
     if loss.kind == "hard":
-        return
+        return loss.kind
     if record.kind == "tokens":
         raise ConfigError(
             f'loss.kind = "{loss.kind}" needs a teacher\'s labels, but the label set is of '
@@ -35,28 +40,23 @@ def _check_target(loss: LossConfig, record: RecordSpec) -> None:
         )
     if loss.temperature != 1.0:
         temperature_column(record.temperatures, loss.temperature)
-    if loss.kind == "forward_kl" and loss.temperature > record.drawn_at:
-        _check_above_draws(loss, record)
-
-
-def objective(loss: LossConfig, record: RecordSpec) -> str:
-    """Name of the target that a loss of one target comes to on labels of this record.
-
-    That of the loss itself, but for forward_kl above the temperature that draws were made at: there
-    it is the ghost target, if ``loss.approximate_temperature`` asks for it.
-
-    Raises:
-        ConfigError: it does not ask for it.
-    """
     if loss.kind != "forward_kl" or loss.temperature <= record.drawn_at:
         return loss.kind
-    _check_above_draws(loss, record)
+    if not loss.approximate_temperature:
+        served = [t for t in (1.0, *record.temperatures) if t <= record.drawn_at]
+        raise ConfigError(
+            f"loss.temperature = {loss.temperature} is above {record.drawn_at}, the temperature "
+            'that these labels were drawn at, so the weights of loss.kind = "forward_kl" are '
+            f"unbounded; it is exact at {_listed(served)}. Choose one of those, label again with "
+            f"record.draw_temperature = {loss.temperature}, or set loss.approximate_temperature = "
+            "true for the ghost target with the exact tail mass"
+        )
     return "ghost"
 
 
 def approximation(loss: LossConfig, record: RecordSpec) -> str:
-    """What the log and the model card say where the target is not the one named; else nothing."""
-    if all(objective(target, record) == target.kind for _, target in loss.targets()):
+    """The note for log and model card if a target differs from the one configured; else empty."""
+    if all(effective_kind(target, record) == target.kind for _, target in loss.targets()):
         return ""
     return (
         f"loss.kind = forward_kl at temperature {loss.temperature:g}, on labels drawn at "
@@ -66,7 +66,7 @@ def approximation(loss: LossConfig, record: RecordSpec) -> str:
 
 
 def temperature_column(stored: Sequence[float], temperature: float) -> int:
-    """Index of `temperature` among those that the labels hold a normaliser for.
+    """Index of ``temperature`` among those whose normaliser the labels hold.
 
     Raises:
         ConfigError: it is not among them.
@@ -77,19 +77,6 @@ def temperature_column(stored: Sequence[float], temperature: float) -> int:
         f"loss.temperature = {temperature} cannot be computed from these labels, which serve "
         f"{_listed([1.0, *stored])}; choose one of those, or label again with {temperature} in "
         "record.temperatures"
-    )
-
-
-def _check_above_draws(loss: LossConfig, record: RecordSpec) -> None:
-    if loss.approximate_temperature:
-        return
-    served = [t for t in (1.0, *record.temperatures) if t <= record.drawn_at]
-    raise ConfigError(
-        f"loss.temperature = {loss.temperature} is above {record.drawn_at}, the temperature that "
-        'these labels were drawn at, so the weights of loss.kind = "forward_kl" have no bound; it '
-        f"is exact at {_listed(served)}. Choose one of those, label again with "
-        f"record.draw_temperature = {loss.temperature}, or set loss.approximate_temperature = true "
-        "for the ghost target with the exact tail mass"
     )
 
 

@@ -1,14 +1,14 @@
-"""Divergences of teacher and student on the cached ids S and one bucket for all the others.
+"""Divergences between teacher and student on the cached ids S and one bucket for all other ids.
 
 With p the teacher's and q the student's probabilities on S, m and r those of the bucket, any
-divergence D that is a sum over S and the bucket has, by the softmax's own derivative, the gradient
+divergence D that is a sum over S and the bucket has, by the derivative of the softmax, the gradient
 
     dD / dlogit_i = q_i (g_i - gbar)             i in S, g_i = dD / dq_i
     dD / dlogit_i = (q_i / r) r (g_b - gbar)     i off S, g_b = dD / dr
     gbar = sum over S of q g + r g_b
 
-A constant added to all of g changes nothing, so constants are left out below. At each id and at the
-bucket, M being the mixture that is named:
+A constant added to all of g cancels, so constants are omitted below. At each id and at the bucket,
+with the mixture M as given:
 
 | divergence | summand                             | g                | from             |
 |------------|-------------------------------------|------------------|------------------|
@@ -19,15 +19,15 @@ bucket, M being the mixture that is named:
 |            | s = loss.skew                       |                  |                  |
 | tvd        | abs(p - q) / 2                      | sign(q - p) / 2  | arXiv 2307.15190 |
 
-0 log 0 = 0. Each is a lower bound of the same divergence to the full distribution, since what is
-within the bucket is not looked at; nothing is renormalised on S. On labels with draws, S is the
-head and the distinct draws, each with its own p, so the bound hangs on what was drawn: biased,
-unlike ``forward_kl``, and never silent.
+0 log 0 = 0. Each is a lower bound of the same divergence to the full distribution, since ids within
+the bucket are not distinguished; nothing is renormalised on S. On labels with draws, S is the head
+and the distinct draws, each with its own p, so the bound depends on the draws: biased, unlike
+``forward_kl``.
 
-Only reverse KL has no bound where the teacher has no mass. A bucket without mass is often no more
-than rounding: what is left after the draws were taken off it, or 1 - sum of weights at a
-temperature other than 1, is the difference of float16 numbers. So reverse KL takes the teacher's
-masses to be `SMALLEST_MASS` at least.
+A new divergence is a function here, its entry in `DIVERGENCES`, and its name in
+`trainer.config.train.LossKind`.
+
+Shapes: T positions, E cached entries of all of them.
 """
 
 import math
@@ -39,19 +39,27 @@ from torch import Tensor
 
 from trainer.config.train import LossConfig
 
+# Only reverse KL is unbounded where the teacher has no mass, and a bucket without mass is often
+# rounding: the mass left after the draws, or 1 - sum of weights at a temperature other than 1, is a
+# difference of float16 numbers.
 SMALLEST_MASS = 1e-6
-"""What reverse KL takes the teacher's mass to be at least, at an id of S and in the bucket."""
+"""Lower bound of the teacher's mass in reverse KL, at an id of S and in the bucket."""
 
 
 class Terms(NamedTuple):
-    """A divergence at ids of S, or at the bucket: summands in nats, and g; any one shape."""
+    """A divergence at the entries [E] or at the bucket [T].
+
+    Attributes:
+        value: summands, nats.
+        slope: g, without constants.
+    """
 
     value: Tensor
     slope: Tensor
 
 
 class Masses(NamedTuple):
-    """Both sides at ids of S, or at the bucket; logarithms may be -inf; any one shape.
+    """Probabilities at the entries [E] or at the bucket [T]; logarithms may be -inf.
 
     Attributes:
         p, log_p: the teacher's.
@@ -64,15 +72,15 @@ class Masses(NamedTuple):
     log_q: Tensor
 
     @classmethod
-    def of(cls, log_p: Tensor, log_q: Tensor) -> "Masses":
-        """From the logarithms alone."""
+    def from_logs(cls, log_p: Tensor, log_q: Tensor) -> "Masses":
+        """Computes the probabilities from their logarithms."""
         return cls(log_p.exp(), log_p, log_q.exp(), log_q)
 
 
-def terms(masses: Masses, loss: LossConfig) -> Terms:
+def divergence_terms(masses: Masses, loss: LossConfig) -> Terms:
     """Summands and slopes of the divergence that `loss` names; finite at masses of zero."""
     value, slope = DIVERGENCES[loss.kind](masses, loss)
-    # Where the student has no mass its logit has no gradient, whatever the slope there.
+    # The gradient is q times the slope, and 0 * inf would be NaN.
     return Terms(value, torch.where(masses.q > 0, slope, 0.0))
 
 
@@ -87,9 +95,9 @@ def jsd(masses: Masses, loss: LossConfig) -> Terms:
     beta = loss.beta
     log_mixture = _log_mixture(masses, beta)
     log_ratio = masses.log_q - log_mixture
-    of_teacher = cross(masses.p, masses.log_p - log_mixture)
-    of_student = cross(masses.q, log_ratio)
-    return Terms(beta * of_teacher + (1.0 - beta) * of_student, (1.0 - beta) * log_ratio)
+    teacher_kl = cross(masses.p, masses.log_p - log_mixture)
+    student_kl = cross(masses.q, log_ratio)
+    return Terms(beta * teacher_kl + (1.0 - beta) * student_kl, (1.0 - beta) * log_ratio)
 
 
 def skew_kl(masses: Masses, loss: LossConfig) -> Terms:

@@ -1,9 +1,11 @@
-"""Ragged groups of cached entries: sums within a position, numbers of a position at its entries.
+"""Ragged groups of cached entries: sums within a position, values of a position at its entries.
 
-Entries are stored in CSR style: the entries of position p are `offsets[p]:offsets[p + 1]`. Segment
-reductions read each group in order, so they give the same bits on every run, on GPUs too, where
-scattered adds do not. Where every position has as many entries as the others, which is what top-k
-labels look like, groups are the rows of a matrix, and everything is faster.
+Entries are stored in CSR layout: those of position p are ``offsets[p]:offsets[p + 1]``. Segment
+reductions read each group in order, so they give the same bits on every run, also on GPUs, where
+scattered adds do not. If all positions have the same number of entries, as in top-k labels, groups
+are the rows of a matrix, which is faster.
+
+Shapes: T positions, E cached entries of all of them.
 """
 
 from dataclasses import dataclass
@@ -14,12 +16,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Segments:
-    """How E entries belong to T positions.
+    """The assignment of E entries to T positions.
 
     Attributes:
         offsets: [T + 1] int64, CSR offsets.
         rows: [E] int64, the position of each entry.
-        width: entries of every position where that is one number, else None.
+        width: entries of every position if all have the same number, else None.
     """
 
     offsets: Tensor
@@ -27,12 +29,12 @@ class Segments:
     width: int | None
 
     @classmethod
-    def of(cls, offsets: Tensor, bounds: Tensor) -> "Segments":
-        """Groups of these offsets.
+    def from_offsets(cls, offsets: Tensor, bounds: Tensor) -> "Segments":
+        """Groups the entries by CSR offsets.
 
         Args:
             offsets: [T + 1] int64, starting at 0.
-            bounds: the same numbers on the CPU, so that nothing waits for the device.
+            bounds: the same values on the CPU, which avoids a synchronisation with the device.
         """
         lengths = bounds.diff()
         num_positions, num_entries = lengths.numel(), int(bounds[-1])
@@ -45,19 +47,19 @@ class Segments:
         return cls(offsets, rows, None)
 
     def spread(self, values: Tensor) -> Tensor:
-        """[E], the number of its position at every entry; from values [T]."""
+        """[E], values [T] repeated at the entries of each position."""
         if self.width is not None:
             return values[:, None].expand(-1, self.width).reshape(-1)
         return values.index_select(0, self.rows)
 
     def sum(self, values: Tensor) -> Tensor:
-        """[T], the sum of each position's values [E]; 0 where it has no entries."""
+        """[T], the sum of values [E] over each position's entries; 0 if it has none."""
         if self.width is not None:
             return values.view(-1, self.width).sum(1) if self.width else self._full(values, 0.0)
         return torch.segment_reduce(values, "sum", offsets=self.offsets, initial=0.0, unsafe=True)
 
     def logsumexp(self, values: Tensor) -> Tensor:
-        """[T], log of the sum of each position's exp(values [E]); -inf where it has no entries."""
+        """[T], log of the sum of exp(values [E]) over a position's entries; -inf if it has none."""
         if self.width == 0:
             return self._full(values, -torch.inf)
         if self.width is not None:

@@ -1,8 +1,8 @@
-"""Cached labels of one packed micro-batch; their meaning is in `trainer.losses.teacher_weights`.
+"""Cached labels of one packed micro-batch; `trainer.losses.teacher_weights` interprets them.
 
 Alignment: label j describes the distribution over the token at target index t_j, given the tokens
-before it, so the loss for it uses the student's hidden state at t_j - 1. `SparseTargets.positions`
-holds that hidden index already; nothing downstream shifts again.
+before it, so its loss uses the student's hidden state at t_j - 1. `SparseTargets.positions` holds
+that hidden index already; nothing downstream shifts again.
 
 Shapes: T labelled positions, E cached entries of all of them, R rows, L tokens of a row.
 """
@@ -17,30 +17,31 @@ from torch import Tensor
 
 from schemas.errors import RecordError
 from schemas.record import LabelRows, target_positions
+from schemas.record.spans import offsets_of
 from schemas.spec import RecordSpec
 from trainer.losses.segments import Segments
 
 
 @dataclass(frozen=True)
 class SparseTargets:
-    """What the loss needs to know about the labelled positions of one packed micro-batch.
+    """Labels of the T labelled positions of one packed micro-batch.
 
     Attributes:
         positions: [T] int64, index into the flattened hidden states, t_j - 1.
-        token_ids: [T] int64, the token that stands at t_j: the hard label.
+        token_ids: [T] int64, the token at t_j: the hard label.
         weights: [T] float32, weight of each position in the loss.
         entry_ids: [E] int32, cached vocabulary ids, each at most once per position.
         entry_logprobs: [E] float16, teacher log-probability at temperature 1, nats.
-        entry_bounds: [T + 1] int64, CSR offsets of the entries, always on the CPU so that cutting
-            chunks never waits for the device.
+        entry_bounds: [T + 1] int64, CSR offsets of the entries, always on the CPU, so that slicing
+            chunks needs no synchronisation with the device.
         entry_offsets: [T + 1] int64, the same on the device of the other tensors.
         entry_draws: [E] uint8, how often each entry was drawn, 0 for those of the exact head; None
-            where the record has no draws.
-        tail_logmass: [T] float16, log of the teacher's probability outside the head; None where
-            the labels are tokens alone.
-        lse: [T, num_temperatures] float16, log sum over the whole vocabulary of p^(1/T).
-        record: what the labels are, above all the rule that draws were made by.
-        num_ids: one more than the highest vocabulary id named here.
+            if the record has no draws.
+        tail_logmass: [T] float16, log of the teacher's probability outside the head, nats; None if
+            the labels are tokens alone or the teacher's columns were not read.
+        lse: [T, num_temperatures] float16, log sum over the full vocabulary of p^(1/T).
+        record: kind of the labels, with the rule that draws were made by.
+        num_ids: one more than the highest vocabulary id in these targets.
     """
 
     positions: Tensor
@@ -66,12 +67,11 @@ class SparseTargets:
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """The temperatures of the columns of `lse`."""
+        """Temperatures of the columns of `lse`."""
         return self.record.temperatures
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same targets on `device`; `entry_bounds` stays on the CPU."""
-
         moved: dict[str, Any] = {
             name: tensor.to(device, non_blocking=non_blocking)
             for name, tensor in self._tensors().items()
@@ -107,8 +107,8 @@ class SparseTargets:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def segments(self) -> Segments:
-        """How the entries belong to the positions."""
-        return Segments.of(self.entry_offsets, self.entry_bounds)
+        """The assignment of entries to positions."""
+        return Segments.from_offsets(self.entry_offsets, self.entry_bounds)
 
 
 def build_targets(
@@ -118,25 +118,25 @@ def build_targets(
     vocab_size: int,
     row_weights: NDArray[np.float32] | None = None,
 ) -> SparseTargets:
-    """Turns label rows, packed at known places, into the targets of their micro-batch.
+    """Converts packed label rows to the targets of their micro-batch.
 
     A student with fewer padding ids than its teacher (equal tokenizers, other vocabulary sizes) has
-    no logit for some ids that labels may name. An exact entry's probability moves to the tail
-    bucket, which is where the student keeps all that it has no entry for; no other entry changes.
-    A draw goes, and its weight with it: its probability is in the tail already. The unbiased
-    target then is that of sum p (log p - log q) over the ids that the student has, in expectation,
-    and the position counts for the teacher's probability of those, instead of 1. Giving the weight
-    to other draws, or rescaling to 1, would bias both.
+    no logit for some ids of the labels. The probability of such an exact entry moves to the tail
+    bucket, which represents all ids without an entry; no other entry changes. Such a draw is
+    removed with its weight, since its probability is in the tail already. The unbiased target is
+    then, in expectation, sum p (log p - log q) over the ids that the student has, and the position
+    counts by the teacher's probability of those instead of 1. Giving the weight to other draws, or
+    rescaling to 1, would bias both.
 
     Args:
         rows: R label rows.
-        row_starts: [R] int64, index of each row's first token in the flattened [B x L] token axis.
-        record: what the rows are.
+        row_starts: [R] int64, index of each row's first token in the flattened [B * L] token axis.
+        record: the record of the rows.
         vocab_size: rows of the student's lm_head.
         row_weights: [R] float32, weight of every position of a row; None for ones.
 
     Returns:
-        CPU tensors that share memory with `rows` where they can.
+        CPU tensors that share memory with `rows` if it is writeable.
 
     Raises:
         RecordError: a position has no entries although the rows have a teacher; a token of the text
@@ -148,11 +148,10 @@ def build_targets(
     token_ids = rows.token_ids[indices + np.repeat(rows.token_offsets[:-1], num_labels)]
     if len(token_ids) and token_ids.max() >= vocab_size:
         raise RecordError(
-            f"token id {token_ids.max()} stands in the text but the student has {vocab_size} ids; "
+            f"the text has token id {token_ids.max()}, but the student has only {vocab_size} ids; "
             "train a student with the vocabulary of the labels"
         )
     weights = np.ones(len(rows), np.float32) if row_weights is None else row_weights
-    highest = int(token_ids.max(initial=-1))
     entries = _entries(rows, record, vocab_size, len(token_ids))
     bounds = _tensor(entries.offsets)
     return SparseTargets(
@@ -167,7 +166,7 @@ def build_targets(
         tail_logmass=None if entries.tail is None else _tensor(entries.tail),
         lse=None if rows.lse is None else _tensor(rows.lse),
         record=record,
-        num_ids=1 + max(highest, int(entries.ids.max(initial=-1))),
+        num_ids=1 + int(max(token_ids.max(initial=-1), entries.ids.max(initial=-1))),
     )
 
 
@@ -183,7 +182,7 @@ class _Entries:
 
 
 def _entries(rows: LabelRows, record: RecordSpec, vocab_size: int, num_labels: int) -> _Entries:
-    """The entries that the student has a logit for; none where the rows have no teacher."""
+    """The entries that the student has a logit for; none if the rows have no teacher."""
     ids, logprobs, offsets, tail = (
         rows.entry_ids, rows.entry_logprobs, rows.entry_offsets, rows.tail_logmass
     )  # fmt: skip
@@ -191,25 +190,25 @@ def _entries(rows: LabelRows, record: RecordSpec, vocab_size: int, num_labels: i
         bounds = np.zeros(num_labels + 1, np.int64)
         return _Entries(np.zeros(0, np.int32), np.zeros(0, np.float16), bounds, None, None)
     entries = _Entries(ids, logprobs, offsets, _draws(rows, record), tail)
-    _refuse_silence(entries)
+    _refuse_empty(entries)
     if len(ids) and ids.max() >= vocab_size:
         entries = _fold_absent(entries, vocab_size)
         if entries.draws is None:
-            _refuse_silence(entries)
+            _refuse_empty(entries)
     return entries
 
 
-def _refuse_silence(entries: _Entries) -> None:
+def _refuse_empty(entries: _Entries) -> None:
     lengths = np.diff(entries.offsets)
     if len(lengths) and lengths.min() == 0:
         raise RecordError(
-            f"label {int(lengths.argmin())} of a packed micro-batch has no entries, so the teacher "
-            "says nothing there; label these rows again"
+            f"label {int(lengths.argmin())} of a packed micro-batch has no entries, so it holds no "
+            "teacher distribution; label these rows again"
         )
 
 
 def _draws(rows: LabelRows, record: RecordSpec) -> NDArray[np.uint8] | None:
-    """uint8 [E], how often each entry was drawn, 0 in the head; None for a record of heads."""
+    """uint8 [E], how often each entry was drawn, 0 in the head; None for exact heads."""
     assert rows.head_len is not None
     assert rows.tail_len is not None
     assert rows.entry_ids is not None
@@ -217,7 +216,7 @@ def _draws(rows: LabelRows, record: RecordSpec) -> NDArray[np.uint8] | None:
         if rows.tail_len.any():
             raise RecordError(
                 f'label rows hold tail draws, which record.kind = "{record.kind}" does not have; '
-                "`tutelage labels verify` says which shard is damaged"
+                "`tutelage labels verify` names the damaged shard"
             )
         return None
     lengths = np.stack([rows.head_len, rows.tail_len], axis=1).reshape(-1)
@@ -225,23 +224,23 @@ def _draws(rows: LabelRows, record: RecordSpec) -> NDArray[np.uint8] | None:
     draws = drawn.astype(np.uint8)
     if record.kind == "sampled":
         if rows.entry_counts is None:
-            raise RecordError("column entry_counts was not read, which sampled labels need")
+            raise RecordError("column entry_counts was not read, but sampled labels need it")
         draws[drawn] = rows.entry_counts
     return draws
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:
-    """A tensor over `array`; a copy only of read-only memory, which torch cannot stand for."""
+    """A tensor that shares memory with `array`, or a copy if it is read-only (torch needs that)."""
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _fold_absent(entries: _Entries, vocab_size: int) -> _Entries:
-    """Leaves out the entries that the student has no logit for; see `build_targets`."""
+    """Removes the entries that the student has no logit for; see `build_targets`."""
     assert entries.tail is not None
     kept = entries.ids < vocab_size
     num_labels = len(entries.tail)
     row = np.repeat(np.arange(num_labels), np.diff(entries.offsets))
-    # The probability of a draw is part of the tail's already.
+    # The tail includes the probability of draws already.
     moved = ~kept if entries.draws is None else ~kept & (entries.draws == 0)
     absent = np.exp(entries.logprobs[moved].astype(np.float64))
     mass = np.exp(entries.tail.astype(np.float64)) + np.bincount(row[moved], absent, num_labels)
@@ -251,7 +250,7 @@ def _fold_absent(entries: _Entries, vocab_size: int) -> _Entries:
     return _Entries(
         ids=entries.ids[kept],
         logprobs=entries.logprobs[kept],
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        offsets=offsets_of(lengths),
         draws=None if entries.draws is None else entries.draws[kept],
         tail=folded,
     )

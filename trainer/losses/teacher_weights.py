@@ -1,16 +1,16 @@
-"""The teacher's distribution that cached labels stand for, at a distillation temperature.
+"""The teacher's distribution as cached labels give it, at a distillation temperature.
 
 Two readings of the same entries:
 
 - `teacher_partition`: ids S with the teacher's own probabilities, and one bucket for all others.
-  Exact as far as it goes; what is inside the bucket is not known.
-- `teacher_estimate`: weights w on S whose expectation over the draws is the whole distribution, id
+  Exact, but ids within the bucket are not distinguished.
+- `teacher_estimate`: weights w on S whose expectation over the draws is the full distribution, id
   by id (Horvitz and Thompson 1952). Anything linear in them is unbiased, so they are never rescaled
-  to sum to one: W = sum of w is a random number with mean one.
+  to sum to one: W = sum of w is random with mean one.
 
-With s the temperature that draws were made at, p_s(i) = exp(lp_i / s - lse_s) and a draw standing
-for a share a of p_s (``RecordSpec.draw_share``: tau of threshold labels, 1/n of n independent
-draws), the weight at temperature T of an id drawn c times is
+With s the temperature that draws were made at, p_s(i) = exp(lp_i / s - lse_s) and each draw
+representing a share a of p_s (``RecordSpec.draw_share``: tau of threshold labels, 1/n of n
+independent draws), the weight at temperature T of an id drawn c times is
 
     w = c * a * p_T(i) / p_s(i) = c * a * exp(lp (1/T - 1/s) - lse_T + lse_s),      lse_1 = 0
 
@@ -32,13 +32,13 @@ from trainer.losses.targets import SparseTargets
 
 @dataclass(frozen=True)
 class TeacherPartition:
-    """The teacher at one temperature, on the cached ids S and one bucket for all the others.
+    """The teacher at one temperature, on the cached ids S and one bucket for all other ids.
 
     Attributes:
-        scaled: [E], log-probability of each entry over the temperature, not normalised.
-        log_sum: [T], log of their summed exponentials.
+        scaled: [E], log-probability of each entry divided by the temperature, not normalised.
+        log_sum: [T], log of the sum of their exponentials.
         log_head: [T], log of the probability of S.
-        tail, log_tail: [T], probability of the bucket; exactly 0 and -inf where nothing is left.
+        tail, log_tail: [T], probability of the bucket and its log; may be exactly 0 and -inf.
     """
 
     scaled: Tensor
@@ -48,11 +48,11 @@ class TeacherPartition:
     log_tail: Tensor
 
     def log_weights(self, segments: Segments) -> Tensor:
-        """[E], log-probability of each entry; those of a position sum to 1 - tail."""
+        """[E], log-probability of each entry; probabilities of a position sum to 1 - tail."""
         return self.scaled + segments.spread(self.log_head - self.log_sum)
 
     def log_shares(self, segments: Segments) -> Tensor:
-        """[E], log of each entry's share of S; those of a position sum to 1."""
+        """[E], log of each entry's share of S; shares of a position sum to 1."""
         return self.scaled - segments.spread(self.log_sum)
 
 
@@ -61,7 +61,7 @@ class TeacherEstimate:
     """An unbiased estimate of the teacher at one temperature.
 
     Attributes:
-        weights: [E], not negative; in expectation the teacher's probabilities.
+        weights: [E], not negative; in expectation the teacher's probabilities of all V ids.
         log_probs: [E], the teacher's log-probability of each entry, nats.
     """
 
@@ -72,13 +72,12 @@ class TeacherEstimate:
 def teacher_partition(
     targets: SparseTargets, temperature: float, segments: Segments, dtype: torch.dtype
 ) -> TeacherPartition:
-    """Reads the teacher's distribution at `temperature` on the cached ids and a bucket.
+    """The teacher's distribution at `temperature` on the cached ids and a bucket.
 
-    At temperature 1 the head's mass is P = 1 - exp(tail_logmass) and the entries are rescaled to
-    sum to it: the sum of rounded float16 probabilities may exceed 1, which would turn the gradient
-    of the tail bucket round. At other temperatures the weights are exp(lp / T - lse_T), exact
-    because lse_T was computed over the full vocabulary when the labels were made. Draws are ids
-    of S like any other, with their own probability, which the bucket no longer has.
+    At temperature 1 the head's mass is P = 1 - exp(tail_logmass). At other temperatures the weights
+    are exp(lp / T - lse_T), exact because lse_T was computed over the full vocabulary when the
+    labels were made. Draws are ids of S like any other, with their own probability, which is
+    subtracted from the bucket.
 
     Args:
         targets: labels with a teacher.
@@ -87,7 +86,7 @@ def teacher_partition(
         dtype: of the result.
 
     Raises:
-        ConfigError: the labels have no teacher, or do not hold this temperature.
+        ConfigError: the teacher's columns were not read, or do not hold this temperature.
         RecordError: a position has no entries left, so S is empty and the loss would be zero.
     """
     tail_logmass = _tail_logmass(targets, dtype)
@@ -99,9 +98,11 @@ def teacher_partition(
         if targets.entry_draws is not None:
             drawn = torch.where(targets.entry_draws > 0, scaled.exp(), 0.0)
             log_tail = (log_tail.exp() - segments.sum(drawn)).clamp(min=0.0).log()
+        # The entries are rescaled to sum to this: the sum of their rounded float16 probabilities
+        # may exceed 1, which would flip the sign of the bucket's gradient.
         log_head = torch.log(-torch.expm1(log_tail))
         return TeacherPartition(scaled, log_sum, log_head, log_tail.exp(), log_tail)
-    # Rounding may lift the sum over 1: then S is everything there is.
+    # Rounding may lift the sum above 1; the bucket is empty then.
     log_head = (log_sum - _lse(targets, temperature, dtype)).clamp(max=0.0)
     tail = -torch.expm1(log_head)
     return TeacherPartition(scaled, log_sum, log_head, tail, tail.log())
@@ -110,7 +111,7 @@ def teacher_partition(
 def teacher_estimate(
     targets: SparseTargets, temperature: float, segments: Segments, dtype: torch.dtype
 ) -> TeacherEstimate:
-    """Reads the unbiased weights at `temperature` of labels with draws.
+    """Unbiased weights at `temperature` from labels with draws.
 
     Args:
         targets: labels of a record with draws.
@@ -119,19 +120,14 @@ def teacher_estimate(
         dtype: of the result.
 
     Raises:
-        ConfigError: the labels have no draws, or do not hold this temperature.
+        ConfigError: the teacher's columns were not read, or do not hold this temperature.
     """
-    tail_logmass = _tail_logmass(targets, dtype)
-    draws = targets.entry_draws
-    if draws is None:
-        raise ConfigError(
-            f'loss.kind = "forward_kl" needs labels with draws, but record.kind is '
-            f'"{targets.record.kind}"; use loss.kind = "ghost"'
-        )
+    tail_logmass, draws = _tail_logmass(targets, dtype), targets.entry_draws
+    assert draws is not None, "check_loss admits only records with draws"
     logprobs = targets.entry_logprobs.to(dtype)
     drawn_at, is_draw = targets.record.drawn_at, draws > 0
     if temperature == 1.0:
-        # Of sampled labels the head is empty: 0 entries share a mass of 0.
+        # The head of sampled labels is empty: no entries share a mass of 0.
         exact = torch.where(is_draw, 0.0, logprobs.exp())
         sums = segments.sum(exact)
         factor = torch.where(sums > 0, -torch.expm1(tail_logmass) / sums, 1.0)
@@ -151,8 +147,8 @@ def teacher_estimate(
 def _tail_logmass(targets: SparseTargets, dtype: torch.dtype) -> Tensor:
     if targets.tail_logmass is None:
         raise ConfigError(
-            "the loss needs a teacher's labels, but these rows are tokens alone; use "
-            'loss.kind = "hard" or a label set with a teacher'
+            "the loss needs a teacher's labels, but these were read without the teacher's columns; "
+            'read them for this loss (the `loss` of ViewDataset), or use loss.kind = "hard"'
         )
     return targets.tail_logmass.to(dtype)
 
@@ -160,16 +156,16 @@ def _tail_logmass(targets: SparseTargets, dtype: torch.dtype) -> Tensor:
 def _lse(targets: SparseTargets, temperature: float, dtype: torch.dtype) -> Tensor:
     column = temperature_column(targets.temperatures, temperature)
     if targets.lse is None:
-        raise ConfigError("column lse was not read, which a temperature other than 1 needs")
+        raise ConfigError("column lse was not read, but temperatures other than 1 need it")
     return targets.lse[:, column].to(dtype)
 
 
 def _refuse_empty(targets: SparseTargets) -> None:
-    """Only where the student lacks every id of a position; on the CPU, so nothing waits."""
+    # Happens only if the student lacks every id of a position. Checked on the CPU: no device sync.
     lengths = targets.entry_bounds.diff()
     if lengths.numel() and int(lengths.min()) == 0:
         raise RecordError(
             f"label {int(lengths.argmin())} of a chunk has no entries that the student has a logit "
-            'for, so this target is silent there; use loss.kind = "forward_kl", which stays '
+            'for, so this target would ignore it; use loss.kind = "forward_kl", which stays '
             "unbiased, or a student with the vocabulary of the teacher"
         )

@@ -9,8 +9,8 @@ from schemas.spec import RecordSpec
 from tests.support.distillation_oracle import dense_loss, drawn_targets, random_targets
 from trainer.config.train import LossConfig
 from trainer.head.fused_head import fused_distillation_loss
-from trainer.losses.compatibility import check_loss, objective
-from trainer.losses.divergences import DIVERGENCES, SMALLEST_MASS, Masses, terms
+from trainer.losses.compatibility import check_loss, effective_kind
+from trainer.losses.divergences import DIVERGENCES, SMALLEST_MASS, Masses, divergence_terms
 
 T, V = 23, 40
 KINDS = tuple(DIVERGENCES)
@@ -42,8 +42,8 @@ def test_masses_of_zero_on_either_side_or_both_give_numbers(kind, dtype):
     none = -torch.inf
     log_p = torch.tensor([none, none, 0.0, 0.0, -1.0, none], dtype=dtype)
     log_q = torch.tensor([none, 0.0, none, 0.0, none, -200.0], dtype=dtype)
-    masses = Masses.of(log_p, log_q)
-    found = terms(masses, LossConfig(kind=kind))
+    masses = Masses.from_logs(log_p, log_q)
+    found = divergence_terms(masses, LossConfig(kind=kind))
     assert torch.isfinite(found.value).all()
     assert torch.isfinite(found.slope).all()
     assert found.value[0] == 0.0  # nothing on either side
@@ -142,7 +142,7 @@ def test_every_record_with_a_teacher_serves_them_at_what_it_stores(kind, record)
     for temperature in (1.0, 2.0):  # above that of the draws as well: nothing is weighted by them
         loss = LossConfig(kind=kind, temperature=temperature)
         check_loss(loss, record)
-        assert objective(loss, record) == kind
+        assert effective_kind(loss, record) == kind
     with pytest.raises(ConfigError, match=r"loss\.temperature = 3\.0 .* record\.temperatures"):
         check_loss(LossConfig(kind=kind, temperature=3.0), record)
 

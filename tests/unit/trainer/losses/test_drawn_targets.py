@@ -13,7 +13,7 @@ from tests.support.training_runs import make_config
 from trainer.config.train import LossConfig
 from trainer.engine.export import model_card
 from trainer.head.fused_head import fused_distillation_loss
-from trainer.losses.compatibility import approximation, check_loss, objective
+from trainer.losses.compatibility import approximation, check_loss, effective_kind
 from trainer.losses.targets import SparseTargets, build_targets
 from trainer.losses.teacher_weights import teacher_estimate, teacher_partition
 
@@ -152,7 +152,7 @@ def test_above_the_temperature_of_the_draws_only_the_bounded_approximation_is_gi
     config = make_config(Path("run"), "view", "tokenizer", loss=allowed.model_dump())
     card = model_card(config, ["f"], "v", 1, 1, 0.5, approximation(allowed, record))
     assert "approximated by the ghost target" in card
-    assert objective(allowed, THRESHOLD) == "forward_kl"
+    assert effective_kind(allowed, THRESHOLD) == "forward_kl"
 
 
 @pytest.mark.parametrize(
