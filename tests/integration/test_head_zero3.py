@@ -1,12 +1,7 @@
-"""The fused head under ZeRO-3 with two ranks, tied and untied, against plain torch on one.
-
-The module is also the program of the ranks.
-"""
+"""The fused head under ZeRO-3 with two ranks, tied and untied, against plain torch on one."""
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +9,8 @@ import pytest
 import torch
 
 from schemas.config import StrictModel
-from tests.support import ROOT
 from tests.support.distillation_oracle import random_targets
+from tests.support.rank_pool import run_on_ranks
 from trainer.config.train import LossConfig, TrainConfig
 from trainer.losses.targets import SparseTargets
 from trainer.student.build import StudentWithHead
@@ -118,17 +113,17 @@ def on_this_rank(tied: bool) -> Outcome:
         return outcome(losses, engine.module)
 
 
+def train_both(out: Path) -> None:
+    """What every rank does; rank 0 writes the outcomes."""
+    outcomes = {str(tied): on_this_rank(tied).model_dump() for tied in (True, False)}
+    if int(os.environ["RANK"]) == 0:
+        out.write_text(json.dumps(outcomes))
+
+
 @pytest.fixture(scope="module")
 def distributed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     out = tmp_path_factory.mktemp("zero3") / "outcomes.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={RANKS}", __file__, str(out)]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert run_on_ranks(train_both, RANKS, out) == [0] * RANKS
     return {k: Outcome.model_validate(v) for k, v in json.loads(out.read_text()).items()}
 
 
@@ -139,15 +134,3 @@ def test_zero3_trains_as_one_process_does(distributed, tied):
     np.testing.assert_allclose(found.head, expected.head, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found.embedding, expected.embedding, rtol=1e-4, atol=1e-5)
     assert (found.head == found.embedding) == tied
-
-
-def main(out: Path) -> None:
-    torch.distributed.init_process_group("gloo")
-    outcomes = {str(tied): on_this_rank(tied).model_dump() for tied in (True, False)}
-    if int(os.environ["RANK"]) == 0:
-        out.write_text(json.dumps(outcomes))
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -10,16 +10,15 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import tempfile
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.managers import BaseManager
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from schemas.console.progress import Progress
 from schemas.errors import StudentError
-from tests.support import ROOT
 from trainer.config.train import TrainConfig
 from trainer.run.launch import run_train_job
 from trainer.run.status import shown
@@ -29,6 +28,7 @@ from trainer.tracking.run_status import RunStatus
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.support.rank_imports"])
+_TIMEOUT_S = 300.0
 _GRACE_S = 20.0
 """How long ranks may outlive one that failed; Ray Train ends them as well."""
 
@@ -62,26 +62,36 @@ def train_on_ranks(
     """
     status = statuses().RunStatus()
     job = TrainJob(config, os.getcwd(), folder.claim(), view_hash, num_steps, status)
-    world_size = config.ray.max_workers
-    with shown(status, progress), tempfile.TemporaryDirectory() as meeting:
+    with shown(status, progress):
+        codes = run_on_ranks(train_worker, config.ray.max_workers, job)
+    error = status.error()
+    if error is not None:
+        raise error
+    if any(codes):
+        raise StudentError(f"the ranks ended with exit codes {codes}")
+
+
+def run_on_ranks(function: Callable[..., None], world_size: int, *arguments: Any) -> list[int]:
+    """Calls a function of a module on every rank of a process group; returns their exit codes."""
+    with tempfile.TemporaryDirectory() as meeting:
         ranks = [
-            FORKS.Process(target=_run_rank, args=(job, rank, world_size, meeting))
+            FORKS.Process(target=_run_rank, args=(rank, world_size, meeting, function, arguments))
             for rank in range(world_size)
         ]
         for process in ranks:
             process.start()
         _wait(ranks)
-    error = status.error()
-    if error is not None:
-        raise error
-    codes = [process.exitcode for process in ranks]
-    if any(codes):
-        raise StudentError(f"the ranks ended with exit codes {codes}")
+    return [process.exitcode for process in ranks]
 
 
-def _run_rank(job: TrainJob, rank: int, world_size: int, meeting: str) -> None:
-    """What Ray Train does around a worker."""
-    assert Path(str(run_train_job.__code__.co_filename)).is_relative_to(ROOT)
+def _run_rank(
+    rank: int,
+    world_size: int,
+    meeting: str,
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
+) -> None:
+    """Does what Ray Train does around a worker."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
     os.environ |= {name: str(value) for name, value in place.items()}
     dist.init_process_group(
@@ -89,10 +99,10 @@ def _run_rank(job: TrainJob, rank: int, world_size: int, meeting: str) -> None:
         init_method=f"file://{meeting}/ranks",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=job.config.deepspeed.timeout_s),
+        timeout=timedelta(seconds=_TIMEOUT_S),
     )
     try:
-        train_worker(job)
+        function(*arguments)
     finally:
         dist.destroy_process_group()
 
