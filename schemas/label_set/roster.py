@@ -212,7 +212,7 @@ def _merged_parts(store: Store, run: str) -> pa.Table:
     again = np.ones(len(table) - 1, bool)
     for name in PLACE_COLUMNS:
         column = table.column(name)
-        again &= _bools(pc.equal(column[1:], column[:-1]))
+        again &= np.asarray(pc.equal(column[1:], column[:-1]).to_numpy(), bool)
     keys = as_strings(key_array(table, "row_key"))
     _reject(
         table,
@@ -283,7 +283,3 @@ def _with_column(table: pa.Table, name: str, values: list[str]) -> pa.Table:
 
 def _column(table: pa.Table, name: str) -> npt.NDArray[Any]:
     return table.column(name).to_numpy()
-
-
-def _bools(column: pa.ChunkedArray) -> Bools:
-    return np.asarray(column.to_numpy(), bool)

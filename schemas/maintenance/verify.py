@@ -79,14 +79,14 @@ class Verified(StrictModel):
     """
 
     url: str
-    fingerprint: str
-    units: int
-    rows: int
-    tokens: int
-    labels: int
-    quarantined: int
-    bytes: int
-    garbage: int
+    fingerprint: str = ""
+    units: int = 0
+    rows: int = 0
+    tokens: int = 0
+    labels: int = 0
+    quarantined: int = 0
+    bytes: int = 0
+    garbage: int = 0
     problems: list[Problem]
 
     @property
@@ -151,8 +151,7 @@ def _unreadable_set(url: str, store: Store, found: str) -> Verified:
         found=found.removeprefix(f"{store.path(LABEL_SET_FILE)}: "),
         repair=f"restore {store.path(LABEL_SET_FILE)} from a copy; nothing else can be checked",
     )
-    counts = dict.fromkeys(("units", "rows", "tokens", "labels", "quarantined", "bytes"), 0)
-    return Verified(url=url, fingerprint="", garbage=0, problems=[problem], **counts)
+    return Verified(url=url, problems=[problem])
 
 
 def _check_vocabulary(label_set: LabelSet) -> Iterator[Problem]:

@@ -5,6 +5,7 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from schemas.errors import RecordError, first_line
@@ -12,7 +13,7 @@ from schemas.keys import content_key, row_key
 from schemas.label_set.label_set import LabelSet
 from schemas.label_set.manifest import Manifest
 from schemas.label_set.shards import FINGERPRINT_KEY, PARQUET_ERRORS, schema_problem
-from schemas.label_set.tables import key_array
+from schemas.label_set.tables import KEYS, unit_keys_table
 from schemas.record.rows import LabelRows
 from schemas.record.validate import validate
 from schemas.storage.driver_errors import refuse_unreadable
@@ -103,8 +104,6 @@ class ShardCheck:
         if sizes != unit.row_groups:
             found = f"has row groups of {sizes} rows, the manifest records {unit.row_groups}"
             self._report("record", unit.shard, found)
-        if self._keys is not None:
-            self._places(sizes)
         tokens = labels = first = 0
         complete = True
         for index, size in enumerate(sizes):
@@ -182,35 +181,21 @@ class ShardCheck:
             found = f"{len(problems) - SHOWN_ROWS} {remainder}"
             self._report("record", shard, found, row_group=index)
 
-    def _places(self, sizes: list[int]) -> None:
-        """The key file numbers rows as the row groups do."""
-        groups = np.repeat(np.arange(len(sizes)), sizes)
-        places = np.concatenate([np.arange(size) for size in sizes] or [np.zeros(0, np.int64)])
-        for name, expected in (("row_group", groups), ("row", places)):
-            if not np.array_equal(self._keys.column(name).to_numpy(), expected):
-                found = f"{name} does not match the shard's row groups of {sizes} rows"
-                self._report("keys", self._unit.keys, found, column=name)
-
     def _against_keys(self, rows: LabelRows, index: int, first: int) -> None:
-        """The key file agrees with the rows of the shard."""
+        """The key file agrees with a row group, whose first row is its row `first`."""
         if self._keys is None:
             return
-        keys = self._keys.slice(first, len(rows))
-        if len(keys) != len(rows):
+        found, expected = self._keys.slice(first, len(rows)), unit_keys_table(rows, [len(rows)])
+        if len(found) != len(rows):
             return  # numbers of rows differ, which is reported elsewhere
-        differing = {
-            "row_key": (key_array(keys, "row_key") != rows.row_key).any(axis=1),
-            "num_tokens": keys.column("num_tokens").to_numpy() != np.diff(rows.token_offsets),
-            "num_labels": keys.column("num_labels").to_numpy() != np.diff(rows.label_offsets),
-        }
-        for name, bad in differing.items():
+        groups = pa.array(np.full(len(rows), index, np.int32))
+        expected = expected.set_column(1, KEYS.field("row_group"), groups)
+        for name in KEYS.names:
+            bad = pc.not_equal(found.column(name), expected.column(name)).to_numpy()
             if bad.any():
-                row = int(np.argmax(bad))
-                found = (
-                    f"{int(bad.sum())} rows differ from shard {self._unit.shard}, first this one"
-                )
-                place = {"row_group": index, "row": row, "column": name}
-                self._report("keys", self._unit.keys, found, **place)
+                problem = f"{int(bad.sum())} rows differ from shard {self._unit.shard}; the first"
+                place = {"row_group": index, "row": int(np.argmax(bad)), "column": name}
+                self._report("keys", self._unit.keys, problem, **place)
 
 
 def _group_sizes(file: pq.ParquetFile) -> list[int]:

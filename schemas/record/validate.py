@@ -7,6 +7,7 @@ one.
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from schemas.record.columns import COLUMNS
 from schemas.record.entry_checks import check_entries
@@ -14,19 +15,6 @@ from schemas.record.record_check import RecordCheck, is_valid_logprob, preview
 from schemas.record.rows import LabelRows, present
 from schemas.record.spans import Bools, label_offsets, offsets_of
 from schemas.spec import RecordSpec
-
-_DTYPES = {
-    "row_key": np.uint8,
-    "content_key": np.uint8,
-    "head_len": np.uint16,
-    "tail_len": np.uint16,
-    "entry_logprobs": np.float16,
-    "entry_counts": np.uint8,
-    "tail_logmass": np.float16,
-    "target_logprob": np.float16,
-    "entropy": np.float16,
-    "lse": np.float16,
-}
 
 
 def validate(rows: LabelRows, spec: RecordSpec, vocab_size: int, where: str = "") -> None:
@@ -63,14 +51,15 @@ class _RowCheck(RecordCheck):
 
     def columns(self) -> None:
         rows, spec = self.rows, self.spec
-        for name in COLUMNS:
+        for name, column in COLUMNS.items():
             values = getattr(rows, name, None)
             if name in ("num_tokens", "num_labels"):
                 continue
             if (values is not None) != (name in spec.columns):
                 state = "missing" if values is None else "present"
                 self.fail(f"column {name} is {state}; the record spec has {spec.columns}")
-            dtype = np.dtype(_DTYPES.get(name, np.int32))
+            is_key = pa.types.is_fixed_size_binary(column.value_type)
+            dtype = np.dtype(np.uint8 if is_key else column.value_type.to_pandas_dtype())
             if values is not None and values.dtype != dtype:
                 self.fail(f"column {name} has dtype {values.dtype}; expected {dtype}")
         for name in ("row_key", "content_key"):

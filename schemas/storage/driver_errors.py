@@ -140,23 +140,15 @@ class GuardedFile:
         self._where = where
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
+        found = getattr(self._file, name)
+        if not callable(found):
+            return found
 
-    def read(self, size: int = -1) -> bytes:
-        with store_errors(self._where):
-            return self._file.read(size)
+        def guarded(*args: Any) -> Any:
+            with store_errors(self._where):
+                return found(*args)
 
-    def write(self, data: Any) -> int:
-        with store_errors(self._where):
-            return self._file.write(data)
-
-    def flush(self) -> None:
-        with store_errors(self._where):
-            self._file.flush()
-
-    def close(self) -> None:
-        with store_errors(self._where):
-            self._file.close()
+        return guarded
 
     def __enter__(self) -> Self:
         return self

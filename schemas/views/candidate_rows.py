@@ -5,7 +5,6 @@ Read from rosters and key files; no shard is opened.
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -86,13 +85,7 @@ def candidate_rows(number: int, source: SourceRun, index: pa.Table) -> pa.Table:
     """
     roster = read_roster(source.label_set, source.run)
     roster = roster.append_column("document", _documents(roster))
-    rows, chosen = labelled_rows(source.label_set, source.run, roster, index)
-    columns: dict[str, Any] = {name: rows.column(name) for name in rows.column_names}
-    for name in ("source", "document", "place", "window", "sample", "columns"):
-        columns[name] = chosen.column(name)
-    columns["label_set"] = pa.array(np.full(len(rows), number, np.int16))
-    columns["weight"] = pa.array(np.ones(len(rows), np.float32))
-    return pa.table({name: columns[name] for name in ROWS.names}, schema=ROWS)
+    return labelled_rows(number, source.label_set, source.run, roster, index, ROWS)
 
 
 def filter_table(rows: pa.Table, sources: list[SourceRun], names: set[str]) -> pa.Table:

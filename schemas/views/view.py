@@ -183,7 +183,7 @@ def build_view(
     """
     indices = [label_set.index() for label_set, _ in label_sets]
     parts = [
-        _rows_of_run(number, label_set, run, index)
+        labelled_rows(number, label_set, run, read_roster(label_set, run), index)
         for number, ((label_set, run), index) in enumerate(zip(label_sets, indices, strict=True))
     ]
     table = first_of_each_key(
@@ -253,24 +253,27 @@ def _reduced_record(label_set: LabelSet, record: RecordSpec | None) -> RecordSpe
 
 
 def labelled_rows(
-    label_set: LabelSet, run: str, roster: pa.Table, index: pa.Table
-) -> tuple[pa.Table, pa.Table]:
+    number: int,
+    label_set: LabelSet,
+    run: str,
+    roster: pa.Table,
+    index: pa.Table,
+    schema: pa.Schema = VIEW,
+) -> pa.Table:
     """The labelled rows of a run, in the order of the label set's index.
 
     Args:
+        number: value of the column `label_set`.
         label_set: the label set.
         run: for messages.
         roster: of the run; may have further columns.
         index: of the label set.
-
-    Returns:
-        Their rows in the index, and those in the roster.
+        schema: of the result: VIEW, perhaps with columns of the roster.
 
     Raises:
         StoreError: a row of the run is no longer in the label set.
     """
-    taken = pc.is_in(roster.column("disposition"), pa.array([LABELLED, REUSED]))
-    chosen = roster.filter(taken)
+    chosen = roster.filter(pc.is_in(roster.column("disposition"), pa.array([LABELLED, REUSED])))
     places = find_keys(key_array(index, "row_key"), key_array(chosen, "row_key"))
     gone = int((places < 0).sum())
     if gone:
@@ -279,17 +282,12 @@ def labelled_rows(
             "dropped; label the corpus again"
         )
     order = np.argsort(places)
-    return index.take(pa.array(places[order])), chosen.take(pa.array(order))
-
-
-def _rows_of_run(number: int, label_set: LabelSet, run: str, index: pa.Table) -> pa.Table:
-    """The rows of a run in the schema VIEW, in the order of the index."""
-    rows, chosen = labelled_rows(label_set, run, read_roster(label_set, run), index)
-    columns = {name: rows.column(name) for name in rows.column_names}
-    columns["source"] = chosen.column("source")
+    rows, chosen = index.take(pa.array(places[order])), chosen.take(pa.array(order))
+    columns = {name: chosen.column(name) for name in chosen.column_names}
+    columns |= {name: rows.column(name) for name in rows.column_names}
     columns["label_set"] = pa.array(np.full(len(rows), number, np.int16))
     columns["weight"] = pa.array(np.ones(len(rows), np.float32))
-    return pa.table({name: columns[name] for name in VIEW.names}, schema=VIEW)
+    return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
 
 def _pinned(label_set: LabelSet, table: pa.Table) -> list[PinnedShard]:

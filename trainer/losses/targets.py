@@ -145,7 +145,7 @@ def build_targets(
     """
     indices, label_offsets = target_positions(rows.label_spans, rows.span_offsets)
     num_labels = np.diff(label_offsets)
-    token_ids = rows.token_ids[indices + np.repeat(rows.token_offsets[:-1], num_labels)]
+    token_ids = rows.target_ids()
     if len(token_ids) and token_ids.max() >= vocab_size:
         raise RecordError(
             f"the text has token id {token_ids.max()}, but the student has only {vocab_size} ids; "

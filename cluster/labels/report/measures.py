@@ -10,7 +10,6 @@ from schemas.label_set.label_set import LabelSet
 from schemas.label_set.manifest import MANIFESTS
 from schemas.maintenance.sample import SampledGroup
 from schemas.record.rows import LabelRows
-from schemas.record.spans import target_positions
 
 BINS = 15
 MAX_FOOTERS = 64
@@ -67,10 +66,8 @@ def _first_entries(rows: LabelRows) -> tuple[Floats, npt.NDArray[np.bool_]] | No
     assert rows.entry_logprobs is not None
     with_head = rows.head_len > 0
     first = rows.entry_offsets[:-1][with_head]
-    targets, offsets = target_positions(rows.label_spans, rows.span_offsets)
-    tokens = rows.token_ids[targets + np.repeat(rows.token_offsets[:-1], np.diff(offsets))]
     confidence = np.exp(rows.entry_logprobs[first].astype(np.float64))
-    return confidence, rows.entry_ids[first] == tokens[with_head]
+    return confidence, rows.entry_ids[first] == rows.target_ids()[with_head]
 
 
 def bytes_by_column(label_set: LabelSet, seed: int) -> tuple[dict[str, float], int]:
