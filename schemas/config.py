@@ -4,7 +4,6 @@ A configuration file describes a complete run. ``key.sub=value`` words after it 
 values. Relative paths in a file are relative to the working directory, not to the file.
 """
 
-import difflib
 import tomllib
 import types
 import typing
@@ -15,6 +14,7 @@ import pydantic
 import tomli_w
 from pydantic import Field
 
+from schemas.console.text import did_you_mean
 from schemas.errors import ConfigError
 
 M = TypeVar("M", bound="StrictModel")
@@ -132,8 +132,7 @@ def _explain(detail: Any, model: type[StrictModel]) -> str:
 
 def _explain_unknown(key: str, loc: tuple[Any, ...], model: type[StrictModel]) -> str:
     allowed = _fields_at(model, loc[:-1])
-    near = difflib.get_close_matches(str(loc[-1]), allowed, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(str(loc[-1]), allowed)
     known = f" (known here: {', '.join(allowed)})" if allowed else ""
     return f"unknown key {key}{hint}{known}"
 

@@ -1,7 +1,7 @@
-"""Labelled shards in, a student out: reads views of label sets, trains under DeepSpeed.
+"""Trains a student from views of label sets, under DeepSpeed.
 
 ``config/``       the fields of ``train.toml`` and ``evaluate.toml``
-``losses/``       targets from stored labels; objectives and divergences over them
+``losses/``       targets from stored labels; objectives and divergences on them
 ``head/``         the output head fused with the loss
 ``student/``      the model: built, checked, adapted
 ``data/``         row order, packing, mixtures, the loader
@@ -13,8 +13,8 @@
 
 Imports go up this list, never down; nothing here imports labeler.
 
-As a library, in your own training loop or in a Hugging Face Trainer (``docs/library.md``): the
-names below. Each is imported on first use, so that importing the package stays light.
+The names below are the library, for your own training loop or a Hugging Face Trainer
+(``docs/library.md``). Each is imported on first use, so that importing the package stays light.
 """
 
 from importlib import import_module

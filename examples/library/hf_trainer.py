@@ -1,6 +1,6 @@
 """Distillation in a Hugging Face Trainer: `python examples/library/hf_trainer.py`.
 
-Wants the labels that `make demo` leaves, and `pip install accelerate`, which the Trainer needs.
+Needs the labels of `make demo`, and `pip install accelerate`, which the Trainer requires.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from trainer import DataConfig, LossConfig, StudentWithHead, ViewDataset
 class DistillationTrainer(Trainer):
     """A Trainer whose model is a `StudentWithHead` and whose train_dataset is a `ViewDataset`.
 
-    The dataset packs, orders, and deals to the ranks, so its batches are taken as they are, and
-    ``gradient_accumulation_steps`` has to be its ``micro_batches_per_step``.
+    The dataset packs, orders and shards by rank, so its batches are used unchanged, and
+    ``gradient_accumulation_steps`` must be its ``micro_batches_per_step``.
     """
 
     def __init__(self, *args: Any, loss: LossConfig, **kwargs: Any) -> None:
@@ -42,14 +42,14 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         targets = inputs["targets"].to(self.args.device)
         loss_sum, parts = model(inputs["input_ids"], inputs["position_ids"], targets, self.loss)
-        # step_weight counts the labels of all ranks and micro-batches of the step; the Trainer will
-        # divide by the micro-batches, and data-parallel wrappers by the ranks.
-        undone = self.args.world_size * self.current_gradient_accumulation_steps
-        mean: Tensor = loss_sum * undone / inputs["step_weight"]
+        # step_weight counts the labels of all ranks and micro-batches of the step already, but the
+        # Trainer divides by the micro-batches, and data-parallel wrappers by the ranks.
+        divided_later = self.args.world_size * self.current_gradient_accumulation_steps
+        mean: Tensor = loss_sum * divided_later / inputs["step_weight"]
         return (mean, parts) if return_outputs else mean
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The model itself, an ordinary Hugging Face folder."""
+        """Saves the model itself as an ordinary Hugging Face folder."""
         folder = output_dir or self.args.output_dir
         self.accelerator.unwrap_model(self.model).model.save_pretrained(folder)
 

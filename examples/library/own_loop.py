@@ -1,7 +1,7 @@
-"""Distillation in a training loop of one's own: `python examples/library/own_loop.py`.
+"""Distillation in your own training loop: `python examples/library/own_loop.py`.
 
-Wants the labels that `make demo` leaves. Under torchrun every rank would open the dataset with its
-own `rank` and `world_size`, and multiply the loss by `world_size`.
+Needs the labels of `make demo`. Under torchrun, every rank opens the dataset with its `rank` and
+`world_size`, and multiplies the loss by `world_size`.
 """
 
 import argparse
@@ -27,16 +27,16 @@ def train(
     lr: float,
     num_workers: int = 0,
 ) -> list[float]:
-    """Trains over the whole dataset; returns the mean loss per label of every step, in nats."""
+    """Trains on the dataset; returns the mean loss per label of every step, in nats."""
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr)
     losses = [0.0]
     for batch in DataLoader(dataset, batch_size=None, num_workers=num_workers):
-        # One scalar, the sum over the labels; parts are its detached pieces. No [tokens,
-        # vocabulary] tensor exists on the way.
+        # One scalar, the sum over the labels; parts are its detached summands. A tensor of shape
+        # [tokens, vocabulary] never exists.
         loss_sum, parts = student(batch["input_ids"], batch["position_ids"], batch["targets"], loss)
         (loss_sum / batch["step_weight"]).backward()
         losses[-1] += float(parts["loss"]) / batch["step_weight"]
-        if batch["state"]["micro_batch"] == 0:  # the last one of its step
+        if batch["state"]["micro_batch"] == 0:  # the last micro-batch of its step
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -53,9 +53,9 @@ def main() -> None:
     parser.add_argument("--out", default="runs/library/own_loop")
     args = parser.parse_args()
     model, tokenizer = make_student(args.tokenizer)
-    check_student(model)  # that it trains on packed documents, and that its head is the whole head
-    # The student's lm_head becomes a DistillationHead of the same parameters. For a model that this
-    # does not fit, `DistillationHead.around(lm_head)(hidden, targets, loss)` is all it takes.
+    check_student(model)  # proves that packing is exact and that the head gives the logits
+    # The student's lm_head becomes a DistillationHead of the same parameters. Other models can call
+    # `DistillationHead.around(lm_head)(hidden, targets, loss)` directly.
     student = StudentWithHead(model)
     assert isinstance(model.lm_head, DistillationHead)
     loss = LossConfig(kind="forward_kl")

@@ -1,4 +1,4 @@
-"""The student of both examples: a small Llama of random weights, as in `examples/demo`."""
+"""The student of both examples: a small Llama with random weights, as in `examples/demo`."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ TOKENIZER = Path(__file__).parents[1] / "teacher"
 def make_student(
     tokenizer: str | Path, hidden_size: int = 128
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """A fresh student over a tokenizer, and that tokenizer. Any causal model of yours does too."""
+    """A new student for a tokenizer, and that tokenizer. Any other causal model works as well."""
     torch.manual_seed(0)
     words = AutoTokenizer.from_pretrained(tokenizer)
     config = LlamaConfig(

@@ -1,6 +1,7 @@
-"""Durations, sizes and tables as text."""
+"""Durations, sizes, hints and tables as text."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 def duration_text(seconds: float) -> str:
@@ -20,6 +21,12 @@ def size_text(size_bytes: float) -> str:
             return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
         size_bytes /= 1000
     return f"{size_bytes:.1f} TB"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A clause that names the known name closest to a mistyped one; empty if none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:

@@ -7,12 +7,12 @@ column whose name is not an identifier is ``col('its name')``.
 """
 
 import ast
-import difflib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyarrow.compute as pc
 
+from schemas.console.text import did_you_mean
 from schemas.errors import ConfigError
 
 Expression = Any  # pyarrow.compute.Expression, which has no types
@@ -112,8 +112,7 @@ class _Filter:
 
     def _column(self, name: str) -> Expression:
         if name not in self._columns:
-            near = difflib.get_close_matches(name, self._columns, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(name, self._columns)
             raise ConfigError(
                 f"--where {self._text!r}: no column {name}{hint} (known: "
                 f"{', '.join(self._columns)})"

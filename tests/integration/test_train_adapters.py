@@ -60,7 +60,7 @@ def test_adapters_train_alike_with_and_without_zero(tmp_path: Path, tiny_model_d
 
     (run / "summary.json").unlink()
     AutoModelForCausalLM.from_config(learned.config).save_pretrained(base)
-    with pytest.raises(ConfigError, match="put the base back"):
+    with pytest.raises(ConfigError, match="restore the base"):
         train(job("split", 3))
 
 

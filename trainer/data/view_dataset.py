@@ -121,7 +121,7 @@ class ViewDataset(IterableDataset[ViewBatch]):
         check_loss(loss, common_record(self._view))
         if tokenizer is not None:
             for label_set in self._view.label_sets:
-                check_vocabularies(tokenizer, vocab_size, label_set)
+                check_vocabularies(tokenizer.get_vocab(), vocab_size, label_set.vocabulary())
         self._rows = read_row_table(self._view, data)
         self._start = self._done = _State(
             loader=LoaderState(view_hash=self._view.view_hash, seed=data.seed, epoch=0, step=0),

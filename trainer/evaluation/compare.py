@@ -215,7 +215,7 @@ def _load(
     rows = model.get_output_embeddings().weight.shape[0]
     tokenizer = load_tokenizer(path)
     for label_set in view.label_sets:
-        check_vocabularies(tokenizer, rows, label_set, f"{name} ({path})")
+        check_vocabularies(tokenizer.get_vocab(), rows, label_set.vocabulary(), f"{name} ({path})")
     longest = int(np.max(view.table.column("num_tokens").to_numpy(), initial=0))
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest > limit:

@@ -1,10 +1,10 @@
-"""How many positions the fused head works off at once: what a memory budget has room for.
+"""The number of positions that the fused head processes at once, from a memory budget.
 
-A chunk of c positions holds c x V logits, and as much again for every other array of that shape
-that its loss needs. So c = budget / (bytes of one position), whatever the length of the sequences.
+A chunk of c positions holds c x V logits, and every other array of that shape that its loss needs.
+So c = budget / (bytes of one position), whatever the length of the sequences.
 
-The budget is never taken from what happens to be free: a run that goes on tomorrow beside another
-process would cut other chunks and round differently. Chunks change results within rounding only.
+The budget never depends on free memory: a run resumed beside another process would use other chunks
+and round differently. Chunks change results within rounding only.
 """
 
 import torch
@@ -15,12 +15,12 @@ CPU_BYTES = 1 << 26
 """Budget on a CPU."""
 
 CPU_TOKENS = 512
-"""Positions on a CPU at most: 512 were the fastest, or within 3% of it, at vocabularies of 4,096
-and 32,768; 4,096 took 16% longer at the smaller one, as the logits leave the caches."""
+"""Most positions on a CPU. 512 was the fastest, or within 3% of it, at vocabularies of 4,096 and
+32,768; 4,096 positions took 16% longer at the smaller one, since the logits exceed the caches."""
 
 GPU_SHARE = 1 / 64
-"""Chunk of a GPU's whole memory that is the budget there: 1.2 GiB of 80 GB, which is 2,500 bfloat16
-positions of a vocabulary of 128k; matrix products stop gaining at about 1,000."""
+"""Budget on a GPU as a share of its total memory: 1.2 GiB of 80 GB, which holds 2,500 bfloat16
+positions at a vocabulary of 128k; matrix products stop gaining at about 1,000."""
 
 
 def chunk_tokens(
@@ -34,16 +34,15 @@ def chunk_tokens(
     """Positions of every chunk but the last.
 
     Args:
-        loss: `chunk_tokens` where it is set; else `head_memory_bytes`, or the device's budget.
-        num_labels: positions to work off; chunks are evened out over them, so that the last one is
-            not much smaller than the others.
+        loss: ``chunk_tokens`` if set; else the budget is ``head_memory_bytes``, or the device's.
+        num_labels: positions to process; chunks are evened out over them.
         vocab_size: rows of the head.
         dtype: of the head's weight.
         device: of the head.
         softcap: whether the model bounds its logits.
 
     Returns:
-        At least 1: a budget smaller than one position's logits is exceeded by that one.
+        At least 1, even if one position exceeds the budget.
     """
     if loss.chunk_tokens is not None:
         return loss.chunk_tokens
@@ -58,11 +57,11 @@ def chunk_tokens(
 def bytes_per_position(
     loss: LossConfig, vocab_size: int, dtype: torch.dtype, device: torch.device, softcap: bool
 ) -> int:
-    """Bytes that a position of a chunk holds in arrays as wide as the vocabulary.
+    """Bytes of all arrays [V] that a position of a chunk needs.
 
-    Logits and gradient share one, in float32 at least; another temperature has a second softmax,
-    a soft cap its derivative, and half precision a copy of the gradient for the matrix products,
-    which on a CPU are done in float32, from one more copy.
+    Logits and gradient share one array in float32 at least. Another temperature adds a second
+    softmax, a soft cap its derivative, and half precision a copy of the gradient for the matrix
+    products. Those run in float32 on a CPU, from one more copy.
     """
     wide = torch.promote_types(dtype, torch.float32)
     distils = loss.kind != "hard" and loss.alpha > 0.0
@@ -74,7 +73,7 @@ def bytes_per_position(
 
 
 def device_bytes(device: torch.device) -> int:
-    """The budget where none is given: the same on every start on the same kind of device."""
+    """The default budget, which depends only on the kind of device."""
     if device.type != "cuda":
         return CPU_BYTES
     return int(torch.cuda.get_device_properties(device).total_memory * GPU_SHARE)

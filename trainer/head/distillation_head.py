@@ -1,10 +1,12 @@
-"""The output head as a module: hidden states and labels in, one scalar and its parts out.
+"""The output head as a module, from hidden states and labels to one scalar and its parts.
 
     head = DistillationHead.around(model.lm_head, loss=LossConfig(kind="forward_kl"))
     loss_sum, parts = head(hidden, targets)
     (loss_sum / parts["weight"]).backward()
 
-What it computes, and without which tensors, is in `trainer.head.fused_head`.
+`trainer.head.fused_head` describes the computation.
+
+Shapes: H hidden size, V vocabulary.
 """
 
 from typing import Any
@@ -18,15 +20,15 @@ from trainer.losses.targets import SparseTargets
 
 
 class DistillationHead(nn.Linear):
-    """A student's lm_head, which computes a loss when it is given targets, logits otherwise.
+    """A student's lm_head that computes a loss if given targets, and logits otherwise.
 
-    It takes the place of the model's own head and owns the same parameters, so that ZeRO-3, which
-    gathers parameters around the forward of the module that owns them, gathers this weight as well,
-    tied to the embedding or not. Names in the state dict do not change.
+    It replaces the model's own head and owns the same parameters, so that ZeRO-3, which gathers
+    parameters around the forward of the module that owns them, gathers this weight as well, tied to
+    the embedding or not. Names in the state dict do not change.
 
     Attributes:
-        transform: what the model does to its logits after the head.
-        loss: the target where a call names none.
+        transform: of the model's logits after the head.
+        loss: the default target of `forward`.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class DistillationHead(nn.Linear):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """A fresh head of H = `in_features` and V = `out_features`; see `around` for a model's."""
+        """A new head with H = `in_features` and V = `out_features`; for a model's, use `around`."""
         super().__init__(in_features, out_features, bias, device, dtype)
         self.transform = transform or LogitTransform()
         self.loss = loss or LossConfig()
@@ -71,10 +73,10 @@ class DistillationHead(nn.Linear):
         targets: SparseTargets | None = None,
         loss: LossConfig | None = None,
     ) -> Any:
-        """Logits [..., V] of hidden [..., H]; with targets, see `fused_distillation_loss`.
+        """Logits [..., V] of hidden [..., H], or the loss of `fused_distillation_loss`.
 
-        The logits are those of the matrix and bias alone: a model applies its own scale and soft
-        cap after its head. The loss is of the transformed ones.
+        The logits are those of the matrix and bias alone, since a model applies its own scale and
+        soft cap after its head. The loss applies them.
         """
         if targets is None:
             return super().forward(hidden)

@@ -1,11 +1,13 @@
-"""The softmax of a chunk's rows, and its product with one number a row: by torch, or by Triton.
+"""The softmax of a chunk's rows and its product with one factor per row, by torch or Triton.
 
-The fused head needs no more than that of the whole width of the vocabulary: a log-sum-exp, and
-later, once the few numbers of the labels are worked out, softmax * factor in the logits' place.
+These are the only operations of the fused head over the full vocabulary: a log-sum-exp, and later,
+with the gradients at the labels known, softmax * factor in place of the logits.
 
-torch walks over the logits about eight times (two maxima, a softmax of three or so, a product of
-two); the kernels of `trainer.head.triton_softmax` three times: one read for the log-sum-exp, one
+torch makes about eight passes over the logits (two maxima, a softmax of about three, a product of
+two); the kernels of `trainer.head.triton_softmax` make three: one read for the log-sum-exp, one
 read and one write for the product.
+
+Shapes: T rows of a chunk, V vocabulary.
 """
 
 from typing import Protocol
@@ -18,7 +20,7 @@ from trainer.config.train import LossConfig
 
 
 class RowSoftmax(Protocol):
-    """The softmax of logits [T, V], each row contiguous, which from now on belong to it.
+    """The softmax of logits [T, V] with contiguous rows, which it overwrites.
 
     Attributes:
         lse: [T], log-sum-exp of the rows.
@@ -29,31 +31,31 @@ class RowSoftmax(Protocol):
     def __init__(self, logits: Tensor) -> None: ...
 
     def times_(self, factor: Tensor) -> None:
-        """Leaves softmax * factor [T] in the logits. Once."""
+        """Overwrites the logits with softmax * factor [T]; may be called once."""
         ...
 
 
 class TorchSoftmax:
-    """Everywhere, and in float64 too. See `RowSoftmax`."""
+    """`RowSoftmax` by torch, on every device and in every precision."""
 
     def __init__(self, logits: Tensor) -> None:
-        """The log-sum-exp is read off the softmax at the row's peak, which saves a second pass of
-        exponentials over the row."""
+        # The log-sum-exp follows from the softmax at the row's peak, which saves a second pass of
+        # exponentials.
         peak = logits.amax(1)
         self._softmax = torch.softmax(logits, 1, out=logits)
         self.lse = peak - self._softmax.amax(1).log()
 
     def times_(self, factor: Tensor) -> None:
-        """In place."""
+        """See `RowSoftmax.times_`."""
         self._softmax.mul_(factor[:, None])
 
 
 def row_softmax(loss: LossConfig, logits: Tensor) -> type[RowSoftmax]:
-    """The implementation that ``loss.kernel`` names.
+    """The implementation that ``loss.kernel`` selects for these logits.
 
     Raises:
-        ConfigError: it is Triton's, and these logits are not float32 on a GPU, or there is no
-            Triton.
+        ConfigError: it is Triton's, but the logits are not float32 on a GPU, or Triton is not
+            installed.
     """
     if loss.kernel == "torch":
         return TorchSoftmax
@@ -66,7 +68,7 @@ def row_softmax(loss: LossConfig, logits: Tensor) -> type[RowSoftmax]:
         ) from error
     if logits.dtype != torch.float32 or not (logits.is_cuda or triton_softmax.INTERPRETED):
         raise ConfigError(
-            f'loss.kernel = "triton" is for float32 logits on a GPU, but these are {logits.dtype} '
+            f'loss.kernel = "triton" needs float32 logits on a GPU, but these are {logits.dtype} '
             f"on {logits.device.type}; remove loss.kernel"
         )
     return triton_softmax.TritonSoftmax

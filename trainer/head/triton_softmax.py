@@ -1,11 +1,13 @@
-"""`trainer.head.row_softmax` by Triton, for CUDA: three passes over the logits, not eight.
+"""`trainer.head.row_softmax` in Triton, for CUDA: three passes over the logits instead of eight.
 
-Both kernels give the same bits on every run: a program owns its row, or its part of one, and there
-are no atomics. The log-sum-exp is kept lane by lane (Milakov and Gimelshein, arXiv 1805.02867) and
-joined at the end, so that a row is read once.
+Both kernels give the same bits on every run: a program owns its row, or its part of one, without
+atomics. The log-sum-exp is accumulated lane by lane (Milakov and Gimelshein, arXiv 1805.02867) and
+reduced at the end, so a row is read once.
 
 Checked against the dense oracle in Triton's interpreter (``TRITON_INTERPRET=1``), which needs no
-GPU and knows nothing of speed.
+GPU and does not show speed.
+
+Shapes: T rows of a chunk, V vocabulary.
 """
 
 import os
@@ -16,21 +18,21 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Kernels run on CPU tensors, slowly, as they did when this was imported."""
+"""Whether the kernels run on CPU tensors in the interpreter; Triton decides it on import."""
 
 LANES = 2048
-"""Logits that a program looks at at once: 8 kB, two a thread of 8 warps each time."""
+"""Logits per iteration of a program: 8 kB, eight per thread of 8 warps."""
 
 LOWEST = tl.constexpr(float(torch.finfo(torch.float32).min))
-"""Stands for no logit. Not -inf, of which differences are not numbers."""
+"""Represents an absent logit. Not -inf: differences of infinities are NaN."""
 
 
 class TritonSoftmax:
-    """For float32 logits on a GPU. See `trainer.head.row_softmax.RowSoftmax`."""
+    """`trainer.head.row_softmax.RowSoftmax` for float32 logits on a GPU."""
 
     def __init__(self, logits: Tensor) -> None:
         self._logits = logits
-        # Kept apart: exp(logit - lse) would round where logits are large.
+        # Peak and sum stay separate: exp(logit - lse) would round if logits are large.
         self._peak, self._total = logits.new_empty((2, logits.shape[0])).unbind()
         num_rows, num_ids = logits.shape
         if num_rows:
@@ -40,7 +42,7 @@ class TritonSoftmax:
         self.lse = self._peak + self._total.log()
 
     def times_(self, factor: Tensor) -> None:
-        """In place, part by part of every row."""
+        """See `RowSoftmax.times_`."""
         num_rows, num_ids = self._logits.shape
         if num_rows:
             _times[(num_rows, triton.cdiv(num_ids, LANES))](
@@ -56,7 +58,7 @@ class TritonSoftmax:
 
 @triton.jit
 def _sums(logits, peak, total, num_ids, stride, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One row a program: its highest logit, and the sum of exp(logit - highest)."""
+    """One row per program: its highest logit, and the sum of exp(logit - highest)."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     highest = tl.full([LANES], LOWEST, tl.float32)
@@ -64,7 +66,7 @@ def _sums(logits, peak, total, num_ids, stride, LANES: tl.constexpr):  # type: i
     for start in range(0, num_ids, LANES):
         at = start + lane
         logit = tl.load(logits + row * stride + at, mask=at < num_ids, other=LOWEST)
-        # A maximum may pass over NaN; the exponential does not.
+        # A maximum may drop NaN; the exponential propagates it.
         higher = tl.maximum(highest, logit)
         here = here * tl.exp(highest - higher)
         here += tl.where(at < num_ids, tl.exp(logit - higher), 0.0)
@@ -76,7 +78,7 @@ def _sums(logits, peak, total, num_ids, stride, LANES: tl.constexpr):  # type: i
 
 @triton.jit
 def _times(logits, peak, factor, num_ids, stride, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A part of a row a program: exp(logit - peak) * factor, in the logits' place."""
+    """A part of a row per program: overwrites the logits with exp(logit - peak) * factor."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * LANES + tl.arange(0, LANES)
     here = logits + row * stride + at

@@ -108,7 +108,7 @@ def _check_labels(config: TrainConfig, view: TrainingView) -> str:
         eval_loss(held_out, config)
         views.append(held_out)
     for label_set in [label_set for view in views for label_set in view.label_sets]:
-        check_vocabularies(tokenizer, vocab_size, label_set)
+        check_vocabularies(tokenizer.get_vocab(), vocab_size, label_set.vocabulary())
     return approximation(config.loss, record)
 
 

@@ -1,12 +1,13 @@
-"""The student: built from a checkpoint or from a configuration, and run up to its loss.
+"""The student: built from a checkpoint or from a configuration, checked, and run to its loss.
 
-A student is a Hugging Face causal language model in which the output head is replaced by a
-`DistillationHead` of the same parameters. Two things are proved while it is built, on six tokens:
-that packed documents cannot see each other, and that the head gives the logits of the model itself.
+A student is a Hugging Face causal language model whose output head is replaced by a
+`DistillationHead` of the same parameters. Building it proves two things on six tokens: packed
+documents cannot attend to each other, and the head alone gives the logits of the model.
+
+Shapes: B packed sequences, L their padded length, H hidden size, V vocabulary.
 """
 
 import dataclasses
-import difflib
 import inspect
 import os
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from schemas.console.text import did_you_mean
 from schemas.errors import StudentError
 from trainer.config.student import StudentConfig
 from trainer.config.train import LossConfig
@@ -33,15 +35,15 @@ from trainer.head.fused_head import LogitTransform
 from trainer.losses.targets import SparseTargets
 from trainer.student.lora import add_adapters
 
-# Still read by transformers 5, which moved them into rope_parameters.
+# transformers 5 still accepts these, although no config class declares them.
 _LEGACY_FIELDS = frozenset({"rope_theta", "rope_scaling", "attn_implementation", "torch_dtype"})
 
 
 class StudentWithHead(nn.Module):
-    """A causal language model that goes from tokens to the loss, for `deepspeed.initialize`.
+    """A causal language model from tokens to the loss, for `deepspeed.initialize`.
 
     Attributes:
-        model: the Hugging Face model, its head replaced; save this one.
+        model: the Hugging Face model with the replaced head; save this one.
     """
 
     def __init__(self, model: PreTrainedModel, gradient_checkpointing: bool = False) -> None:
@@ -60,8 +62,8 @@ class StudentWithHead(nn.Module):
 
         Args:
             input_ids: [B, L] int64, packed documents.
-            position_ids: [B, L] int64, restarting at 0 where a document starts; this alone keeps
-                attention within documents.
+            position_ids: [B, L] int64, restarting at 0 at the start of every document; this alone
+                keeps attention within documents.
             targets: labels of the micro-batch, on the device of `input_ids`.
             loss: the training target.
 
@@ -76,17 +78,17 @@ class StudentWithHead(nn.Module):
 
 
 def build_student(config: StudentConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads or initialises the student and its tokenizer, with adapters where asked for.
+    """Loads or initialises the student and its tokenizer, with adapters if configured.
 
     The same configuration gives the same weights on every rank and machine: a random student is
     drawn on the CPU in float32 from its own seed, then cast.
 
     Returns:
-        The model, in training mode, on the CPU, and the tokenizer.
+        The model, in training mode and on the CPU, and the tokenizer.
 
     Raises:
-        StudentError: nothing at the path, a configuration that makes no model, weights that do not
-            fill it, or a model that cannot train on packed documents.
+        StudentError: the path does not exist, the configuration or the weights do not make a model,
+            or the model cannot train on packed documents.
     """
     tokenizer = load_tokenizer(config.tokenizer or config.path)
     if config.path:
@@ -100,20 +102,20 @@ def build_student(config: StudentConfig) -> tuple[PreTrainedModel, PreTrainedTok
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or of a hub name.
+    """Loads the tokenizer from a folder or hub name.
 
     Raises:
-        StudentError: there is none.
+        StudentError: it does not exist or cannot be used.
     """
     _check_path(path, "tokenizer")
     return _user_call(f"student tokenizer {path}", AutoTokenizer.from_pretrained, path)
 
 
 def load_model(path: str, dtype: str, attn_implementation: str = "sdpa") -> PreTrainedModel:
-    """The causal language model in a folder or of a hub name, with every weight from there.
+    """Loads a causal language model, with all its weights, from a folder or hub name.
 
     Raises:
-        StudentError: there is none, or its files lack weights of the model.
+        StudentError: it does not exist or cannot be used, or its files lack weights of the model.
     """
     _check_path(path, "model")
     model, report = _user_call(
@@ -128,30 +130,28 @@ def load_model(path: str, dtype: str, attn_implementation: str = "sdpa") -> PreT
         missing = sorted(report["missing_keys"])
         raise StudentError(
             f"the weights in {path} lack {len(missing)} tensors of the model, first {missing[0]}, "
-            "which would start at random; give a complete checkpoint"
+            "which would be initialised at random; give a complete checkpoint"
         )
     return model
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """[B, L, H], what the model's head is applied to, for packed documents [B, L].
-
-    Without a cache: with one, transformers takes restarting position ids for no new document.
-    """
+    """[B, L, H], the hidden states before the head, of packed documents [B, L]."""
+    # With a cache, transformers ignores that restarting position ids start a new document.
     output = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     hidden: Tensor = output.last_hidden_state
     return hidden
 
 
 def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """[..., V] float32, the model's logits from its hidden states [..., H]."""
+    """[..., V] float32, the model's transformed logits from its hidden states [..., H]."""
     logits: Tensor = model.get_output_embeddings()(hidden).float()
     logit_transform(model.config.get_text_config()).apply_(logits)
     return logits
 
 
 def logit_transform(config: PreTrainedConfig) -> LogitTransform:
-    """What the model does to its logits, under the names that Hugging Face configs use for it."""
+    """The model's transformation of its logits, from the fields that Hugging Face configs use."""
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
     return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
@@ -161,8 +161,8 @@ def install_head(model: PreTrainedModel) -> DistillationHead:
     """Replaces the model's output head by a `DistillationHead` of the same parameters.
 
     Raises:
-        StudentError: the model has no head, or one that is more than a matrix and a bias (LoRA on
-            the head, for example), which the fused loss would skip.
+        StudentError: the model has no head, or one with more than a matrix and a bias (LoRA on the
+            head, for example), which the fused loss would ignore.
     """
     head = model.get_output_embeddings()
     if isinstance(head, DistillationHead):
@@ -181,16 +181,16 @@ def install_head(model: PreTrainedModel) -> DistillationHead:
 
 
 def check_student(model: PreTrainedModel) -> None:
-    """Proves on six tokens that packing is exact and that the head is the whole head.
+    """Proves on six tokens that packing is exact and that the head alone gives the logits.
 
-    Two documents of three tokens are packed. Changing the first must leave the hidden states of the
-    second alone; and the model's own logits must follow from the hidden states.
+    Two documents of three tokens are packed. Changing the first must not change the hidden states
+    of the second, and the model's own logits must follow from its hidden states.
 
-    The kernel of flash_attention_2 runs on GPUs only. On a CPU the head is proved with another in
-    its place, and packing is not: that kernel cuts documents by position ids in its own way.
+    The kernel of flash_attention_2 runs on GPUs only. On a CPU the head is checked with another
+    kernel, and packing is not checked, since flash_attention_2 separates documents in its own way.
 
     Raises:
-        StudentError: either fails.
+        StudentError: either check fails.
     """
     config, training = model.config, model.training
     wanted = config._attn_implementation
@@ -198,7 +198,7 @@ def check_student(model: PreTrainedModel) -> None:
     try:
         with torch.no_grad():
             if wanted == "flash_attention_2" and model.device.type == "cpu":
-                # Not by set_attn_implementation, which asks for a GPU on the way back.
+                # Not by set_attn_implementation, which needs a GPU to restore flash_attention_2.
                 config._attn_implementation = "eager"
             else:
                 _check_packing(model)
@@ -222,7 +222,7 @@ def _check_packing(model: PreTrainedModel) -> None:
     if not leak <= 1e-3 * hidden.abs().max():
         raise StudentError(
             f"{type(model).__name__} with {model.config._attn_implementation} attention lets "
-            "packed documents see each other (its attention ignores restarting position ids); "
+            "packed documents attend to each other (it ignores restarting position ids); "
             "choose another student.attn_implementation or architecture"
         )
 
@@ -230,11 +230,12 @@ def _check_packing(model: PreTrainedModel) -> None:
 def _check_head(model: PreTrainedModel) -> None:
     tokens, positions = _six_tokens(model)
     logits = output_logits(model, hidden_states(model, tokens, positions))
-    whole = model(input_ids=tokens, position_ids=positions, use_cache=False).logits.float()
-    if not torch.allclose(logits, whole, rtol=2e-2, atol=2e-2 * float(whole.std())):
+    expected = model(input_ids=tokens, position_ids=positions, use_cache=False).logits.float()
+    # Loose, since half precision rounds differently in the two paths.
+    if not torch.allclose(logits, expected, rtol=2e-2, atol=2e-2 * float(expected.std())):
         raise StudentError(
             f"{type(model).__name__} computes its logits with more than a head, a scale and a soft "
-            "cap, which the fused loss does not know; choose another architecture"
+            "cap, which the fused loss does not support; choose another architecture"
         )
 
 
@@ -243,8 +244,7 @@ def _random_model(config: StudentConfig, tokenizer: PreTrainedTokenizerBase) -> 
     fields = dict(config.config)
     model_type = fields.pop("model_type")
     if model_type not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(model_type, CONFIG_MAPPING)
         raise StudentError(f"student.config.model_type = {model_type!r} is not known{hint}")
     _check_fields(model_type, fields)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -266,14 +266,14 @@ def _random_model(config: StudentConfig, tokenizer: PreTrainedTokenizerBase) -> 
             )
 
     model: PreTrainedModel = _user_call("student.config", build)
-    # Not the buffers: rotary frequencies are float32 in a model that is loaded, whatever its type.
+    # Only parameters: the rotary frequencies (buffers) of a loaded model are float32 in any dtype.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(getattr(torch, config.dtype))
     return model
 
 
 def _check_fields(model_type: str, fields: dict[str, Any]) -> None:
-    """Refuses fields that the architecture does not have; transformers would keep them silently."""
+    """Refuses fields that the architecture lacks, which transformers would store and ignore."""
     kind = CONFIG_MAPPING[model_type]
     known = _LEGACY_FIELDS | set(inspect.signature(kind.__init__).parameters)
     known |= set(kind().to_dict()) | set(getattr(kind, "attribute_map", {}))
@@ -281,13 +281,12 @@ def _check_fields(model_type: str, fields: dict[str, Any]) -> None:
         known |= {field.name for field in dataclasses.fields(kind)}
     for name in fields:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(name, known)
             raise StudentError(f"student.config.{name} is no field of a {model_type} config{hint}")
 
 
 def _check_path(path: str, what: str) -> None:
-    """Tells a missing folder from a hub name, before transformers asks the hub for it."""
+    """Refuses the path of a missing folder, which transformers would look up on the hub."""
     looks_local = path.startswith((".", "~", os.sep)) or path.count("/") != 1
     if not Path(path).exists() and (looks_local or Path(path).parent.is_dir()):
         raise StudentError(
@@ -297,7 +296,7 @@ def _check_path(path: str, what: str) -> None:
 
 
 def _user_call(what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls transformers on what a user gave; its many kinds of failure become one line."""
+    """Calls transformers with a user's input; its errors of any kind become one line."""
     try:
         return function(*args, **kwargs)
     except Exception as error:

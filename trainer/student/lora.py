@@ -1,9 +1,9 @@
-"""Low-rank adapters on a student, put in by peft and merged when the student is exported.
+"""Low-rank adapters on a student, injected by peft and merged when the student is exported.
 
-The adapters go into the layers of the model itself, so that it keeps its class, its names and its
-head. What is frozen does no gradient work: not in the layers, nor in the fused head, whose weight
-needs no gradient then. Checkpoints hold the adapters only; the base is built again from where the
-configuration says, and `base_digest` proves that it is the same.
+The adapters are injected into the layers of the model itself, so it keeps its class, its names and
+its head. Frozen weights cost no gradient work, neither in the layers nor in the fused head.
+Checkpoints hold only the adapters; the base is built from the configuration again, and
+`base_digest` proves that it is the same.
 """
 
 import hashlib
@@ -19,18 +19,18 @@ ADAPTER = "default"
 _BASE, _A, _B = ".base_layer.", f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
 
 _SAMPLED = 4096
-"""Values at the start, in the middle and at the end of each frozen tensor that the digest reads."""
+"""Values hashed at the start, in the middle and at the end of each frozen tensor."""
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
-    """Freezes a model and puts adapters into it.
+    """Freezes a model and injects adapters into it.
 
-    They start at zero: the model computes what it did. The same seed gives the same adapters on
-    every rank.
+    They start at zero, so the model's outputs do not change. The same seed gives the same adapters
+    on every rank.
 
     Raises:
-        StudentError: no layer has such a name, or one of them is no linear layer inside the model:
-            the head, whose adapter the fused loss would not see, or an embedding.
+        StudentError: no layer has such a name, or one of them is not an inner linear layer but the
+            head, whose adapter the fused loss would ignore, or an embedding.
     """
     import peft
 
@@ -53,14 +53,14 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
         raise StudentError(f"student.lora.target_modules cannot be used: {reason}") from error
     if model.get_output_embeddings() is not head or model.get_input_embeddings() is not embedding:
         raise StudentError(
-            f"student.lora.target_modules = {targets} takes in the output head or the embedding, "
-            'which adapters are not supported on; name inner layers, or take "all-linear"'
+            f"student.lora.target_modules = {targets} matches the output head or the embedding, "
+            'where adapters are not supported; name inner layers, or use "all-linear"'
         )
     other = [name for name, layer in _adapted(model) if type(layer.base_layer) is not nn.Linear]
     if other:
         kind = type(model.get_submodule(other[0]).base_layer).__name__
         raise StudentError(
-            f"student.lora.target_modules = {targets} takes in {other[0]}, which is a {kind}; "
+            f"student.lora.target_modules = {targets} matches {other[0]}, which is a {kind}; "
             "expected linear layers only"
         )
     for name, parameter in model.named_parameters():
@@ -68,35 +68,35 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
 
 
 def scalings(model: nn.Module) -> dict[str, float]:
-    """Factor of the adapter of each layer that has one, by the layer's name."""
+    """Factor of each adapter, by the name of its layer."""
     return {name: float(layer.scaling[ADAPTER]) for name, layer in _adapted(model)}
 
 
 def merged(weights: dict[str, Tensor], factors: dict[str, float]) -> dict[str, Tensor]:
-    """The weights of the model without adapters that computes the same.
+    """Weights of an equal model without adapters.
 
     Args:
-        weights: state dict of a model with adapters; tensors are not changed.
-        factors: from ``scalings``.
+        weights: state dict of a model with adapters; its tensors are not changed.
+        factors: from `scalings`.
 
     Returns:
-        W + factor * B A in float32, rounded to the type of W, under the names that the model had
-        before; all else as it was.
+        W + factor * B A, computed in float32 and rounded to the type of W, under the names of the
+        base model; other weights unchanged.
     """
-    whole = {
+    result = {
         name.replace(_BASE, "."): value for name, value in weights.items() if ".lora_" not in name
     }
     for layer, factor in factors.items():
         name = f"{layer}.weight"
         change = weights[layer + _B].float() @ weights[layer + _A].float()
-        whole[name] = (whole[name].float() + factor * change).to(whole[name].dtype)
-    return whole
+        result[name] = (result[name].float() + factor * change).to(result[name].dtype)
+    return result
 
 
 def base_digest(model: nn.Module) -> str:
-    """A hash of what is frozen: names, shapes, types, and samples of the values. Empty: nothing is.
+    """Hash of the frozen weights: names, shapes, types, and samples of the values; "" without any.
 
-    To be taken before weights are split over ranks or cast.
+    Must be computed before weights are partitioned over ranks or cast.
     """
     frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
     if not frozen:
@@ -112,11 +112,12 @@ def base_digest(model: nn.Module) -> str:
 
 
 def check_base(student: StudentConfig, found: str, expected: str) -> None:
-    """Refuses adapters of another base.
+    """Refuses adapters that were trained on another base.
 
     Args:
-        found: digest of the frozen weights as they were built.
-        expected: of those that the checkpoint was trained on.
+        student: the configuration of the base.
+        found: digest of the frozen weights.
+        expected: digest in the checkpoint.
 
     Raises:
         ConfigError: they differ.
@@ -124,11 +125,11 @@ def check_base(student: StudentConfig, found: str, expected: str) -> None:
     if found != expected:
         raise ConfigError(
             f"the frozen weights from {student.path or 'student.config'} have digest "
-            f"{found or 'none'}, but the checkpoint was trained on {expected or 'none'}; put the "
-            "base back, or choose a new run folder: run=..."
+            f"{found or 'none'}, but the checkpoint was trained on {expected or 'none'}; restore "
+            "the base, or choose a new run folder: run=..."
         )
 
 
 def _adapted(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    # Told by what it has, so that students without adapters need not import peft.
+    # Recognised by an attribute, so that students without adapters need not import peft.
     return [(name, layer) for name, layer in model.named_modules() if hasattr(layer, "lora_A")]

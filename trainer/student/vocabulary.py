@@ -2,36 +2,22 @@
 
 from collections.abc import Mapping
 
-from transformers import PreTrainedTokenizerBase
-
 from schemas.errors import VocabularyError
-from schemas.label_set.label_set import LabelSet
 from schemas.vocabulary import vocabulary_differences
 
 
 def check_vocabularies(
-    tokenizer: PreTrainedTokenizerBase, vocab_size: int, label_set: LabelSet, where: str = "student"
+    student: Mapping[str, int], vocab_size: int, labels: Mapping[str, int], where: str = "student"
 ) -> None:
-    """Refuses a student that would read the ids of a label set as other tokens.
+    """Refuses a student that maps the ids of labels to other tokens.
+
+    Tokens that only the student has are allowed, since labels never contain their ids.
 
     Args:
-        tokenizer: the student's.
+        student: token -> id of the student's tokenizer.
         vocab_size: rows of the student's lm_head; rows beyond the tokenizer's ids are padding.
-        label_set: the labels to train on.
-        where: the name of the student in the message.
-
-    Raises:
-        VocabularyError: the mappings differ, or the student has too few rows.
-    """
-    compare_vocabularies(tokenizer.get_vocab(), vocab_size, label_set.vocabulary(), where)
-
-
-def compare_vocabularies(
-    student: Mapping[str, int], vocab_size: int, labels: Mapping[str, int], where: str
-) -> None:
-    """`check_vocabularies` on the mappings from token to id themselves.
-
-    Tokens that only the student has are allowed: labels never name their ids.
+        labels: token -> id of the labels.
+        where: name of the student in the message.
 
     Raises:
         VocabularyError: a token of the labels has another id in the student, or none; or the

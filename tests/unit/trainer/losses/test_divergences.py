@@ -1,5 +1,7 @@
 """Divergences on S and the bucket: masses of zero, limits, bounds, and what labels can serve."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,11 @@ import torch
 from schemas.errors import ConfigError
 from schemas.spec import RecordSpec
 from tests.support.distillation_oracle import dense_loss, drawn_targets, random_targets
-from trainer.config.train import LossConfig
+from trainer.config.train import LossConfig, LossKind
 from trainer.head.fused_head import fused_distillation_loss
 from trainer.losses.compatibility import check_loss, effective_kind
 from trainer.losses.divergences import DIVERGENCES, SMALLEST_MASS, Masses, divergence_terms
+from trainer.losses.objectives import PARTITION_TARGETS
 
 T, V = 23, 40
 KINDS = tuple(DIVERGENCES)
@@ -34,6 +37,11 @@ def inputs(seed: int):
     rng = np.random.default_rng(seed)
     targets = random_targets(rng, T, V, T, head_sizes=np.full(T, 5))
     return targets, torch.from_numpy(rng.normal(0, 1, (T, V)))
+
+
+def test_config_names_every_target_and_no_other():
+    targets = {"hard", "forward_kl", *PARTITION_TARGETS, *DIVERGENCES}
+    assert set(get_args(LossKind)) == targets
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -191,7 +191,7 @@ def test_attention_across_documents_is_refused():
     model.base_model.forward = lambda *args, **inputs: mixing(
         *args, **{**inputs, "position_ids": None}
     )
-    with pytest.raises(StudentError, match="see each other"):
+    with pytest.raises(StudentError, match="attend to each other"):
         check_student(model)
 
 

@@ -3,18 +3,18 @@ import re
 import pytest
 
 from schemas.errors import VocabularyError
-from trainer.student.vocabulary import compare_vocabularies
+from trainer.student.vocabulary import check_vocabularies
 
 LABELS = {f"token{i}": i for i in range(10)}
 
 
 def test_equal_mappings_pass_whatever_the_padding():
     for vocab_size in (10, 16, 1000):
-        compare_vocabularies(dict(LABELS), vocab_size, LABELS, "student")
+        check_vocabularies(dict(LABELS), vocab_size, LABELS, "student")
 
 
 def test_tokens_that_labels_never_name_pass():
-    compare_vocabularies({**LABELS, "<pad>": 10}, 11, LABELS, "student")
+    check_vocabularies({**LABELS, "<pad>": 10}, 11, LABELS, "student")
 
 
 def test_equal_sizes_with_other_ids_are_refused_and_named():
@@ -25,7 +25,7 @@ def test_equal_sizes_with_other_ids_are_refused_and_named():
         "id 4 is 'token4' in the labels but 'token3' in the student, where 'token4' has id 3"
     )
     with pytest.raises(VocabularyError, match=expected):
-        compare_vocabularies(student, 10, LABELS, "student")
+        check_vocabularies(student, 10, LABELS, "student")
 
 
 def test_vocabulary_names_a_missing_token():
@@ -33,15 +33,15 @@ def test_vocabulary_names_a_missing_token():
     with pytest.raises(
         VocabularyError, match=r"id 7 is 'token7' .* nothing in the student, without 'token7'"
     ):
-        compare_vocabularies(student, 10, LABELS, "student")
+        check_vocabularies(student, 10, LABELS, "student")
 
 
 def test_only_the_first_few_are_shown():
     with pytest.raises(VocabularyError, match=r"in 10 of 10 .*token4.*; \.\.\.\.") as error:
-        compare_vocabularies({}, 10, LABELS, "student")
+        check_vocabularies({}, 10, LABELS, "student")
     assert "token5" not in str(error.value)
 
 
 def test_vocabulary_refuses_a_head_with_too_few_rows():
     with pytest.raises(VocabularyError, match=r"9 rows .* 10 ids"):
-        compare_vocabularies(dict(LABELS), 9, LABELS, "student")
+        check_vocabularies(dict(LABELS), 9, LABELS, "student")
