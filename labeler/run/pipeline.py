@@ -54,10 +54,10 @@ def run_pipeline(
 
     # Never restarted: a ledger that forgot its claims would let rows be labelled twice. On the
     # driver's node, because without that node the job is over anyway.
-    here = NodeAffinitySchedulingStrategy(this_node(), soft=False)
-    ledger = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=here)(Ledger).remote(
-        sum(piece.size_bytes for piece in pieces)
-    )
+    on_this_node = NodeAffinitySchedulingStrategy(this_node(), soft=False)
+    ledger = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=on_this_node)(
+        Ledger
+    ).remote(sum(piece.size_bytes for piece in pieces))
     run = setup.config.run
     quiet = quiet_ray_data(max(4 * run.unit_tokens, _MIN_BLOCK_BYTES), run.waiting_bytes)
     shutdown = GracefulShutdown(run.drain_s)
