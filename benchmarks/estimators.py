@@ -35,18 +35,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.demo_labels import TokenRows
 from benchmarks.demo_positions import Positions, teacher_positions
 from benchmarks.harness import command_line, write_results
 from benchmarks.records import described, matched_records
+from labeler.corpus.windows import all_but_first
 from labeler.label_head.position_labels import PositionLabels, label_logits
+from labeler.teachers.protocol import RowLabels
 from schemas.console.text import table
-from schemas.record import round_logprobs
-from schemas.record.rounding import FLOAT16_BITS
 from schemas.record.uniforms import uniforms
 from schemas.spec import RecordSpec
 from trainer.config.train import LossConfig
 from trainer.losses.objectives import StudentPartition, evaluate_objective
-from trainer.losses.targets import SparseTargets
+from trainer.losses.targets import SparseTargets, build_targets
 
 ROW_KEY = bytes(range(16))
 
@@ -159,7 +160,16 @@ def labelled(positions: Positions, record: RecordSpec, seed: int) -> SparseTarge
         places = np.arange(len(positions.logits))
         numbers = uniforms(ROW_KEY, places, per_position, record.draw_seed)
     labels = label_logits(positions.logits, positions.target_ids, record, numbers)
-    return _as_targets(labels, positions.target_ids, record)
+    # One row: a first token, which has no label, and then a target for every position.
+    tokens = np.concatenate([[0], positions.target_ids.numpy()]).astype(np.int32)
+    row = TokenRows([tokens], [all_but_first(len(tokens))])
+    stored = row.assembled([_as_arrays(labels)], record)
+    return build_targets(stored, np.zeros(1, np.int64), record, positions.logits.shape[1])
+
+
+def _as_arrays(labels: PositionLabels) -> RowLabels:
+    columns: list[Any] = [None if one is None else one.numpy() for one in labels.columns()]
+    return RowLabels(*columns)
 
 
 def gradient(log_q: Tensor, targets: SparseTargets, loss: LossConfig) -> Tensor:
@@ -177,37 +187,6 @@ def gradient(log_q: Tensor, targets: SparseTargets, loss: LossConfig) -> Tensor:
     result = evaluate_objective(targets, loss, student)
     dense = (off - log_tail[:, None]).exp() * result.tail_gradient[:, None]
     return dense.view(-1).scatter_(0, flat, result.entry_gradient).view_as(dense)
-
-
-def _as_targets(labels: PositionLabels, target_ids: Tensor, record: RecordSpec) -> SparseTargets:
-    lengths = (labels.head_len + labels.tail_len).long()
-    slots = torch.arange(labels.entry_ids.shape[1])
-    used = slots < lengths[:, None]
-    draws = None
-    if record.has_draws:
-        counts = labels.entry_counts
-        once = torch.ones_like(labels.entry_ids, dtype=torch.uint8)
-        drawn = slots >= labels.head_len[:, None]
-        draws = torch.where(drawn, once if counts is None else counts, 0)[used]
-    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    return SparseTargets(
-        positions=torch.arange(len(target_ids)),
-        token_ids=target_ids,
-        weights=torch.ones(len(target_ids)),
-        entry_ids=labels.entry_ids[used],
-        entry_logprobs=_stored(labels.entry_logprobs[used], record.logprob_bits),
-        entry_bounds=bounds,
-        entry_offsets=bounds,
-        entry_draws=draws,
-        tail_logmass=_stored(labels.tail_logmass, record.logprob_bits),
-        lse=None if labels.lse is None else _stored(labels.lse, FLOAT16_BITS),
-        record=record,
-        num_ids=1 + int(labels.entry_ids.max()),
-    )
-
-
-def _stored(values: Tensor, bits: int) -> Tensor:
-    return torch.from_numpy(round_logprobs(values.numpy(), bits))
 
 
 def as_text(found: dict[float, dict[str, Measured]]) -> str:

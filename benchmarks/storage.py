@@ -85,6 +85,7 @@ def _measure_kind(kind: Kind, rows: TokenRows) -> dict[str, Any]:
     entry_bytes = sum(columns.get(name, 0.0) for name in entries)
     bound = _entropy_bytes(stored) / num_labels
     result = {
+        "record": described(kind.record),
         "ids_per_label": ids_per_label(kind.labels),
         "logprob_bits": kind.record.logprob_bits,
         "bytes_per_label": sum(columns.values()),

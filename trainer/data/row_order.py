@@ -344,11 +344,6 @@ def _numpy(table: pa.Table, column: str, dtype: type[np.generic]) -> np.ndarray:
 
 
 def _dictionary(table: pa.Table, column: str) -> tuple[Int32s, list[str]]:
-    """Codes and values of a string column, dictionary-encoded or not."""
-    values = table[column]
-    if not pa.types.is_dictionary(values.type):
-        values = values.dictionary_encode()
-    array = values.unify_dictionaries().combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = array.chunk(0)
+    """Codes and values of a dictionary-encoded string column."""
+    array = table[column].unify_dictionaries().combine_chunks()
     return array.indices.to_numpy().astype(np.int32, copy=False), array.dictionary.to_pylist()
