@@ -13,6 +13,7 @@ Results: ``tokens_per_s_per_core`` by kind of record.
 import os
 import statistics
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +95,9 @@ def _epoch(view: View) -> Seconds:
     start = LoaderState(view_hash=view.view_hash, seed=0, epoch=0, step=0)
 
     def read() -> None:
-        loader = Loader(job, view, rows, start, 0, TEACHER_VOCABULARY)
-        try:
+        with closing(Loader(job, view, rows, start, 0, TEACHER_VOCABULARY)) as loader:
             for _ in range(num_steps):
                 next(loader)
-        finally:
-            loader.close()
 
     return timed(read)
 

@@ -27,7 +27,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -187,15 +187,10 @@ def _config(view: View, args: argparse.Namespace, kind: str) -> TrainConfig:
     return validated(content, TrainConfig, "benchmark")
 
 
-@contextmanager
-def _loading(view: View, config: TrainConfig, vocab_size: int) -> Iterator[Loader]:
+def _loading(view: View, config: TrainConfig, vocab_size: int) -> "closing[Loader]":
     start = LoaderState(view_hash=view.view_hash, seed=0, epoch=0, step=0)
     rows = read_row_table(view, config.data)
-    loader = Loader(config, view, rows, start, 0, vocab_size)
-    try:
-        yield loader
-    finally:
-        loader.close()
+    return closing(Loader(config, view, rows, start, 0, vocab_size))
 
 
 def _time_step(step: TrainStep, loader: Loader) -> Seconds:
