@@ -38,14 +38,10 @@ class RunState:
 
     def show(self, progress: Progress) -> None:
         """Shows rows, share of the corpus, tokens per second and time left."""
-        read = 100 * self.bytes_read / self.bytes_total if self.bytes_total else 100.0
-        facts = [f"corpus read {read:.0f}%"]
+        what, facts = f"labelled {self.rows_done:,} of {self.rows_found:,} rows", []
+        if self.bytes_read < self.bytes_total:
+            what += " found"
+            facts.append(f"corpus read {100 * self.bytes_read / self.bytes_total:.0f}%")
         if self.num_generated:
             facts.append(f"{self.num_generated:,} responses generated")
-        progress.show(
-            self.share_done(),
-            1.0,
-            f"labelled {self.rows_done:,} of {self.rows_found:,} rows found",
-            tokens=self.tokens_done,
-            facts=facts,
-        )
+        progress.show(self.share_done(), 1.0, what, tokens=self.tokens_done, facts=facts)

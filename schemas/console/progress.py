@@ -129,14 +129,21 @@ class Progress:
 def _bar(name: str, stream: TextIO, transient: bool) -> Any:
     from rich import progress
     from rich.console import Console
+    from rich.table import Column
 
+    # Without widths, a terminal of 80 columns would cut the bar and keep the longest texts.
     bar = progress.Progress(
-        progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(bar_width=24),
-        progress.TaskProgressColumn(),
-        progress.TextColumn("{task.fields[state]}", markup=False),
+        progress.TextColumn(
+            "{task.description}", markup=False, table_column=Column(min_width=len(name))
+        ),
+        progress.BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=10)),
+        progress.TaskProgressColumn(table_column=Column(min_width=4)),
+        progress.TextColumn(
+            "{task.fields[state]}", markup=False, table_column=Column(ratio=6, no_wrap=True)
+        ),
         console=Console(file=stream),
         transient=transient,
+        expand=True,
     )
     bar.add_task(name, total=1.0, state="")
     return bar

@@ -46,3 +46,10 @@ def test_line_counts_responses_where_some_are_generated() -> None:
     with Progress("label", stream=stream) as progress:
         state(num_generated=1234).show(progress)
     assert "corpus read 50% | 1,234 responses generated" in stream.getvalue()
+
+
+def test_line_is_short_once_the_corpus_is_read() -> None:
+    stream = io.StringIO()
+    with Progress("label", stream=stream) as progress:
+        state(bytes_read=100).show(progress)
+    assert stream.getvalue() == "label: labelled 5 of 10 rows\n"
