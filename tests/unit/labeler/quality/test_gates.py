@@ -19,8 +19,8 @@ from labeler.corpus.windows import all_but_first
 from labeler.quality.gates import Claim, Gates
 from labeler.quality.parity import Reference
 from labeler.quality.reference_teacher import choose_reference, stock_path, transformers_on_cpu
-from labeler.run.ledger import PARITY_CLAIM_S, Ledger
-from labeler.run.unit_labeller import UnitLabeller
+from labeler.run.actors.ledger import PARITY_CLAIM_S, Ledger
+from labeler.run.actors.unit_labeller import UnitLabeller
 from labeler.supervision.attempts import Attempts
 from labeler.supervision.supervisor import EngineSupervisor
 from labeler.teachers.protocol import RowLabels
@@ -233,7 +233,7 @@ def test_parity_without_reference_blocks_nobody(tmp_path: Path) -> None:
 
 def test_parity_claim_of_a_dead_replica_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("labeler.run.ledger.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("labeler.run.actors.ledger.time.monotonic", lambda: now[0])
     ledger = Ledger(bytes_total=0)
     assert ledger.claim_parity_check("dead")
     assert not ledger.claim_parity_check("other")

@@ -47,7 +47,7 @@ def _connect_options(address: str) -> dict[str, Any]:
 def _local_options(run: RunConfig) -> dict[str, Any]:
     # The C++ core writes advice about Ray Data's own actors to the terminal at lower levels.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    packages = str(Path(__file__).resolve().parents[2])
+    packages = str(Path(__file__).resolve().parents[3])
     known = os.environ.get("PYTHONPATH", "")
     return {
         "address": "local",

@@ -14,7 +14,7 @@ from labeler.corpus.documents import RowTokenizer
 from labeler.corpus.listing import Piece
 from labeler.corpus.piece_reader import KeySnapshot, PieceReader, PieceResult
 from labeler.corpus.requests import REQUEST_SCHEMA, to_table
-from labeler.run.setup import RunSetup, retry_stores
+from labeler.run.actors.setup import RunSetup, retry_stores
 from labeler.teacher_model.identity import load_tokenizer
 from labeler.units.sizing import UNIT_SCHEMA, cut_units, wrapped
 from schemas.fault_points import fault_point

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from labeler.run.ledger import Ledger
+from labeler.run.actors.ledger import Ledger
 from schemas.keys import stack_keys
 
 KEYS = stack_keys([bytes([n] * 16) for n in range(8)])

@@ -8,7 +8,7 @@ import pytest
 
 from labeler.corpus.requests import Request, label_request, sample_requests
 from labeler.corpus.windows import all_but_first
-from labeler.run.unit_labeller import UnitLabeller
+from labeler.run.actors.unit_labeller import UnitLabeller
 from labeler.supervision.attempts import Attempts
 from labeler.supervision.supervisor import EngineSupervisor
 from labeler.teachers.protocol import OnRow, RowLabels, Teacher, ignore_row
