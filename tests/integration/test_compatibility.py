@@ -12,10 +12,11 @@ from schemas.config import load_toml
 from schemas.label_set.label_set import LabelSet
 from schemas.maintenance.verify import verify
 from schemas.views.view import View
+from tests.support import ROOT
+from tests.support.rank_pool import train
 from trainer.config.train import TrainConfig
-from trainer.run.launch import run_train_job
 
-EARLIER = Path(__file__).parents[1] / "data" / "made_by_ef9d078"
+EARLIER = ROOT / "tests" / "data" / "made_by_ef9d078"
 STOPPED_AFTER = 12
 
 
@@ -65,8 +66,8 @@ def test_view_and_label_set_of_earlier_code_open(earlier: Path) -> None:
     assert LabelSet.open("labels").spec.fingerprint() == stored["fingerprint"]
 
 
-def test_earlier_run_continues_with_the_same_losses(earlier: Path, ray_session: None) -> None:
-    summary = run_train_job(load_toml("train.toml", TrainConfig))
+def test_earlier_run_continues_with_the_same_losses(earlier: Path) -> None:
+    summary = train(load_toml("train.toml", TrainConfig))
     assert summary.resumed_from_step == STOPPED_AFTER
     points = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     losses = [point["loss"] for point in points if point["kind"] == "train"]

@@ -5,13 +5,16 @@ that has imported everything. Every run still has processes of its own, and no s
 run. Nothing is restarted: what needs that is tested on Ray Train itself.
 """
 
+import contextlib
 import functools
 import multiprocessing
 import multiprocessing.connection
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.managers import BaseManager
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch.distributed as dist
 
 from schemas.console.progress import Progress
 from schemas.errors import StudentError
+from tests.support import ROOT
 from trainer.config.train import TrainConfig
 from trainer.run.launch import run_train_job
 from trainer.run.status import shown
@@ -33,6 +37,13 @@ _GRACE_S = 20.0
 """How long ranks may outlive one that failed; Ray Train ends them as well."""
 
 
+def forks() -> Any:
+    """Makes processes by forking the one that has imported everything, which it starts."""
+    with contextlib.chdir(ROOT):  # where it finds the module to preload
+        forkserver.ensure_running()
+    return FORKS
+
+
 class Statuses(BaseManager):
     """A process that holds the status of every run."""
 
@@ -42,7 +53,7 @@ Statuses.register("RunStatus", RunStatus)
 
 @functools.cache
 def statuses() -> Any:
-    manager = Statuses(ctx=FORKS)
+    manager = Statuses(ctx=forks())
     manager.start()
     return manager
 
@@ -75,7 +86,7 @@ def run_on_ranks(function: Callable[..., None], world_size: int, *arguments: Any
     """Calls a function of a module on every rank of a process group; returns their exit codes."""
     with tempfile.TemporaryDirectory() as meeting:
         ranks = [
-            FORKS.Process(target=_run_rank, args=(rank, world_size, meeting, function, arguments))
+            forks().Process(target=_run_rank, args=(rank, world_size, meeting, function, arguments))
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -92,6 +103,7 @@ def _run_rank(
     arguments: tuple[Any, ...],
 ) -> None:
     """Does what Ray Train does around a worker."""
+    assert "deepspeed" in sys.modules, "tests.support.rank_imports fails, which nothing else shows"
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
     os.environ |= {name: str(value) for name, value in place.items()}
     dist.init_process_group(
