@@ -1,5 +1,4 @@
-"""A real label set, every unit of it damaged in another way: found in one pass, dropped, labelled
-again by the ordinary job, whole."""
+"""Every unit of a label set damaged in another way: one pass finds all, a job repairs them."""
 
 import hashlib
 import json
@@ -93,12 +92,12 @@ DAMAGES: list[tuple[Callable[[LabelSet, Manifest], None], str]] = [
     (remove, "no such shard"),
     (tear, "not a complete manifest"),
     (make_foreign, "belongs to a label set with fingerprint 000"),
-    (forged(turn_heads_around), "expected a falling order"),
+    (forged(turn_heads_around), "expected a decreasing order"),
     (forged(raise_the_tail), "to sum to a probability of 1"),
 ]
 
 
-def test_every_damage_is_named_and_mended(
+def test_verify_names_every_damage_and_the_job_repairs_it(
     tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = [f"def f{n}(x):\n" + "    x = x + 1\n" * (n % 5) for n in range(40)]

@@ -219,7 +219,7 @@ def _cut_shard(trial: Trial) -> None:
     with pytest.raises(DamagedError, match=shard.name):
         run_train_job(trial.config, progress=False)
     shard.write_bytes(content)  # as `labels drop` and labelling again would
-    trial.note("driver and ranks; a label shard cut short, refused, mended", on_disk(trial.run))
+    trial.note("driver and ranks; a label shard cut short, refused, repaired", on_disk(trial.run))
 
 
 def _is_about_to_remove(trial: Trial, before: set[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Dropping a damaged unit, which is how errors say that damage is mended."""
+"""Dropping a damaged unit, the repair that errors advise."""
 
 from pathlib import Path
 
