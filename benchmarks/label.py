@@ -25,7 +25,7 @@ from benchmarks.harness import command_line, write_results
 from benchmarks.label_cases import MODELS, records
 from benchmarks.label_engine import measure_engine
 from benchmarks.label_host import host_us_per_label
-from labeler.run.cluster.openmp_env import openmp_env
+from labeler.run.ray_cluster.openmp_env import openmp_env
 
 HOST_REPEATS = 5
 

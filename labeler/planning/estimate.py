@@ -8,7 +8,7 @@ from pydantic import Field
 from labeler.config import LabelConfig
 from labeler.planning.calibration import Calibration
 from labeler.planning.corpus_sample import CorpusSample, Range
-from labeler.run.cluster.resources import Resources
+from labeler.run.ray_cluster.resources import Resources
 from labeler.units.sizing import rows_gathered
 from schemas.config import StrictModel
 from schemas.console.text import duration_text, size_text

@@ -12,9 +12,9 @@ from labeler.corpus.piece_reader import KeySnapshot
 from labeler.planning.calibration import Calibration, Calibrator
 from labeler.planning.corpus_sample import CorpusSample, sample_corpus
 from labeler.planning.estimate import LabelPlan, describe, make_plan
-from labeler.run.cluster.resources import Resources
-from labeler.run.cluster.startup_notice import StartupNotice
 from labeler.run.job import label_set_spec, with_absolute_paths
+from labeler.run.ray_cluster.resources import Resources
+from labeler.run.ray_cluster.startup_notice import StartupNotice
 from schemas.console.progress import Progress
 from schemas.label_set.description import LABEL_SET_FILE
 from schemas.label_set.label_set import LabelSet
@@ -40,8 +40,8 @@ def plan_label_job(
     Raises:
         ConfigError, CorpusError, TeacherError, VocabularyError, StoreError: as the run would.
     """
-    from labeler.run.cluster.ray_session import cluster_size, ray_session
-    from labeler.run.cluster.resources import plan_resources
+    from labeler.run.ray_cluster.ray_session import cluster_size, ray_session
+    from labeler.run.ray_cluster.resources import plan_resources
 
     spec, frozen = _label_set_state(config)
     with Progress("plan", enabled=progress) as shown:
@@ -94,8 +94,8 @@ def _calibrate(
     import ray
 
     from labeler.corpus.requests import to_table
-    from labeler.run.cluster.ray_session import errors_for_users
-    from labeler.run.cluster.replicas import make_replica, placed_replicas
+    from labeler.run.ray_cluster.ray_session import errors_for_users
+    from labeler.run.ray_cluster.replicas import make_replica, placed_replicas
 
     notice = StartupNotice(resources, 1, progress.say, ray.available_resources)
     with errors_for_users(), placed_replicas(resources) as place:

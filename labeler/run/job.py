@@ -41,9 +41,9 @@ def _run(config: LabelConfig, progress: Progress) -> LabelSummary:
     from labeler.corpus.listing import list_corpus
     from labeler.corpus.piece_reader import KeySnapshot
     from labeler.run.actors.setup import RunSetup
-    from labeler.run.cluster.ray_session import cluster_size, ray_session
-    from labeler.run.cluster.resources import plan_resources
     from labeler.run.pipeline import run_pipeline
+    from labeler.run.ray_cluster.ray_session import cluster_size, ray_session
+    from labeler.run.ray_cluster.resources import plan_resources
 
     started = time.monotonic()
     pieces = list_corpus(config.corpus)

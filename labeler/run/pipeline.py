@@ -15,13 +15,13 @@ from labeler.corpus.listing import Piece
 from labeler.corpus.piece_reader import KeySnapshot
 from labeler.run.actors.corpus_tasks import cut_into_units, read_pieces
 from labeler.run.actors.ledger import Ledger
-from labeler.run.actors.progress import RunState
+from labeler.run.actors.run_state import RunState
 from labeler.run.actors.setup import RunSetup
 from labeler.run.actors.teacher_actor import TeacherActor
-from labeler.run.cluster.ray_session import errors_for_users, quiet_ray_data, this_node
-from labeler.run.cluster.replicas import placed_replicas
-from labeler.run.cluster.resources import Resources
-from labeler.run.cluster.startup_notice import StartupNotice
+from labeler.run.ray_cluster.ray_session import errors_for_users, quiet_ray_data, this_node
+from labeler.run.ray_cluster.replicas import placed_replicas
+from labeler.run.ray_cluster.resources import Resources
+from labeler.run.ray_cluster.startup_notice import StartupNotice
 from labeler.run.shutdown import GracefulShutdown
 from labeler.supervision.attempts import remove_attempts
 from labeler.units.sizing import rows_gathered

@@ -16,9 +16,9 @@ from labeler.config import GatesConfig, LabelConfig
 from labeler.corpus.listing import list_corpus
 from labeler.corpus.piece_reader import KeySnapshot
 from labeler.run.actors.setup import RunSetup
-from labeler.run.cluster.resources import Resources
 from labeler.run.job import open_label_set
 from labeler.run.pipeline import run_pipeline
+from labeler.run.ray_cluster.resources import Resources
 from schemas.console.progress import Progress
 from schemas.label_set.roster import close_roster, read_roster
 from tests.support import ROOT

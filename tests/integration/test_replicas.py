@@ -21,9 +21,9 @@ from labeler.config import LabelConfig
 from labeler.corpus.listing import list_corpus
 from labeler.corpus.piece_reader import KeySnapshot
 from labeler.run.actors.setup import RunSetup
-from labeler.run.cluster.resources import Resources
 from labeler.run.job import open_label_set
 from labeler.run.pipeline import run_pipeline
+from labeler.run.ray_cluster.resources import Resources
 from schemas.console.progress import Progress
 from schemas.errors import TeacherError
 from schemas.label_set.roster import close_roster
@@ -152,7 +152,7 @@ def test_job_says_that_it_waits_for_its_teachers(
     job = config(tmp_path, tiny_model_dir)
     open_label_set(job)
     setup = RunSetup(tmp_path.name, job, functools.partial(slow_teacher(broken=False), tmp_path))
-    monkeypatch.setattr("labeler.run.cluster.startup_notice.DELAY_S", 3.0)
+    monkeypatch.setattr("labeler.run.ray_cluster.startup_notice.DELAY_S", 3.0)
     other = ray.util.placement_group([{"CPU": CPUS}])  # all that there are
     assert other.wait(60)
     lines = io.StringIO()

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from labeler.run.actors.progress import RunState
+from labeler.run.actors.run_state import RunState
 from schemas.keys import Keys
 
 PARITY_CLAIM_S = 1800.0

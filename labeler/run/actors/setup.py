@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from labeler.config import LabelConfig, TeacherConfig
-from labeler.run.cluster.replicas import make_replica
+from labeler.run.ray_cluster.replicas import make_replica
 from labeler.teachers.protocol import Teacher
 from schemas.spec import RecordSpec
 from schemas.storage.retry import RetryPolicy, set_retry_policy

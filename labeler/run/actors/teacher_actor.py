@@ -12,7 +12,7 @@ from labeler.quality.gates import Gates
 from labeler.quality.reference_teacher import choose_reference
 from labeler.run.actors.setup import RunSetup, retry_stores, say_line
 from labeler.run.actors.unit_labeller import UnitLabeller
-from labeler.run.cluster.ray_session import is_lost_node, this_actor, this_node, was_restarted
+from labeler.run.ray_cluster.ray_session import is_lost_node, this_actor, this_node, was_restarted
 from labeler.supervision.attempts import Attempts
 from labeler.supervision.supervisor import EngineSupervisor
 from labeler.supervision.watchdog import Watchdog

@@ -14,7 +14,7 @@ from labeler.corpus.piece_reader import KeySnapshot, PieceReader
 from labeler.planning.calibration import Calibration
 from labeler.planning.corpus_sample import COUNTS, CorpusSample, Range, sample_corpus, scale_up
 from labeler.planning.estimate import BYTES_FACTOR, OVERHEAD_S, SPEED_FACTOR, describe, make_plan
-from labeler.run.cluster.resources import Resources
+from labeler.run.ray_cluster.resources import Resources
 from labeler.teacher_model.identity import load_tokenizer
 
 SEED = 20261125

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from labeler.config import LabelConfig
-from labeler.run.cluster.openmp_env import openmp_env
+from labeler.run.ray_cluster.openmp_env import openmp_env
 from schemas.errors import ConfigError, TeacherError
 
 _WORKER_CPUS = 1.0  # of each of an engine's own workers, where they are spread over nodes

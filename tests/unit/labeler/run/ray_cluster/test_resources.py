@@ -6,7 +6,7 @@ import pydantic
 import pytest
 
 from labeler.config import LabelConfig
-from labeler.run.cluster.resources import plan_resources
+from labeler.run.ray_cluster.resources import plan_resources
 from schemas.errors import ConfigError, TeacherError
 
 

@@ -4,7 +4,7 @@ import pytest
 import ray
 import ray.exceptions
 
-from labeler.run.cluster.ray_session import cluster_size, user_error
+from labeler.run.ray_cluster.ray_session import cluster_size, user_error
 from schemas.errors import CorpusError, TeacherError
 
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 
-from labeler.run.cluster.resources import Resources
+from labeler.run.ray_cluster.resources import Resources
 from schemas.console.text import duration_text
 
 DELAY_S = 30.0

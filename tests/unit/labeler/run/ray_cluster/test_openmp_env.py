@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from labeler.run.cluster.openmp_env import openmp_env
+from labeler.run.ray_cluster.openmp_env import openmp_env
 
 
 def openmp_settings(environment: dict[str, str]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from labeler.run.actors.progress import RunState
+from labeler.run.actors.run_state import RunState
 from schemas.console.progress import Progress
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from labeler.config import TeacherConfig
-from labeler.run.cluster.resources import Resources
+from labeler.run.ray_cluster.resources import Resources
 from labeler.teachers.factory import make_teacher
 from labeler.teachers.protocol import Teacher
 from schemas.spec import RecordSpec

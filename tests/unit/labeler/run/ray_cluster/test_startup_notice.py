@@ -3,8 +3,8 @@
 import pytest
 
 from labeler.run.actors.ledger import Ledger
-from labeler.run.cluster.resources import Resources
-from labeler.run.cluster.startup_notice import DELAY_S, StartupNotice
+from labeler.run.ray_cluster.resources import Resources
+from labeler.run.ray_cluster.startup_notice import DELAY_S, StartupNotice
 
 ONE_CPU = Resources(actor_cpus=1.0, actor_gpus=0.0, actor_threads=0, task_cpus=1.0)
 
@@ -12,7 +12,7 @@ ONE_CPU = Resources(actor_cpus=1.0, actor_gpus=0.0, actor_threads=0, task_cpus=1
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     seconds = [0.0]
-    monkeypatch.setattr("labeler.run.cluster.startup_notice.time.monotonic", lambda: seconds[0])
+    monkeypatch.setattr("labeler.run.ray_cluster.startup_notice.time.monotonic", lambda: seconds[0])
     return seconds
 
 
