@@ -86,7 +86,10 @@ def run_on_ranks(function: Callable[..., None], world_size: int, *arguments: Any
     """Calls a function of a module on every rank of a process group; returns their exit codes."""
     with tempfile.TemporaryDirectory() as meeting:
         ranks = [
-            forks().Process(target=_run_rank, args=(rank, world_size, meeting, function, arguments))
+            forks().Process(
+                target=_run_rank,
+                args=(rank, world_size, meeting, dict(os.environ), function, arguments),
+            )
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -99,13 +102,19 @@ def _run_rank(
     rank: int,
     world_size: int,
     meeting: str,
+    environment: dict[str, str],
     function: Callable[..., None],
     arguments: tuple[Any, ...],
 ) -> None:
-    """Does what Ray Train does around a worker."""
-    assert "deepspeed" in sys.modules, "tests.support.rank_imports fails, which nothing else shows"
+    """Does what Ray Train does around a worker.
+
+    Args:
+        environment: of the test; a fork has that of the moment when the forking process started.
+    """
+    # A failed import of the preloaded module shows nowhere else.
+    assert "deepspeed" in sys.modules, "tests.support.rank_imports cannot be imported"
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
-    os.environ |= {name: str(value) for name, value in place.items()}
+    os.environ |= environment | {name: str(value) for name, value in place.items()}
     dist.init_process_group(
         "gloo",
         init_method=f"file://{meeting}/ranks",
