@@ -1,6 +1,6 @@
-"""TOML files to validated models, and back.
+"""Loads TOML files as validated models, and writes them back.
 
-A configuration file describes a complete run. ``key.sub=value`` words after it override single
+A configuration file describes a complete run. ``key.sub=value`` arguments after it override single
 values. Relative paths in a file are relative to the working directory, not to the file.
 """
 
@@ -27,10 +27,10 @@ class StrictModel(pydantic.BaseModel):
 
 
 class CountRange(StrictModel):
-    """A number of processes that follows the room in the cluster."""
+    """A number of processes that scales with the free capacity of the cluster."""
 
-    min: int = Field(default=1, ge=1, description="needed to start")
-    max: int = Field(ge=1, description="never exceeded")
+    min: int = Field(default=1, ge=1, description="processes needed to start")
+    max: int = Field(ge=1, description="maximum number of processes")
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
@@ -43,7 +43,7 @@ Count = Annotated[int, Field(ge=1)] | CountRange
 
 
 def count_bounds(count: int | CountRange) -> tuple[int, int]:
-    """The smallest and the largest number that a `Count` allows."""
+    """The minimum and maximum that a `Count` allows."""
     return (count, count) if isinstance(count, int) else (count.min, count.max)
 
 
@@ -52,8 +52,8 @@ def load_toml(path: str, model: type[M], overrides: Sequence[str] = ()) -> M:
 
     Args:
         path: the TOML file.
-        model: class to validate its content with.
-        overrides: words ``key.sub=value``; a value that is not TOML is taken as a plain string.
+        model: class that validates its content.
+        overrides: arguments ``key.sub=value``; a value that is not valid TOML is a plain string.
 
     Raises:
         ConfigError: the file is missing, is not TOML, or is not a valid `model`.
@@ -72,7 +72,7 @@ def load_toml(path: str, model: type[M], overrides: Sequence[str] = ()) -> M:
 
 
 def validated(content: Mapping[str, Any], model: type[M], where: str) -> M:
-    """`content` as a validated `model`; a ConfigError names `where` and every invalid key."""
+    """Validates `content` as `model`; the ConfigError names `where` and every invalid key."""
     try:
         return model.model_validate(content)
     except pydantic.ValidationError as error:
@@ -81,10 +81,10 @@ def validated(content: Mapping[str, Any], model: type[M], where: str) -> M:
 
 
 def dump_toml(model: StrictModel) -> str:
-    """A model as TOML that `load_toml` reads back to an equal one; None is left out.
+    """Serializes a model to TOML that `load_toml` reads back as an equal model; omits None.
 
     Raises:
-        ConfigError: a value is None but its default is not, which TOML cannot express.
+        ConfigError: a value is None but its default is not; TOML cannot express that.
     """
     _refuse_unwritable_none(model)
     try:

@@ -1,19 +1,19 @@
 """The exceptions shown to users.
 
 Messages are one line: what was found, what was expected, where, and what to do. Each class keeps a
-standard-library base, so that code outside this project can catch it by kind, and takes a single
-string, so that it survives pickling between processes.
+standard-library base, so that other code can catch it by kind, and takes a single string, so that
+it survives pickling between processes.
 """
 
 from dataclasses import dataclass
 
 
 class TutelageError(Exception):
-    """Base class. Any other exception that escapes is a bug in this project."""
+    """Base class. Any other exception that escapes is a bug."""
 
 
 class ConfigError(TutelageError, ValueError):
-    """A configuration file or a ``key=value`` override is not valid."""
+    """A configuration file or a ``key=value`` override is invalid."""
 
 
 class CorpusError(TutelageError, ValueError):
@@ -21,7 +21,7 @@ class CorpusError(TutelageError, ValueError):
 
 
 class TeacherError(TutelageError, RuntimeError):
-    """The teacher cannot be loaded, or cannot compute what the record needs."""
+    """The teacher cannot be loaded, or cannot compute what the record requires."""
 
 
 class TeacherGoneError(TeacherError):
@@ -41,7 +41,7 @@ class RecordError(TutelageError, ValueError):
 
 
 class StoreError(TutelageError, OSError):
-    """A label set, roster or view is missing, is a different one, or cannot be written."""
+    """A label set, roster or view is missing, does not match, or cannot be written."""
 
 
 class MissingError(StoreError, FileNotFoundError):
@@ -57,16 +57,16 @@ class JobStoppedError(TutelageError, RuntimeError):
 
 
 class AccountsError(TutelageError, RuntimeError):
-    """A run cannot account for every row that it read."""
+    """A run cannot account for every row it read."""
 
 
 @dataclass(frozen=True)
 class RowFailure:
-    """Why one row cannot be labelled; a value for its quarantine, not an exception.
+    """Why a row cannot be labelled; stored with the quarantined row, not raised.
 
     Attributes:
-        reason: one word to count by.
-        detail: a line for people.
+        reason: one word, by which failures are counted.
+        detail: one line that explains it.
     """
 
     reason: str

@@ -1,7 +1,7 @@
-"""Points at which a test can kill a process; outside of tests they do nothing.
+"""Points at which a test can kill a process; outside tests they do nothing.
 
-A test names a folder in the environment before processes start. If the folder has a file named
-after a point, the first process to reach the point deletes the file and is killed there.
+A test puts a folder in the environment before processes start. If the folder contains a file named
+after a point, the first process to reach that point deletes the file and is killed.
 """
 
 import os

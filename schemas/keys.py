@@ -1,8 +1,8 @@
 """Identities of rows and units: 16-byte BLAKE2b hashes.
 
-Every hash starts with a domain, so that keys of two kinds never collide by content, and every part
-is preceded by its length, so that no two lists of parts hash the same bytes. Integers are
-little-endian.
+Every hash starts with a domain, so that keys of different kinds never collide by content. Every
+part is preceded by its length, so that different lists of parts never hash the same bytes. Integers
+are little-endian.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ def row_key(
     label_spans: npt.NDArray[Any],
     teacher_context: npt.NDArray[Any] | None = None,
 ) -> bytes:
-    """Identity of one labelled request: everything the teacher saw, and the positions to label.
+    """Identity of a labelled request: everything the teacher saw, and the positions to label.
 
     Args:
         token_ids: int [L].
@@ -39,21 +39,21 @@ def row_key(
 def generated_row_key(
     prompt_ids: npt.NDArray[Any], generation: GenerationSpec, sample_index: int
 ) -> bytes:
-    """Identity of a response before it is sampled: prompt, generation spec and sample index.
+    """Identity of a response, known before it is sampled: prompt, generation spec, sample index.
 
-    The number of samples is left out, so that requesting more keeps the existing ones.
+    Excludes the number of samples, so that requesting more keeps the existing ones.
     """
     how = json.dumps(generation.model_dump(exclude={"n"}), sort_keys=True, separators=(",", ":"))
     return digest("generated", _int32(prompt_ids), how.encode(), _int64(sample_index))
 
 
 def content_key(token_ids: npt.NDArray[Any], label_spans: npt.NDArray[Any]) -> bytes:
-    """Hash of token ids and spans alone, by which label sets of different teachers join."""
+    """Hash of token ids and spans only; joins label sets of different teachers."""
     return digest("content", _int32(token_ids), _int32(label_spans))
 
 
 def place_key(source: str, place: int, window: int) -> bytes:
-    """Identity of a row that cannot be tokenised: its place in the source."""
+    """Identity, by its place in the source, of a row that cannot be tokenised."""
     return digest("place", source.encode(), _int64(place), _int64(window))
 
 
@@ -72,7 +72,7 @@ def stack_keys(keys: list[bytes]) -> Keys:
 
 
 def keys_to_sorted(keys: Keys) -> SortedKeys:
-    """uint8 [R, 16] to a sorted S16 [R], for `contains`.
+    """Sorts keys, uint8 [R, 16], as S16 [R] for `contains`.
 
     numpy drops trailing zero bytes when it extracts an S16 element; comparisons are unaffected,
     because all keys have the same length.
@@ -81,7 +81,7 @@ def keys_to_sorted(keys: Keys) -> SortedKeys:
 
 
 def contains(sorted_keys: SortedKeys, keys: Keys) -> npt.NDArray[np.bool_]:
-    """bool [R]: which of `keys`, uint8 [R, 16], are among `sorted_keys`, S16 rising."""
+    """bool [R]: which of `keys`, uint8 [R, 16], occur in `sorted_keys`, S16 ascending."""
     if not len(sorted_keys):
         return np.zeros(len(keys), bool)
     wanted = as_strings(keys)
@@ -106,7 +106,7 @@ def find_keys(haystack: Keys, keys: Keys) -> npt.NDArray[np.int64]:
 
 
 def as_strings(keys: Keys) -> SortedKeys:
-    """The same keys, uint8 [R, 16], as S16 [R] without a copy of contiguous ones."""
+    """Views keys, uint8 [R, 16], as S16 [R]; copies only if they are not contiguous."""
     contiguous = np.ascontiguousarray(keys, np.uint8)
     return contiguous.reshape(-1, KEY_BYTES).view(f"S{KEY_BYTES}").reshape(-1)
 
@@ -120,7 +120,7 @@ def _int64(value: int) -> bytes:
 
 
 def digest(domain: str, *parts: bytes) -> bytes:
-    """16 bytes: the hash of `parts`, in order, within a `domain`."""
+    """Hashes `parts`, in order, within a `domain`, to 16 bytes."""
     hasher = hashlib.blake2b(digest_size=KEY_BYTES)
     for part in (b"tutelage." + domain.encode(), *parts):
         hasher.update(len(part).to_bytes(8, "little"))

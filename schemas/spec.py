@@ -1,7 +1,7 @@
-"""Everything that defines the meaning of a label, and its fingerprint.
+"""The settings that define what a label means, and their fingerprint.
 
-Parallelism, versions and hardware are provenance and live in manifests. Label sets of equal
-fingerprint can be mixed; a run never adds to a set of another fingerprint.
+Parallelism, versions and hardware are provenance and recorded in manifests. Label sets with equal
+fingerprints can be mixed; a run never adds to a set with a different one.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ LABEL_COLUMNS = (
 
 RecordKind = Literal["tokens", "topk", "topp", "sampled", "threshold"]
 
-# Fields that apply to one kind of record only, in addition to the shared ones.
+# Fields that apply to some kinds of record only, in addition to the shared ones.
 _KIND_FIELDS: dict[str, tuple[str, ...]] = {
     "tokens": (),
     "topk": ("k",),
@@ -48,28 +48,28 @@ _SHARED_FIELDS = ("kind", "temperatures", "entropy", "logprob_bits", "teacher_co
 
 
 class RecordSpec(StrictModel):
-    """Which labels each position has, and at what precision.
+    """What is stored for each labelled position, and at what precision.
 
     Kinds, where p is the teacher's distribution:
 
-    - ``threshold``: every id with p >= tau exactly, and always the most probable one; the others
-      are sampled systematically, at steps of tau along their cumulative sum. Each draw represents
-      a probability of tau, an unbiased estimate of anything linear in p (Horvitz-Thompson).
+    - ``threshold``: the most probable id and every id with p >= tau, exactly. The others are
+      sampled systematically, in steps of tau along their cumulative sum. Each draw represents a
+      probability of tau, which makes anything linear in p unbiased (Horvitz-Thompson).
     - ``sampled``: independent draws from p, with their counts (Random Sampling KD,
-      arXiv 2503.16870). Also unbiased, with higher variance.
-    - ``topk``, ``topp``: an exact head and its mass; a biased target unless k is large.
-    - ``tokens``: no teacher, for hard labels.
+      arXiv 2503.16870). Also unbiased, but with higher variance.
+    - ``topk``, ``topp``: an exact head and the mass outside it; biased unless the head is large.
+    - ``tokens``: hard labels only, without a teacher.
     """
 
     kind: RecordKind = Field(
         default="threshold", description="how the teacher's distribution is stored"
     )
-    k: int = Field(default=64, ge=1, le=65535, description="topk: entries in each head")
+    k: int = Field(default=64, ge=1, le=65535, description="topk: ids stored per position")
     top_p: float = Field(
-        default=0.98, gt=0.0, le=1.0, description="topp: probability mass that a head covers"
+        default=0.98, gt=0.0, le=1.0, description="topp: probability mass that the stored ids cover"
     )
     max_head: int = Field(
-        default=128, ge=1, le=65535, description="topp: maximum number of entries in a head"
+        default=128, ge=1, le=65535, description="topp: maximum number of ids stored per position"
     )
     tau: float = Field(
         default=1 / 32,
@@ -81,24 +81,25 @@ class RecordSpec(StrictModel):
     draw_temperature: float | None = Field(
         default=None,
         gt=0.0,
-        description="sampled, threshold: draws are from p^(1/T), normalised, which is also what "
-        "tau is compared with; unset: the largest of 1 and temperatures",
+        description="sampled, threshold: temperature T of the distribution that is drawn from and "
+        "compared with tau, p^(1/T) normalised; unset: the largest of 1 and temperatures",
     )
     draw_seed: int = Field(
-        default=0, ge=0, lt=2**64, description="sampled, threshold: seed of the draws"
+        default=0, ge=0, lt=2**64, description="sampled, threshold: random seed of the draws"
     )
     temperatures: tuple[float, ...] = Field(
-        default=(), description="distillation temperatures other than 1 for which lse is stored"
+        default=(),
+        description="distillation temperatures, other than 1, to store lse for",
     )
     entropy: bool = Field(default=True, description="store the entropy of the full distribution")
     logprob_bits: int = Field(
         default=6,
         ge=1,
         le=10,
-        description="mantissa bits stored of log-probabilities; lse keeps 10",
+        description="mantissa bits kept of stored log-probabilities; lse keeps 10",
     )
     teacher_context: bool = Field(
-        default=False, description="rows may have tokens that only the teacher sees"
+        default=False, description="rows may include tokens that only the teacher sees"
     )
 
     @field_validator("temperatures")
@@ -112,7 +113,7 @@ class RecordSpec(StrictModel):
                 )
         if list(value) != sorted(set(value)):
             raise ValueError(
-                f"record.temperatures is {list(value)}; expected rising, each value once"
+                f"record.temperatures is {list(value)}; expected ascending, distinct values"
             )
         return value
 
@@ -136,43 +137,43 @@ class RecordSpec(StrictModel):
 
     @property
     def has_draws(self) -> bool:
-        """Whether positions have tail draws, which make labels unbiased."""
+        """Whether labels include tail draws, which make them unbiased."""
         return self.kind in ("sampled", "threshold")
 
     def needs_beyond_topk(self) -> list[str]:
-        """Settings that the most probable ids of a position cannot provide; empty if they can."""
+        """Settings that need more than the top-k ids of each position; empty if none does."""
         kind = [] if self.kind == "topk" else [f'kind "{self.kind}"']
         return kind + [name for name in ("entropy", "temperatures") if getattr(self, name)]
 
     @property
     def drawn_at(self) -> float:
-        """Temperature of the distribution that tail draws are from."""
+        """Temperature of the distribution that tail draws are sampled from."""
         if self.draw_temperature is not None:
             return self.draw_temperature
         return max((1.0, *self.temperatures))
 
     def most_entries(self, vocab_size: int) -> int:
-        """Maximum number of entries of a position."""
+        """Maximum number of entries per position."""
         most = {
             "tokens": 0,
             "topk": self.k,
             "topp": self.max_head,
             "sampled": self.draws,
-            # Head entries have tau or more of the mass, except perhaps in a head of one.
+            # Head entries have a probability of at least tau, except perhaps a head's first.
             "threshold": int(1 / self.tau) + 2,
         }
         return min(most[self.kind], vocab_size)
 
     @property
     def draw_share(self) -> float:
-        """Probability that one draw represents, at the temperature of draws; 0 without draws."""
+        """Probability that one draw represents, at the draw temperature; 0 without draws."""
         if self.kind == "threshold":
             return self.tau
         return 1.0 / self.draws if self.kind == "sampled" else 0.0
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Column names of a label set of this spec, in schema order."""
+        """Column names of a label set with this record, in schema order."""
         names = list(TOKEN_COLUMNS)
         if self.kind != "tokens":
             names.extend(LABEL_COLUMNS)
@@ -187,7 +188,7 @@ class RecordSpec(StrictModel):
         return tuple(names)
 
     def identity(self) -> dict[str, Any]:
-        """The fields that apply to this kind, with the temperature of draws resolved."""
+        """The fields that apply to this kind, with the draw temperature resolved."""
         if self.kind == "tokens":
             return self.model_dump(mode="json", include={"kind", "teacher_context"})
         own = _KIND_FIELDS[self.kind]
@@ -207,7 +208,9 @@ class TeacherIdentity(StrictModel):
     config_digest: str = ""
     tokenizer_digest: str
     chat_template_digest: str = ""
-    vocab_size: int = Field(ge=1, description="ids that the teacher assigns probability to")
+    vocab_size: int = Field(
+        ge=1, description="number of ids that the teacher assigns probability to"
+    )
     dtype: str = ""
     head_dtype: str = ""
     quantization: str | None = None
@@ -218,7 +221,9 @@ class TextSpec(StrictModel):
     """How documents become token sequences."""
 
     max_tokens: int = Field(ge=2, description="maximum sequence length, in tokens")
-    overlap: int = Field(ge=0, description="tokens of context that each further window repeats")
+    overlap: int = Field(
+        ge=0, description="tokens that each window repeats from the one before, as context"
+    )
     add_bos: bool
     add_eos: bool
     split_long: bool = Field(
@@ -231,11 +236,11 @@ class GenerationSpec(StrictModel):
 
     n: int = Field(default=1, ge=1, description="responses per prompt")
     temperature: float = Field(default=1.0, ge=0.0, description="generation temperature; 0: greedy")
-    top_p: float = Field(
-        default=1.0, gt=0.0, le=1.0, description="nucleus sampling; 1: from all tokens"
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="nucleus sampling; 1: all tokens")
+    max_tokens: int = Field(
+        default=256, ge=1, description="maximum length of a response, in tokens"
     )
-    max_tokens: int = Field(default=256, ge=1, description="maximum length of a response")
-    seed: int = Field(default=0, ge=0, description="seed of the sampling")
+    seed: int = Field(default=0, ge=0, description="random seed of the sampling")
 
 
 class LabelSetSpec(StrictModel):
@@ -257,10 +262,10 @@ class LabelSetSpec(StrictModel):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """The fields that the fingerprint covers, nested; those that do not apply are left out."""
+        """The fields that the fingerprint covers, nested; fields that do not apply are omitted."""
         fields = self.model_dump(mode="json")
         if self.generation is not None:
-            # Requesting more samples adds rows and changes no existing one.
+            # Requesting more samples adds rows but changes no existing row.
             del fields["generation"]["n"]
         fields["record"] = self.record.identity()
         if self.record.kind == "tokens":
@@ -275,7 +280,7 @@ class LabelSetSpec(StrictModel):
         return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
     def differences(self, other: "LabelSetSpec") -> list[str]:
-        """A text ``field: mine / theirs`` for each field of the identity that differs."""
+        """Formats each differing field of the identity as ``field: mine / theirs``."""
         mine, theirs = dict(_flat(self.identity())), dict(_flat(other.identity()))
         return [
             f"{name}: {mine.get(name)!r} / {theirs.get(name)!r}"

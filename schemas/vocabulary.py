@@ -1,7 +1,7 @@
 """Comparison of vocabularies, as mappings from token to id.
 
-Equal sizes prove nothing, and different ones may be padding alone (151,936 and 152,064 rows for the
-same tokenizer), so that mappings are compared.
+Sizes are not compared: equal sizes prove nothing, and different ones may be mere padding (151,936
+and 152,064 rows for the same tokenizer).
 """
 
 from collections.abc import Mapping
@@ -12,16 +12,16 @@ _SHOWN = 5
 def vocabulary_differences(
     expected: Mapping[str, int], found: Mapping[str, int], expected_in: str, found_in: str
 ) -> tuple[int, str]:
-    """Tokens of one vocabulary whose id in another one differs or is missing.
+    """Finds tokens of one vocabulary that have another id, or none, in a second one.
 
     Args:
         expected: token -> id.
-        found: token -> id; may have further tokens.
-        expected_in: name of the first vocabulary in the text.
+        found: token -> id; additional tokens are fine.
+        expected_in: name of the first vocabulary, for the text.
         found_in: name of the second.
 
     Returns:
-        Their number, and a text about the first few.
+        The number of such tokens, and a text that describes the first few.
     """
     differing = sorted((id_, token) for token, id_ in expected.items() if found.get(token) != id_)
     token_at = {id_: token for token, id_ in found.items()}

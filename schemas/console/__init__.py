@@ -1,4 +1,4 @@
-"""Output for people: progress of long commands; durations, sizes and tables as text.
+"""Console output: progress of long commands; durations, sizes and tables as text.
 
-Independent of labels and training, so that every command and job of the project can use it.
+Knows nothing of labels or training, so every command and job can use it.
 """

@@ -9,19 +9,18 @@ from typing import Any, Self, TextIO
 from schemas.console.text import duration_text
 
 LINE_INTERVAL_S = 10.0
-"""Between lines where no terminal can redraw a bar."""
+"""Seconds between log lines where no terminal can redraw a bar."""
 
 
 ProgressCallback = Callable[[int, int], None]
-"""Called with the work done so far and all work, in the same unit."""
+"""Called as ``callback(done, total)``, both in the same unit."""
 
 
 class Progress:
-    """Shows how far one command is, on standard error. A context manager.
+    """Shows the progress of one command on standard error. A context manager.
 
-    Speed and time left count from the first state with work done, so that the start of an engine,
-    or what an earlier run has finished, does not distort them. Safe to call from several threads
-    only if they take turns.
+    Speed and time left are measured from the first state with work done, so that engine start-up
+    and work of an earlier run do not distort them. Not thread-safe: callers must serialize calls.
     """
 
     def __init__(
@@ -35,12 +34,12 @@ class Progress:
     ) -> None:
         """
         Args:
-            name: the command, in front of every line.
+            name: the command; starts every line.
             stream: where to write; standard error by default.
             enabled: False writes nothing at all.
-            brief: for commands that mostly take seconds; leaves no line in a log if the command
-                ends within the first interval, and no bar on the terminal afterwards.
-            clock: seconds from any origin.
+            brief: for commands that usually take seconds: logs nothing if the command ends within
+                the first interval, and removes the bar from the terminal at the end.
+            clock: monotonic time in seconds.
         """
         self._name, self._clock, self._enabled = name, clock, enabled
         self._stream = stream if stream is not None else sys.stderr
@@ -65,7 +64,7 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
         elif self._unwritten and self._keeps_last_state:
-            self._write(self._unwritten)  # a log ends with the last state
+            self._write(self._unwritten)  # the last line of a log shows the final state
 
     def show(
         self,
@@ -81,7 +80,7 @@ class Progress:
         Args:
             done: work finished, in any unit.
             total: all work, in the same unit; may change from call to call.
-            what: the same for people, such as "labelled 511 of 1,581 rows".
+            what: the same in words, such as "labelled 511 of 1,581 rows".
             tokens: tokens finished so far, for the speed; None shows no speed.
             facts: further short texts, such as "loss 2.0766".
         """

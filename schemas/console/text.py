@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 
 def duration_text(seconds: float) -> str:
-    """Seconds in at most two units: 42s, 3m05s, 2h07m."""
+    """Formats seconds in at most two units: 42s, 3m05s, 2h07m."""
     total = round(seconds)
     if total < 60:
         return f"{total}s"
@@ -15,7 +15,7 @@ def duration_text(seconds: float) -> str:
 
 
 def size_text(size_bytes: float) -> str:
-    """Bytes in the largest decimal unit that leaves at least one."""
+    """Formats bytes in the largest decimal unit that gives at least 1."""
     for unit in ("B", "kB", "MB", "GB"):
         if size_bytes < 1000:
             return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
@@ -24,17 +24,17 @@ def size_text(size_bytes: float) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A clause that names the known name closest to a mistyped one; empty if none is close."""
+    """Suggests the known name closest to a mistyped one; empty if none is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """A table as text, each column as wide as its widest cell.
+    """Formats a table, each column as wide as its widest cell.
 
     Args:
         head: column names.
-        lines: the cells of each row, as many as names.
+        lines: the cells of each row, one per column.
         right: indices of right-aligned columns.
     """
     rows = [tuple(head), *(tuple(line) for line in lines)]

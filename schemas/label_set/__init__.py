@@ -1,4 +1,4 @@
-"""A folder of committed units: description, manifests, shards, key tables, rosters.
+"""Label sets: folders of committed units with manifests, shards, key tables and rosters.
 
-Selecting rows from label sets belongs to `views`.
+`schemas.views` selects rows from them.
 """

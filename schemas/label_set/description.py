@@ -23,7 +23,7 @@ class LabelSetFile(StrictModel):
 
 
 def read_label_set_file(store: Store) -> LabelSetFile:
-    """The description of a label set.
+    """Reads the description of a label set.
 
     Raises:
         StoreError: it does not exist, or was created by a later version of this project.
@@ -43,7 +43,7 @@ def read_label_set_file(store: Store) -> LabelSetFile:
         file = LabelSetFile.model_validate(content)
     except (ValueError, LookupError, TypeError, pydantic.ValidationError) as error:
         what = str(error).replace("\n", " ")
-        raise DamagedError(f"{path}: not a description of a label set ({what})") from error
+        raise DamagedError(f"{path}: not a valid label set description ({what})") from error
     if file.spec.fingerprint() != file.fingerprint:
         raise DamagedError(
             f"{path}: records fingerprint {file.fingerprint}, but its spec has "
@@ -53,9 +53,9 @@ def read_label_set_file(store: Store) -> LabelSetFile:
 
 
 def write_vocabulary(store: Store, vocabulary: Mapping[str, int]) -> str:
-    """Writes token -> id to a file and returns its name.
+    """Writes the mapping token -> id to a file and returns the file's name.
 
-    The name holds a digest, so that concurrent creators of a label set never mix vocabularies.
+    The name contains a digest, so that concurrent creators of a label set never mix vocabularies.
     """
     data = json.dumps(vocabulary, sort_keys=True, ensure_ascii=False).encode()
     name = _vocabulary_name(data)
@@ -68,10 +68,10 @@ def _vocabulary_name(data: bytes) -> str:
 
 
 def read_vocabulary(store: Store, name: str) -> dict[str, int]:
-    """Token -> id, from a file written by `write_vocabulary`.
+    """Reads the mapping token -> id from a file of `write_vocabulary`.
 
     Raises:
-        DamagedError: the file is not the one that was written.
+        DamagedError: the content does not match the digest in the name.
     """
     data = store.read_bytes(name)
     if _vocabulary_name(data) != name:

@@ -1,17 +1,17 @@
-"""A label set: a folder of committed units of labels, all of one spec.
+"""A label set: a folder of committed units of labels that share one spec.
 
 ```
 label_set.json                    the spec and its fingerprint; created exclusively
 vocabulary-<digest>.json          token -> id of the teacher's tokenizer
 shards/<attempt>.parquet          data
-keys/<unit>.<attempt>.parquet     row keys, lengths and places; opening a set reads no shard
+keys/<unit>.<attempt>.parquet     row keys, lengths and places, so that shards stay unopened
 quarantine/<unit>.<attempt>.parquet  rows that could not be labelled, with reasons
 manifests/<unit>.json             the commit; created exclusively and last
 ```
 
-The files of a unit have the attempt in their names, so that two attempts at a unit never touch each
-other's files; a manifest names the files of its own attempt. Files that no manifest names are
-garbage of attempts that lost the race or died.
+File names contain the attempt, so that concurrent attempts at a unit never touch each other's
+files; a manifest names the files of its own attempt. Files that no manifest names are garbage, left
+by attempts that lost the race or died.
 """
 
 import re
@@ -69,7 +69,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 READERS = 16
-"""Small files read concurrently; object stores have high latency but serve many at once."""
+"""Concurrent reads of small files; object stores have high latency but serve many at once."""
 
 _UNIT_KEY = re.compile(r"[0-9A-Za-z_-]+")
 
@@ -78,11 +78,11 @@ class LabelSet:
     """An existing label set; see `create_or_open` and `open`.
 
     Attributes:
-        url: its location.
-        store: its files.
-        spec: of its labels.
-        fingerprint: of the spec.
-        vocabulary_file: path of the vocabulary in the set; empty if it was created without one.
+        url: where the label set is.
+        store: access to its files.
+        spec: what its labels mean.
+        fingerprint: fingerprint of `spec`.
+        vocabulary_file: path of the vocabulary in the set; empty if the set has none.
     """
 
     def __init__(self, store: Store, file: LabelSetFile) -> None:
@@ -98,18 +98,18 @@ class LabelSet:
     ) -> "LabelSet":
         """Opens the label set at `url`, or creates it with this spec.
 
-        An existing set with richer labels is used as well. It keeps its own `spec`, which added
-        rows follow too; readers reduce rows to the requested record by `schemas.record.reduce`.
+        An existing set with richer labels can serve the request too. It keeps its own `spec`, also
+        for rows added later; readers reduce rows with `schemas.record.reduce`.
 
         Args:
             url: any writable fsspec URL.
-            spec: of the requested labels.
+            spec: the requested labels.
             vocabulary: token -> id of the teacher's tokenizer, which trainers compare with the
-                student's; stored on creation only.
+                student's; written only on creation.
 
         Raises:
-            StoreError: an existing label set cannot serve this spec, and how they differ; or the
-                store has no safe writes.
+            StoreError: the existing label set cannot serve this spec (the message lists the
+                differences), or the store cannot write safely.
         """
         store = Store(url)
         if not store.exists(LABEL_SET_FILE):
@@ -128,7 +128,7 @@ class LabelSet:
 
     @staticmethod
     def open(url: str) -> "LabelSet":
-        """The label set at `url`.
+        """Opens the label set at `url`.
 
         Raises:
             StoreError: it does not exist, or was created by a later version of this project.
@@ -142,7 +142,7 @@ class LabelSet:
 
         Raises:
             StoreError: the set was created without one.
-            DamagedError: the file is not the one that was written.
+            DamagedError: the file's content does not match its digest.
         """
         if not self.vocabulary_file:
             raise StoreError(f"{self.url}: this label set was created without a vocabulary")
@@ -158,23 +158,23 @@ class LabelSet:
         unit_key: str,
         fidelity: Fidelity | None = None,
     ) -> Manifest:
-        """Commits a unit of work; if it is committed already, returns its manifest.
+        """Commits a unit of work, or returns its manifest if it is already committed.
 
-        A process killed at any point leaves either the complete unit or files that no reader uses.
+        A process killed at any point leaves either a complete unit or files that no reader uses.
 
         Args:
-            rows: the labelled rows; None or empty if there are none.
-            quarantined: the rows that could not be labelled.
+            rows: labelled rows; None or empty for none.
+            quarantined: rows that could not be labelled.
             provenance: plain JSON values.
-            unit_key: identity of the unit, by `keys.unit_key` over all row keys of the task's
-                input, quarantined ones included.
+            unit_key: identity of the unit: `keys.unit_key` of all row keys of the task's input,
+                quarantined rows included.
             fidelity: result of an audit of the labels.
 
         Returns:
-            The manifest of the attempt that won, possibly another one.
+            The manifest of the winning attempt, which may be another one.
 
         Raises:
-            RecordError: the rows break an invariant, or two rows have the same key.
+            RecordError: a row violates an invariant, or two rows have the same key.
             StoreError: the store cannot be written.
         """
         if not _UNIT_KEY.fullmatch(unit_key):
@@ -222,31 +222,32 @@ class LabelSet:
         """The manifests of all committed units, by unit key.
 
         Raises:
-            DamagedError: one is damaged or of another label set; names the file and the repair.
+            DamagedError: a manifest is damaged or belongs to another label set; the message names
+                the file and the repair.
         """
         names = self.store.list(MANIFESTS, ".json")
         return _read_all(lambda rel: read_manifest(self.store, rel, self.fingerprint), names)
 
     def committed_keys(self) -> SortedKeys:
-        """S16, rising: the keys of all labelled rows, for `keys.contains`."""
+        """Sorted S16: the keys of all labelled rows, for `keys.contains`."""
         return keys_to_sorted(key_array(self.index(), "row_key"))
 
     def quarantined_keys(self) -> SortedKeys:
-        """S16, rising: the keys of all rows in quarantine that have not been labelled since."""
+        """Sorted S16: the keys of quarantined rows that have not been labelled since."""
         return keys_to_sorted(key_array(self.quarantine(), "row_key"))
 
     def index(self, progress: ProgressCallback | None = None) -> pa.Table:
-        """The place of every labelled row; each row key once, in the unit with the smallest key.
+        """Locates every labelled row; one in several units is listed for the smallest unit key.
 
         Args:
-            progress: called with the units read so far, and all units.
+            progress: called with the number of units read so far, and of all units.
 
         Returns:
             Columns row_key, unit_key, shard, row_group, row (in its row group), num_tokens,
-            num_labels; by unit key, row group and row.
+            num_labels; sorted by unit key, row group and row.
 
         Raises:
-            DamagedError: the keys of a unit do not match its manifest.
+            DamagedError: a unit's key file does not match its manifest.
         """
         units = [manifest for manifest in self.manifests() if manifest.keys]
         tables = _read_all(self._unit_index, units, progress)
@@ -254,13 +255,13 @@ class LabelSet:
         return first_of_each_key(table)
 
     def quarantine(self) -> pa.Table:
-        """The rows that could not be labelled so far, each row key once.
+        """The rows that have not been labelled so far, each row key once.
 
         Returns:
             Columns row_key, source, place, window, reason, detail.
 
         Raises:
-            DamagedError: the quarantine of a unit does not match its manifest.
+            DamagedError: a unit's quarantine file does not match its manifest.
         """
         units = [manifest for manifest in self.manifests() if manifest.quarantine]
         tables = _read_all(self._unit_quarantine, units)
@@ -283,12 +284,12 @@ class LabelSet:
         return read_table(self.store, rel, QUARANTINE, num_rows, manifest.unit_key)
 
     def drop_unit(self, unit_key: str) -> None:
-        """Removes a unit from the set, so that the next job labels its rows again.
+        """Removes a unit, so that the next job labels its rows again.
 
-        Only the manifest is deleted, even if it is damaged; the files it names become garbage.
+        Deletes only the manifest, which may be damaged; the files it names become garbage.
 
         Raises:
-            StoreError: no such unit exists.
+            StoreError: the unit does not exist.
         """
         rel = manifest_path(unit_key)
         if not _UNIT_KEY.fullmatch(unit_key) or not self.store.exists(rel):
@@ -301,11 +302,11 @@ class LabelSet:
     # Reading labels
 
     def read_rows(self, where: pa.Table, columns: Sequence[str] | None = None) -> LabelRows:
-        """The rows at the given places, in that order; each row group is read once.
+        """Reads the rows at the given places, in that order; reads each row group once.
 
         Args:
-            where: columns shard, row_group and row, for example a part of `index`.
-            columns: columns of labels to read; None: all.
+            where: columns shard, row_group and row, for example rows of `index`.
+            columns: label columns to read; None: all.
 
         Raises:
             DamagedError: a shard is damaged.
@@ -337,7 +338,7 @@ def _read_all(
     items: Sequence[S],
     progress: ProgressCallback | None = None,
 ) -> list[T]:
-    """Reads many small files concurrently; the results are in the order of the items."""
+    """Reads many small files concurrently; results keep the order of the items."""
     found = []
     with ThreadPoolExecutor(READERS) as pool:
         for result in map(read, items) if len(items) < 2 else pool.map(read, items):

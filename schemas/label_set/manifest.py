@@ -1,4 +1,4 @@
-"""Manifests: a unit exists once its manifest does, which is created exclusively and last."""
+"""Manifests. Creating one, exclusively and last, commits its unit."""
 
 import json
 from typing import Any
@@ -13,14 +13,15 @@ MANIFESTS = "manifests"
 
 
 class Fidelity(StrictModel):
-    """Result of auditing some of a unit's labels against the full distribution in float64.
+    """Audit of some of a unit's labels against the full distribution in float64.
 
     Attributes:
         labels: number of audited labels.
-        mean_kl, max_kl: nats per label, KL(teacher, stored) on the exact entries and one bucket for
-            the rest, with stored values as a trainer reads them; for kind ``sampled`` on the draws.
+        mean_kl, max_kl: nats per label, KL(teacher, stored) over the exact entries and one bucket
+            for the rest, with stored values as a trainer reads them; kind ``sampled``: over the
+            draws.
         covered_mass: mean probability mass of the heads.
-        missed_mass: largest shortfall of a head against the most probable ids of its length.
+        missed_mass: largest shortfall of a head's mass against that of as many top ids.
     """
 
     labels: int
@@ -35,16 +36,16 @@ class Manifest(StrictModel):
 
     Attributes:
         unit_key: identity of the unit and name of this file.
-        attempt: identity of the attempt that won; part of the names of its files.
-        fingerprint: of the label set.
+        attempt: identity of the winning attempt; part of its files' names.
+        fingerprint: fingerprint of the label set.
         shard: path of the data in the label set; empty if no row was labelled.
-        sha256: of the shard.
-        size_bytes: of the shard.
-        row_groups: number of rows of each row group of the shard.
-        num_entries: exact entries and draws of all labels.
+        sha256: digest of the shard.
+        size_bytes: size of the shard.
+        row_groups: number of rows in each row group of the shard.
+        num_entries: number of exact entries and draws in all labels.
         keys: path of the row keys and lengths; empty if no row was labelled.
-        quarantine: path of the rows that could not be labelled; empty if there are none.
-        fidelity: result of an audit; None without one.
+        quarantine: path of the rows that could not be labelled; empty if none.
+        fidelity: result of the audit; None without one.
         provenance: facts that do not affect the labels: backend, engine, versions, host, time.
     """
 
@@ -77,7 +78,7 @@ def unit_of_manifest(rel: str) -> str:
 
 
 def repair(store: Store, unit_key: str) -> str:
-    """Advice on a damaged unit, for error messages."""
+    """How to repair a damaged unit, for error messages."""
     return (
         f"drop it with `tutelage labels drop {store.url} --unit {unit_key}` and label the corpus "
         "again, which recomputes only that unit"
@@ -85,7 +86,7 @@ def repair(store: Store, unit_key: str) -> str:
 
 
 def write_manifest(store: Store, manifest: Manifest) -> Manifest:
-    """Commits a unit and returns its manifest: that of the first attempt, if there were several."""
+    """Commits a unit and returns its manifest, which is that of the first attempt to commit."""
     data = json.dumps(manifest.model_dump(mode="json"), indent=1).encode()
     if store.create_exclusive(manifest_path(manifest.unit_key), data):
         return manifest
@@ -93,10 +94,10 @@ def write_manifest(store: Store, manifest: Manifest) -> Manifest:
 
 
 def read_manifest(store: Store, rel: str, fingerprint: str) -> Manifest:
-    """Reads a manifest of a label set with this fingerprint.
+    """Reads a manifest and checks that it belongs to the label set with this fingerprint.
 
     Raises:
-        DamagedError: it is not a complete manifest, or belongs to another label set or unit.
+        DamagedError: it is not a valid manifest, or belongs to another label set or unit.
         MissingError: it does not exist.
     """
     unit_key = unit_of_manifest(rel)
@@ -106,7 +107,7 @@ def read_manifest(store: Store, rel: str, fingerprint: str) -> Manifest:
         first = error.errors()[0]
         what = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
         raise DamagedError(
-            f"{store.path(rel)}: not a complete manifest ({what}); {repair(store, unit_key)}"
+            f"{store.path(rel)}: not a valid manifest ({what}); {repair(store, unit_key)}"
         ) from error
     problem = ""
     if manifest.fingerprint != fingerprint:
@@ -122,7 +123,7 @@ def read_manifest(store: Store, rel: str, fingerprint: str) -> Manifest:
 
 
 def unit_of_shard(store: Store, shard: str) -> str | None:
-    """The unit whose manifest names a shard, by reading manifests; None if no manifest does."""
+    """Searches all manifests for the unit of a shard; None if no manifest names it."""
     for rel in store.list(MANIFESTS, ".json"):
         if shard.encode() in store.read_bytes(rel):
             return unit_of_manifest(rel)

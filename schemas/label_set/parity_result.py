@@ -1,4 +1,4 @@
-"""Result of the parity gate: the content of a label set's parity.json."""
+"""Result of the parity gate, stored as parity.json in the label set."""
 
 import pydantic
 
@@ -10,14 +10,14 @@ PARITY_FILE = "parity.json"
 
 
 class Parity(StrictModel):
-    """Result of comparing labels with those of a reference teacher.
+    """Comparison of labels with those of a reference teacher.
 
     Attributes:
-        reference: the teacher that scored the rows again.
-        rows, labels: number compared.
-        mean_kl, max_kl: nats per label, KL(reference, teacher) on the stored entries and one bucket
-            for the rest.
-        max_logprob_difference: over entries with a probability above 0.001, nats.
+        reference: teacher that scored the rows again.
+        rows, labels: numbers of rows and labels compared.
+        mean_kl, max_kl: nats per label, KL(reference, teacher) over the stored entries and one
+            bucket for the rest.
+        max_logprob_difference: nats, over entries with a probability above 0.001.
         bound: largest accepted mean_kl.
     """
 
@@ -31,7 +31,7 @@ class Parity(StrictModel):
 
 
 def read_parity(store: Store) -> Parity | None:
-    """The stored result; None if no comparison was made.
+    """Reads the stored result; None if no comparison was made.
 
     Raises:
         DamagedError: the file is damaged.
@@ -43,6 +43,6 @@ def read_parity(store: Store) -> Parity | None:
     except pydantic.ValidationError as error:
         what = str(error).replace("\n", " ")
         raise DamagedError(
-            f"{store.path(PARITY_FILE)}: not a result of the parity gate ({what}); delete it, and "
+            f"{store.path(PARITY_FILE)}: not a valid parity result ({what}); delete it, and "
             "the next label job compares again"
         ) from error

@@ -1,9 +1,9 @@
 """Rosters: every row that a run read, and its disposition.
 
-During a run, each task that reads a piece of the corpus writes a part, named after the places in
-it, so that a repeated task overwrites its own part. At the end the parts are merged into one
-roster, ordered by place. The disposition of a row follows from the keys committed before the run
-and from the manifests, never from counters of tasks.
+During a run, each task that reads a piece of the corpus writes a part, named after the places it
+read, so that a retried task overwrites its own part. At the end, the parts are merged into one
+roster, ordered by place. Dispositions follow from the keys committed before the run and from the
+manifests, never from counters in tasks.
 """
 
 import json
@@ -49,24 +49,24 @@ ROSTER = pa.schema(
     )
 )
 """Columns: row_key; source, place (row number, or byte offset of the line for JSONL), window and
-sample (index of the generated response; -1 without generation); disposition; reason, of
-quarantined rows; columns, the kept source columns as JSON."""
+sample (index of the generated response; -1 without generation); disposition; reason (quarantined
+rows only); columns (the kept source columns as JSON)."""
 
 _ACCOUNTS = b"tutelage.accounts"
 _SHOWN_ROWS = 5
 
 
 class Accounts(StrictModel):
-    """Dispositions of the rows of a run. Each row read is in exactly one of the four counts.
+    """Dispositions of a run's rows. Each row read is in exactly one of the four counts.
 
     Attributes:
-        rows_labelled: labelled by this run.
-        rows_reused: had labels before the run.
-        rows_duplicate: repeat a request from earlier in the corpus.
-        rows_quarantined: could not be labelled.
-        tokens: of the rows that this run labelled.
-        labels: positions of the rows that this run labelled.
-        reasons: quarantined rows by reason.
+        rows_labelled: rows labelled by this run.
+        rows_reused: rows labelled before the run.
+        rows_duplicate: rows that repeat a request from earlier in the corpus.
+        rows_quarantined: rows that could not be labelled.
+        tokens: tokens in the rows that this run labelled.
+        labels: labelled positions in those rows.
+        reasons: number of quarantined rows by reason.
     """
 
     rows_read: int
@@ -98,13 +98,13 @@ class Accounts(StrictModel):
 
 
 def write_part(store: Store, run: str, part: pa.Table) -> str:
-    """Writes the rows that one task read; a repeated task overwrites its own part.
+    """Writes the rows that one task read. Idempotent: a retried task overwrites its own part.
 
     Args:
-        store: of the label set.
-        run: identity of the run, usable as a file name.
-        part: row_key and the place columns; `columns` if source columns are kept. The other columns
-            of ROSTER are filled in at the end of the run.
+        store: the label set's store.
+        run: identity of the run, valid as a file name.
+        part: row_key and the place columns, and `columns` if source columns are kept. The other
+            columns of ROSTER are filled in at the end of the run.
 
     Returns:
         Path of the part in the label set.
@@ -132,18 +132,18 @@ def remove_parts(store: Store, run: str) -> None:
 def close_roster(label_set: LabelSet, run: str, frozen_keys: SortedKeys | None = None) -> Accounts:
     """Merges the parts of a run into its roster and accounts for every row. Idempotent.
 
-    The first row of each key, by source, place, window and sample, is reused if its key is among
-    the frozen ones, else labelled if a manifest has it, else quarantined. Further rows of a key are
-    duplicates.
+    The first row of each key, by source, place, window and sample, is reused if `frozen_keys`
+    contains the key, else labelled if a committed unit has it, else quarantined. Further rows with
+    the same key are duplicates.
 
     Args:
-        label_set: that the run writes to.
+        label_set: the label set that the run writes to.
         run: identity of the run.
-        frozen_keys: S16, rising: `LabelSet.committed_keys` at the start of the run.
+        frozen_keys: sorted S16: `LabelSet.committed_keys` at the start of the run.
 
     Raises:
-        AccountsError: a row is neither labelled nor quarantined, or two rows of the same place
-            differ; names the rows.
+        AccountsError: a row is neither labelled nor quarantined, or two rows from the same place
+            differ; the message names the rows.
         DamagedError: a part or a unit is damaged.
     """
     store, rel = label_set.store, roster_path(run)
@@ -156,19 +156,19 @@ def close_roster(label_set: LabelSet, run: str, frozen_keys: SortedKeys | None =
         fault_point("before_roster")
         store.write_bytes(rel, table_bytes(table.replace_schema_metadata(metadata)))
     fault_point("after_roster")
-    # Rosters are written atomically, so parts beside one are leftovers of a run stopped here.
+    # Rosters are written atomically, so parts beside one were left by a run killed right here.
     store.delete(_parts_folder(run))
     return read_accounts(label_set, run)
 
 
 def finished_runs(label_set: LabelSet) -> list[str]:
-    """Names of the runs with a closed roster, by name: the first run first."""
+    """Names of the runs with a closed roster, sorted, which is oldest first."""
     rosters = label_set.store.list("rosters", ".parquet")
     return [rel.rsplit("/", 1)[-1].removesuffix(".parquet") for rel in rosters]
 
 
 def read_roster(label_set: LabelSet, run: str) -> pa.Table:
-    """The closed roster of a run, ordered by source, place, window and sample.
+    """Reads the closed roster of a run, ordered by source, place, window and sample.
 
     Raises:
         StoreError: it does not exist.
@@ -181,7 +181,7 @@ def read_roster(label_set: LabelSet, run: str) -> pa.Table:
 
 
 def read_accounts(label_set: LabelSet, run: str) -> Accounts:
-    """The accounts of a closed roster; raises as `read_roster`."""
+    """Reads the accounts in a closed roster; raises the errors of `read_roster`."""
     metadata = read_roster(label_set, run).schema.metadata or {}
     if _ACCOUNTS not in metadata:
         raise DamagedError(f"{label_set.store.path(roster_path(run))}: contains no accounts")
@@ -208,7 +208,7 @@ def _merged_parts(store: Store, run: str) -> pa.Table:
     table = table.sort_by([(name, "ascending") for name in PLACE_COLUMNS]).combine_chunks()
     if len(table) < 2:
         return table
-    # After a fault the corpus may be cut differently, so that two tasks read the same place.
+    # After a fault, the corpus may be split differently, so two tasks may have read the same place.
     again = np.ones(len(table) - 1, bool)
     for name in PLACE_COLUMNS:
         column = table.column(name)
@@ -232,8 +232,8 @@ def _account(table: pa.Table, label_set: LabelSet, frozen: SortedKeys) -> tuple[
     reason_at = find_keys(key_array(quarantine, "row_key"), keys)
     quarantined = first & ~reused & ~labelled & (reason_at >= 0)
     lost = first & ~reused & ~labelled & ~quarantined
-    _reject(table, lost, "is neither labelled nor in quarantine; run the job again")
-    _reject(table, reused & (found < 0), "had labels when the run started and has none now")
+    _reject(table, lost, "is neither labelled nor quarantined; run the job again")
+    _reject(table, reused & (found < 0), "had labels when the run started but has none now")
 
     dispositions = np.select(
         [labelled, reused, quarantined], [LABELLED, REUSED, QUARANTINED], DUPLICATE

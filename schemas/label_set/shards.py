@@ -1,9 +1,8 @@
-"""Rows to Parquet and back, with every byte checked.
+"""Writes rows to Parquet shards and reads them back, with every byte verified.
 
-Shards are plain Parquet that any reader opens, without nulls. Integers are stored
-BYTE_STREAM_SPLIT, which DuckDB reads from 2.0 on; float16 is stored PLAIN, the only encoding of it
-that DuckDB reads. Page checksums are written, and verified on reading: without them flipped bits
-would be read silently.
+Shards are plain Parquet without nulls, which any reader opens. Integers are stored as
+BYTE_STREAM_SPLIT (DuckDB 2.0 or later), float16 as PLAIN (its only encoding that DuckDB reads).
+Page checksums are written and verified on reading; without them flipped bits would go unnoticed.
 """
 
 import contextlib
@@ -29,16 +28,16 @@ from schemas.storage.local_files import HashingWriter
 from schemas.storage.store import Store
 
 ROW_GROUP_BYTES = 32 * 2**20
-"""Bytes in memory that become one row group: about 8 to 16 MB on disk at K = 64."""
+"""Size of a row group in memory, in bytes; about 8 to 16 MB on disk at K = 64."""
 
 FINGERPRINT_KEY = b"tutelage.fingerprint"
 
 PARQUET_ERRORS = (pa.ArrowException, OSError, ValueError, OverflowError)
-"""Raised on damaged bytes, and by failing reads, which `refuse_unreadable` tells apart."""
+"""Raised for damaged bytes and for failed reads; `refuse_unreadable` distinguishes them."""
 
 
 class ShardInfo(StrictModel):
-    """The part of a manifest that describes a shard; by default that of a unit without one."""
+    """The part of a manifest that describes the shard; the defaults mean no shard."""
 
     shard: str = ""
     sha256: str = ""
@@ -51,25 +50,25 @@ class ShardInfo(StrictModel):
 
 
 def write_shard(
-    store: Store, rel: str, rows: LabelRows, spec: RecordSpec, fingerprint: str, vocab_size: int
+    store: Store, rel: str, rows: LabelRows, record: RecordSpec, fingerprint: str, vocab_size: int
 ) -> ShardInfo:
-    """Validates rows and writes them as one shard, durably.
+    """Validates rows and durably writes them as one shard.
 
     Raises:
-        RecordError: the rows break an invariant of the record.
+        RecordError: a row violates an invariant of the record.
         StoreError: the file cannot be written.
     """
-    schema = arrow_schema(spec)
+    schema = arrow_schema(record)
     schema = schema.with_metadata({**schema.metadata, FINGERPRINT_KEY: fingerprint.encode()})
     sizes = []
     try:
         with store.open(rel, "wb") as file:
             sink = HashingWriter(file)
             target = pa.PythonFile(sink, "w")
-            with pq.ParquetWriter(target, schema, **_parquet_options(spec)) as writer:
+            with pq.ParquetWriter(target, schema, **_parquet_options(record)) as writer:
                 for group in _row_groups(rows):
-                    validate(group, spec, vocab_size, where=store.path(rel))
-                    writer.write_table(group.to_table(spec), row_group_size=len(group))
+                    validate(group, record, vocab_size, where=store.path(rel))
+                    writer.write_table(group.to_table(record), row_group_size=len(group))
                     fault_point("shard_half_written")
                     sizes.append(len(group))
     except BaseException:
@@ -91,26 +90,27 @@ def write_shard(
 
 
 def read_row_group(
-    store: Store, rel: str, index: int, spec: RecordSpec, columns: Sequence[str] | None = None
+    store: Store, rel: str, index: int, record: RecordSpec, columns: Sequence[str] | None = None
 ) -> LabelRows:
-    """One row group of a shard, read on the calling thread only.
+    """Reads one row group of a shard on the calling thread, without Arrow's thread pool.
 
     Args:
-        store: of the label set.
-        rel: the shard.
-        index: of the row group, from 0.
-        spec: of the label set.
-        columns: columns of labels to read; None: all. Tokens, spans and keys are always read.
+        store: the label set's store.
+        rel: path of the shard.
+        index: index of the row group.
+        record: the label set's record.
+        columns: label columns to read; None: all. Tokens, spans and keys are always read.
 
     Raises:
-        DamagedError: the bytes differ from those written; names shard, row group and repair.
+        DamagedError: the bytes differ from those written; the message names shard, row group and
+            repair.
         MissingError: the shard does not exist.
         StoreError: the store cannot be read now.
     """
-    names = _columns(spec, columns)
+    names = _columns(record, columns)
     try:
         with contextlib.ExitStack() as stack:
-            # A local path lets Arrow read on its own, without Python in between.
+            # Given a local path, Arrow reads the file itself, without going through Python.
             source: Any = store.path(rel)
             if not store.is_local:
                 source = stack.enter_context(store.open(rel))
@@ -119,13 +119,13 @@ def read_row_group(
                     source, page_checksum_verification=True, pre_buffer=not store.is_local
                 )
             )
-            problem = schema_problem(file.schema_arrow, spec)
+            problem = schema_problem(file.schema_arrow, record)
             if problem:
                 raise RecordError(problem)
             if not 0 <= index < file.num_row_groups:
                 raise RecordError(f"has {file.num_row_groups} row groups, number {index} requested")
             table = file.read_row_group(index, columns=names, use_threads=False)
-            return LabelRows.from_table(table, spec)
+            return LabelRows.from_table(table, record)
     except FileNotFoundError as error:
         raise MissingError(
             f"{store.path(rel)}: no such shard: its unit was dropped or the label set is "
@@ -141,21 +141,21 @@ def read_row_group(
         ) from error
 
 
-def schema_problem(found: pa.Schema, spec: RecordSpec) -> str:
-    """How the schema of a shard differs from that of its label set; empty if it does not."""
-    expected = arrow_schema(spec)
+def schema_problem(found: pa.Schema, record: RecordSpec) -> str:
+    """How a shard's schema differs from its label set's; empty if it does not."""
+    expected = arrow_schema(record)
     if found.equals(expected):
         return ""
     if found.names != expected.names:
-        return f"the schema has columns {found.names}, the label set's are {expected.names}"
+        return f"the schema has columns {found.names}, expected {expected.names}"
     differing = [field.name for field in expected if found.field(field.name) != field]
-    return f"the schema has other types than the label set's in {differing}"
+    return f"the schema has unexpected types in columns {differing}"
 
 
-def _parquet_options(spec: RecordSpec) -> dict[str, Any]:
+def _parquet_options(record: RecordSpec) -> dict[str, Any]:
     encodings = {}
     few_values = []
-    for name in spec.columns:
+    for name in record.columns:
         column = COLUMNS[name]
         leaf = name if column.length is Length.ROW else f"{name}.list.element"
         if name in ("head_len", "tail_len"):
@@ -175,7 +175,7 @@ def _parquet_options(spec: RecordSpec) -> dict[str, Any]:
 
 
 def _row_groups(rows: LabelRows) -> Iterator[LabelRows]:
-    """Rows cut into groups of about ROW_GROUP_BYTES, by tokens, labels and entries."""
+    """Splits rows into groups of about ROW_GROUP_BYTES, by tokens, labels and entries."""
     values = (getattr(rows, name, None) for name in COLUMNS)
     num_bytes = sum(value.nbytes for value in values if isinstance(value, np.ndarray))
     num_groups = max(1, round(num_bytes / ROW_GROUP_BYTES))
@@ -189,10 +189,10 @@ def _row_groups(rows: LabelRows) -> Iterator[LabelRows]:
         yield rows.slice(start, stop)
 
 
-def _columns(spec: RecordSpec, columns: Sequence[str] | None) -> list[str]:
+def _columns(record: RecordSpec, columns: Sequence[str] | None) -> list[str]:
     if columns is None:
-        return list(spec.columns)
-    unknown = [name for name in columns if name not in spec.columns]
+        return list(record.columns)
+    unknown = [name for name in columns if name not in record.columns]
     if unknown:
-        raise RecordError(f"no column {unknown[0]} in this label set; it has {spec.columns}")
-    return [name for name in spec.columns if name in columns or name in TOKEN_COLUMNS]
+        raise RecordError(f"no column {unknown[0]} in this label set; it has {record.columns}")
+    return [name for name in record.columns if name in columns or name in TOKEN_COLUMNS]

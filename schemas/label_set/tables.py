@@ -1,4 +1,4 @@
-"""The small tables beside the shards: row keys of units, their quarantine, and the index."""
+"""Small tables: the row keys and the quarantine of each unit, and the index of a label set."""
 
 import io
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def required_fields(**types: pa.DataType) -> list[pa.Field]:
 
 
 NAMES = pa.dictionary(pa.int32(), pa.string())
-"""Type of names that repeat in most rows: shards, units."""
+"""Arrow type of names repeated in most rows: shards, units."""
 
 _ROW = required_fields(
     row_group=pa.int32(), row=pa.int32(), num_tokens=pa.int32(), num_labels=pa.int32()
@@ -47,10 +47,10 @@ class QuarantineRow:
     """One row that could not be labelled.
 
     Attributes:
-        row_key: 16 bytes; the place key if the row has no tokens.
+        row_key: 16 bytes; the place key if the row could not be tokenised.
         source: name of the source, as in rosters.
-        place: row number in the source; byte offset of the line for JSONL.
-        window: index of the window of the row.
+        place: row number in the source; for JSONL, byte offset of the line.
+        window: index of the row's window.
         reason, detail: as in `schemas.errors.RowFailure`.
     """
 
@@ -63,7 +63,7 @@ class QuarantineRow:
 
 
 def unit_keys_table(rows: LabelRows, row_groups: Sequence[int]) -> pa.Table:
-    """KEYS of rows that were written in row groups of the given sizes."""
+    """The KEYS table of rows written in row groups of the given sizes."""
     sizes = np.asarray(row_groups, np.int64)
     starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
     columns = [
@@ -77,37 +77,37 @@ def unit_keys_table(rows: LabelRows, row_groups: Sequence[int]) -> pa.Table:
 
 
 def quarantine_table(rows: Sequence[QuarantineRow]) -> pa.Table:
-    """QUARANTINE of the given rows."""
+    """The QUARANTINE table of these rows."""
     return pa.Table.from_pylist([asdict(row) for row in rows], schema=QUARANTINE)
 
 
 def key_array(table: pa.Table, column: str) -> Keys:
-    """uint8 [R, 16] of a column of keys."""
+    """uint8 [R, 16]: the values of a key column."""
     return key_values(table.column(column).combine_chunks())
 
 
 def first_of_each_key(table: pa.Table) -> pa.Table:
-    """The first row of each row key, in order."""
+    """Keeps the first row of each row key."""
     first = first_occurrences(key_array(table, "row_key"))
     return table if first.all() else table.filter(pa.array(first))
 
 
 def first_occurrences(keys: Keys) -> npt.NDArray[np.bool_]:
-    """bool [R]: which of `keys`, uint8 [R, 16], have not occurred before."""
+    """bool [R]: which of `keys`, uint8 [R, 16], occur for the first time."""
     first = np.zeros(len(keys), bool)
     first[np.unique(as_strings(keys), return_index=True)[1]] = True
     return first
 
 
 def table_bytes(table: pa.Table) -> bytes:
-    """A small table as a Parquet file."""
+    """Serializes a small table to Parquet."""
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue()
 
 
 def parse_table(data: bytes, schema: pa.Schema) -> pa.Table:
-    """Reads a small table from a Parquet file and checks every page.
+    """Parses a small table from Parquet and verifies every page.
 
     Raises:
         DamagedError: it is damaged, or has another schema.
@@ -123,7 +123,7 @@ def parse_table(data: bytes, schema: pa.Schema) -> pa.Table:
 
 
 def read_table(store: Store, rel: str, schema: pa.Schema, num_rows: int, unit_key: str) -> pa.Table:
-    """Reads a small table of a unit and compares its number of rows with the manifest.
+    """Reads a unit's small table and checks its number of rows against the manifest.
 
     Raises:
         DamagedError: it is missing, damaged, or has another schema or number of rows.

@@ -3,10 +3,10 @@
 ``columns``     the table of columns, and the Arrow schema of a spec
 ``rows``        `LabelRows`, a batch of rows as flat arrays, to and from Arrow
 ``spans``       spans and offsets as flat arrays
-``validate``    the invariants that every batch is checked for before it is written
+``validate``    the invariants checked on every batch before it is written
 ``rounding``    `round_logprobs`, the stored precision of log-probabilities
 ``reduce``      reduction of a richer record to a requested one
-``uniforms``    the counter-based random numbers behind every draw
+``uniforms``    the counter-based random numbers used for every draw
 """
 
 from schemas.record.columns import COLUMNS, Column, Length, arrow_schema

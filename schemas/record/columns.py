@@ -1,11 +1,11 @@
-"""The table of the label record's columns. A column exists only if it is declared here.
+"""The columns of the label record. A column exists only if it is declared here.
 
 Alignment: label j of a row describes the teacher's distribution **over** the token at target index
-``t_j``, computed from the tokens before ``t_j``. A student's loss for it uses the hidden state at
+``t_j``, computed from the tokens before ``t_j``. The student's loss for it uses the hidden state at
 ``t_j - 1``.
 
-No column or list element is nullable, which halves the cost of writing and cuts the cost of
-reading to a third. Optional data is present or absent as an entire column.
+No column or list element is nullable, which halves the cost of writing and cuts the cost of reading
+to a third. Optional data is present or absent as an entire column.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from schemas.spec import SCHEMA_VERSION, RecordSpec
 
 
 class Length(Enum):
-    """Number of values that a row has in a column."""
+    """Number of values per row in a column."""
 
     ROW = "one value"
     TOKENS = "L, the number of tokens"
@@ -31,7 +31,7 @@ class Length(Enum):
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its name, the Arrow type of a value, the number of values per row, the meaning."""
+    """A column: name, Arrow type of a value, number of values per row, meaning."""
 
     name: str
     value_type: pa.DataType
@@ -39,7 +39,7 @@ class Column:
     doc: str
 
     def field(self) -> pa.Field:
-        """The Arrow field: the value type or a list of it, without nulls."""
+        """The Arrow field: the value type or a list of it, not nullable."""
         if self.length is Length.ROW:
             return pa.field(self.name, self.value_type, nullable=False)
         element = pa.field("element", self.value_type, nullable=False)
@@ -52,7 +52,7 @@ _TABLE = (
         "content_key",
         pa.binary(16),
         Length.ROW,
-        "hash of token ids and spans alone, on which sets of different teachers join",
+        "hash of token ids and spans only; joins label sets of different teachers",
     ),
     Column(
         "token_ids",
@@ -64,12 +64,12 @@ _TABLE = (
         "label_spans",
         pa.int32(),
         Length.SPANS,
-        "half-open [start, end) pairs of target indices, rising and disjoint, start >= 1",
+        "half-open [start, end) pairs of target indices, ascending and disjoint, start >= 1",
     ),
     Column("num_tokens", pa.int32(), Length.ROW, "L"),
     Column("num_labels", pa.int32(), Length.ROW, "N, the sum of the lengths of the spans"),
-    Column("head_len", pa.uint16(), Length.LABELS, "number of exact entries of the position"),
-    Column("tail_len", pa.uint16(), Length.LABELS, "number of tail draws of the position"),
+    Column("head_len", pa.uint16(), Length.LABELS, "number of exact entries at the position"),
+    Column("tail_len", pa.uint16(), Length.LABELS, "number of tail draws at the position"),
     Column(
         "entry_ids",
         pa.int32(),
@@ -81,20 +81,20 @@ _TABLE = (
         "entry_logprobs",
         pa.float16(),
         Length.ENTRIES,
-        "teacher log-probability of each entry, nats, at temperature 1",
+        "the teacher's log-probability of each entry, nats, at temperature 1",
     ),
     Column("entry_counts", pa.uint8(), Length.DRAWS, "number of times each tail entry was drawn"),
     Column(
         "tail_logmass",
         pa.float16(),
         Length.LABELS,
-        "log of the teacher's probability outside the head, nats",
+        "log of the teacher's probability mass outside the head, nats",
     ),
     Column(
         "target_logprob",
         pa.float16(),
         Length.LABELS,
-        "teacher log-probability of the token in the sequence, nats",
+        "the teacher's log-probability of the token in the sequence, nats",
     ),
     Column(
         "target_rank",
@@ -103,7 +103,7 @@ _TABLE = (
         "1 + number of ids strictly more probable than that token",
     ),
     Column(
-        "entropy", pa.float16(), Length.LABELS, "of the teacher's full distribution, nats; optional"
+        "entropy", pa.float16(), Length.LABELS, "entropy of the full distribution, nats; optional"
     ),
     Column(
         "lse",
@@ -123,6 +123,6 @@ COLUMNS: dict[str, Column] = {column.name: column for column in _TABLE}
 
 
 def arrow_schema(spec: RecordSpec) -> pa.Schema:
-    """The Arrow schema of each shard of a label set with this spec."""
+    """The Arrow schema of shards of this record."""
     fields = [COLUMNS[name].field() for name in spec.columns]
     return pa.schema(fields, metadata={"tutelage.schema_version": str(SCHEMA_VERSION)})

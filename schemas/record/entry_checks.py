@@ -1,7 +1,7 @@
-"""The checks of `validate` on entries: heads, draws, their mass, and agreement with the target.
+"""Checks of `validate` on entries: heads, draws, their mass, and agreement with the target.
 
-Heads of equal length (``topk``) are checked as matrices. Entries of other kinds are checked as flat
-arrays, with sums over the segment of each position.
+``topk`` heads have equal lengths and are checked as matrices. Entries of other kinds are checked as
+flat arrays, with a segment per position.
 """
 
 import functools
@@ -17,16 +17,16 @@ from schemas.spec import RecordSpec
 
 # Tolerance for sums of probabilities, which the teacher computes in float32.
 MASS_SLACK = 1e-3
-# Relative tolerance for one probability, which decides how many draws fall on a tail.
+# Relative tolerance for the tail mass, which determines the number of draws.
 PROB_SLACK = 1e-4
-# Entries checked together, so that temporary arrays stay in the CPU's cache.
+# Number of entries checked at once, so that temporary arrays stay in the CPU cache.
 CHUNK_ENTRIES = 1 << 17
 
 _Ids = npt.NDArray[np.int32]
 _Halves = npt.NDArray[np.float16]
 _Floats = npt.NDArray[np.float32]
 
-# exp of every float16, indexed by its bits: four times as fast as converting and taking the exp.
+# exp of every float16, indexed by its bits: four times faster than converting and computing exp.
 with np.errstate(over="ignore", invalid="ignore"):
     _ALL: _Floats = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
     _EXP: _Floats = np.exp(_ALL)
@@ -34,9 +34,9 @@ with np.errstate(over="ignore", invalid="ignore"):
 
 @functools.lru_cache
 def _rounding_errors(bits: int) -> _Floats:
-    """Maximum rounding error of exp of every float16, indexed by its bits.
+    """Maximum error of exp(l), from rounding l, for every float16 l, indexed by its bits.
 
-    A log-probability l was rounded by at most |l| * 2^-(bits + 1).
+    Rounding changed a log-probability l by at most |l| * 2^-(bits + 1).
     """
     with np.errstate(over="ignore", invalid="ignore"):
         return np.exp(_ALL * np.float32(1.0 - 1.1 * 2.0 ** -(bits + 1))) - _EXP
@@ -49,7 +49,7 @@ _RANK_RULE = "expected at most the position of the target's entry in the head"
 
 
 def check_entries(rows: LabelRows, spec: RecordSpec, vocab_size: int, where: str) -> None:
-    """Checks the entries of rows whose lengths are valid; see `validate`."""
+    """Checks the entries of rows whose lengths have been validated; see `validate`."""
     if spec.kind == "topk":
         _TopkCheck(rows, spec, vocab_size, where).check()
     else:
@@ -58,24 +58,25 @@ def check_entries(rows: LabelRows, spec: RecordSpec, vocab_size: int, where: str
 
 class _EntryCheck(RecordCheck):
     def rounding_errors(self, logprobs: _Halves) -> _Floats:
-        """Maximum rounding errors of probabilities, given their stored logarithms."""
+        """Maximum rounding errors of probabilities with these stored logarithms."""
         return _rounding_errors(self.spec.logprob_bits).take(logprobs.view(np.uint16))
 
     @property
     def relative_error(self) -> float:
-        """Maximum relative rounding error of a stored number."""
+        """Maximum relative rounding error of a stored value."""
         return 2.0 ** -(self.spec.logprob_bits + 1)
 
     def target_columns(
         self, first: int, reference: _Halves, has_entry: Bools, places: npt.NDArray[np.int64]
     ) -> None:
-        """target_logprob and target_rank agree with the target's entry, or with its absence.
+        """Checks target_logprob and target_rank against the target's entry, or its absence.
 
         Args:
-            first: the first position.
-            reference: float16 [n], logprob of the target's entry, else of the last head entry.
+            first: index of the first position.
+            reference: float16 [n], log-probability of the target's entry, else of the last head
+                entry.
             has_entry: bool [n], whether the target has an entry.
-            places: int64 [n], index of that entry in the head.
+            places: int64 [n], index of the target's entry in the head.
         """
         part = slice(first, first + len(reference))
         entry = reference.astype(np.float32)
@@ -169,7 +170,7 @@ class _RaggedCheck(_EntryCheck):
 
 
 class _RaggedChunkCheck:
-    """Checks positions [first, last) with their entries as flat arrays; each has at least one."""
+    """Checks positions [first, last), each with at least one entry, as flat arrays."""
 
     def __init__(self, owner: _RaggedCheck, first: int, last: int) -> None:
         rows, offsets = owner.rows, present(owner.rows.entry_offsets)
@@ -216,15 +217,15 @@ class _RaggedChunkCheck:
 
     def entry_ids(self) -> None:
         self.reject_entries(self.owner.outside(self.ids), "entry_ids", self.owner.id_range)
-        # Entry i + 1 against entry i, except across the boundary between two positions.
+        # Compares entries i and i + 1, except across the boundary between two positions.
         falls = self.ids[1:] <= self.ids[:-1]
         falls &= ~self.in_head[:-1]
         falls[self.starts[1:] - 1] = False
-        self.reject_entries(np.append(False, falls), "entry_ids", "expected draws by rising id")
+        self.reject_entries(np.append(False, falls), "entry_ids", "expected draws by ascending id")
         if self.spec.kind != "sampled":
             keys = np.sort((self.at << 32) | self.ids)
             twice = keys[1:] == keys[:-1]
-            # The sort keeps entries within the segment of their position.
+            # Sorted keys stay within the segment of their position.
             self.reject_entries(np.append(False, twice), "entry_ids", "expected each id once")
 
     def entry_logprobs(self) -> None:
@@ -238,7 +239,7 @@ class _RaggedChunkCheck:
         self.reject_entries(rises, "entry_logprobs", "expected a decreasing order")
 
     def above(self, found: _Floats, bound: _Floats | float) -> Bools:
-        """Positions whose sum over entries exceeds a bound by more than rounding explains."""
+        """Marks positions whose sum exceeds the bound by more than rounding can explain."""
         bad: Bools = found > bound + np.float32(MASS_SLACK)
         if bad.any():
             error = np.add.reduceat(self.owner.rounding_errors(self.logprobs), self.starts)
@@ -246,7 +247,7 @@ class _RaggedChunkCheck:
         return bad
 
     def mass(self) -> None:
-        """Head and tail mass sum to one, draws to at most the tail, heads of topp to top_p."""
+        """Head and tail mass sum to 1, draws to at most the tail mass, ``topp`` heads to top_p."""
         tail_logmass = present(self.owner.rows.tail_logmass)[self.positions]
         tail = _EXP.take(tail_logmass.view(np.uint16))
         probs = _EXP.take(self.logprobs.view(np.uint16))
@@ -269,9 +270,9 @@ class _RaggedChunkCheck:
             self.reject_labels(bad, "entry_logprobs", _with_value(rule, before, bad))
 
     def sides_of_tau(self) -> None:
-        """At the temperature of draws, head entries are at or above tau, and draws below.
+        """At the draw temperature, head entries are at or above tau, and draws below.
 
-        The first entry of a head is exempt, because it is stored whatever its probability.
+        The first entry of a head is exempt: it is stored even if its probability is below tau.
         """
         drawn_at, tau = self.spec.drawn_at, self.spec.tau
         logprobs = self.logprobs.astype(np.float32)
@@ -292,7 +293,7 @@ class _RaggedChunkCheck:
         self.reject_entries(high, "entry_logprobs", rule)
 
     def number_of_draws(self) -> None:
-        """The number of draws is that of systematic sampling of the tail in steps of tau.
+        """The number of draws matches systematic sampling of the tail in steps of tau.
 
         Rows thinned for a larger tau may have one more or less, because their original draws
         represent the tail mass only to within the original, smaller tau.
@@ -324,5 +325,5 @@ class _RaggedChunkCheck:
 
 
 def _with_value(rule: str, values: npt.NDArray[np.floating[Any]], bad: Bools) -> str:
-    """A rule with the first value that breaks it filled in."""
+    """Fills the first violating value into a rule."""
     return rule.format(float(values[np.argmax(bad)])) if len(values) else rule

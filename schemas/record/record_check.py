@@ -1,4 +1,4 @@
-"""Base of the checks of the label record: finds the first violation and names its place."""
+"""Base class of the label record's checks: finds the first violation and reports its place."""
 
 from typing import Any, NoReturn
 
@@ -15,7 +15,7 @@ _INFINITE = np.uint16(0xFC00)
 
 
 class RecordCheck:
-    """A batch, its spec, and ways to reject it; subclasses hold the rules."""
+    """Holds a batch and its record, and rejects violations; subclasses define the rules."""
 
     def __init__(self, rows: LabelRows, spec: RecordSpec, vocab_size: int, where: str) -> None:
         self.rows = rows
@@ -32,8 +32,8 @@ class RecordCheck:
 
         Args:
             bad: [n], or [n, m] for m values per position.
-            column: that the message shows.
-            expected: the rule.
+            column: the column to show in the message.
+            expected: the violated rule.
             first: position of ``bad[0]``, counted over all rows.
         """
         if not bad.any():
@@ -43,7 +43,7 @@ class RecordCheck:
         self.reject_label(first + int(np.argmax(bad)), column, expected)
 
     def reject_label(self, at: int, column: str, expected: str) -> NoReturn:
-        """Fails because of a position, counted over all rows."""
+        """Fails for a position, counted over all rows."""
         row = int(np.searchsorted(self.rows.label_offsets, at, side="right")) - 1
         values = getattr(self.rows, column)
         if column in ("entry_ids", "entry_logprobs"):
@@ -70,27 +70,27 @@ class RecordCheck:
         )
 
     def outside(self, ids: npt.NDArray[np.int32]) -> Bools:
-        """Which ids are not in the vocabulary."""
+        """Marks ids outside the vocabulary."""
         return outside_vocabulary(ids, self.vocab_size)
 
     @property
     def id_range(self) -> str:
-        """The rule for ids, for messages."""
+        """The rule for ids, for error messages."""
         return f"expected ids in [0, {self.vocab_size})"
 
 
 def is_valid_logprob(values: npt.NDArray[np.float16]) -> Bools:
-    """Which values are finite and not positive: zero, or sign bit set without infinity or NaN."""
+    """Marks values that are finite and not positive: zero, or negative but not -inf or NaN."""
     bits = values.view(np.uint16)
     return ((bits >= _NEGATIVE_ZERO) & (bits < _INFINITE)) | (bits == 0)
 
 
 def descending_bits(values: npt.NDArray[np.float16]) -> npt.NDArray[np.uint16]:
-    """Bit patterns that increase as log-probabilities decrease; 0 and -0 have the same one."""
+    """Bit patterns that increase as log-probabilities decrease; 0 and -0 map to the same one."""
     bits: npt.NDArray[np.uint16] = values.view(np.uint16) | _NEGATIVE_ZERO
     return bits
 
 
 def preview(values: Any) -> str:
-    """A few of the values, for messages."""
+    """Formats the first and last few values, for error messages."""
     return np.array2string(np.asarray(values), threshold=8, edgeitems=3, separator=", ")

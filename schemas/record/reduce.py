@@ -1,13 +1,13 @@
 """Reduction of stored rows to a smaller record, without the teacher.
 
-Exact heads are truncated. A larger tau thins labels of kind ``threshold``: head entries below it
-and the stored draws are sampled again, systematically, in steps of the new tau along their sizes in
-order of id. The size of a demoted head entry is p_s, its probability at the temperature of draws;
-that of a draw is the old tau, the probability it represents. An entry is kept with probability
-size / tau and then represents the new tau, so that labels stay unbiased.
+Exact heads are truncated. For a larger tau, labels of kind ``threshold`` are thinned: head entries
+below the new tau and the stored draws are sampled again, systematically, in steps of the new tau
+along their sizes, in order of id. A demoted head entry has the size p_s, its probability at the
+draw temperature; a draw has the size of the old tau, the probability it represents. An entry is
+kept with probability size / tau and then represents the new tau, so labels stay unbiased.
 
-Since thinning samples twice, it may give one draw more or less than a teacher would, and its
-variance is slightly larger.
+Because thinning samples a second time, a position may have one draw more or less than if the
+teacher had labelled it, and the variance is slightly higher.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from schemas.record.uniforms import REDUCING, uniforms
 from schemas.spec import LabelSetSpec, RecordSpec
 
 ONE = 2**40
-"""The size 1 in fixed point; leaves room for sums over eight million positions of a batch."""
+"""1.0 in fixed point; sums over eight million positions of a batch fit in int64."""
 
 _Floats = npt.NDArray[np.float64]
 
@@ -33,8 +33,8 @@ _Floats = npt.NDArray[np.float64]
 def label_set_conflicts(stored: LabelSetSpec, requested: LabelSetSpec) -> list[str]:
     """Reasons why a label set cannot serve requested labels; empty if it can.
 
-    First each difference as ``field: stored / requested``; then, if only the records differ, why
-    rows cannot be reduced.
+    Lists each difference as ``field: stored / requested`` and, if only the records differ, why rows
+    cannot be reduced.
     """
     if stored.fingerprint() == requested.fingerprint():
         return []
@@ -51,7 +51,7 @@ def record_conflicts(have: RecordSpec, want: RecordSpec) -> list[str]:
         return []
     reasons = []
     if want.teacher_context != have.teacher_context:
-        reasons.append("record.teacher_context differs, so the teacher saw different tokens")
+        reasons.append("record.teacher_context differs: the teacher saw different tokens")
     missing = [t for t in want.temperatures if t not in have.temperatures]
     if missing:
         reasons.append(f"record.temperatures: {missing} are not stored")
@@ -78,7 +78,7 @@ def _entry_conflicts(have: RecordSpec, want: RecordSpec) -> list[str]:
     if have.kind != want.kind or not have.has_draws:
         return [f'record.kind: "{have.kind}" cannot be reduced to "{want.kind}"']
     reasons = [
-        f"record.{name}: draws are stored for {stored} and cannot be reduced to {wanted}"
+        f"record.{name}: stored draws are for {stored} and cannot be reduced to {wanted}"
         for name, stored, wanted in (
             ("draw_temperature", have.drawn_at, want.drawn_at),
             ("draw_seed", have.draw_seed, want.draw_seed),
@@ -87,24 +87,24 @@ def _entry_conflicts(have: RecordSpec, want: RecordSpec) -> list[str]:
         if stored != wanted
     ]
     if want.tau < have.tau:
-        reasons.append(f"record.tau: {have.tau:g} is stored; only a larger one can be served")
+        reasons.append(f"record.tau: {have.tau:g} is stored; only a larger tau can be served")
     return reasons
 
 
 def reduce_rows(rows: LabelRows, have: RecordSpec, want: RecordSpec) -> LabelRows:
     """Reduces stored rows to a smaller record; returns them unchanged if the records are equal.
 
-    Columns that were not read stay None. The draws kept at a thinned position depend only on its
+    Columns that were not read stay None. Which draws a thinned position keeps depends only on its
     row key, its target index and ``draw_seed``.
 
     Args:
-        rows: as stored.
-        have: the record of the label set.
-        want: a record that `have` can be reduced to.
+        rows: the stored rows.
+        have: the label set's record.
+        want: the requested record.
 
     Raises:
-        RecordError: `have` cannot be reduced to `want`, or column lse, which comparing with tau
-            needs, was not read.
+        RecordError: `have` cannot be reduced to `want`, or column lse was not read but is needed to
+            compare probabilities with tau.
     """
     conflicts = record_conflicts(have, want)
     if conflicts:
@@ -131,10 +131,10 @@ class _Entries:
 
     Attributes:
         at: [E], the position of each entry.
-        place: [E], its index among the entries of the position.
-        in_head: [E].
-        probs: [E], at temperature 1; those of a head sum to its mass.
-        tail: [N], mass outside the head.
+        place: [E], its index among the entries of its position.
+        in_head: [E], whether it is exact.
+        probs: [E], probability at temperature 1, scaled so that each head sums to its mass.
+        tail: [N], probability mass outside the head.
     """
 
     at: Int64s
@@ -145,7 +145,7 @@ class _Entries:
 
 
 def _reduced_entries(rows: LabelRows, have: RecordSpec, want: RecordSpec) -> dict[str, Any]:
-    """The columns of entries that differ in `want`."""
+    """The entry columns that `want` changes."""
     shared = {name: getattr(want, name) for name in ("temperatures", "entropy", "logprob_bits")}
     if have.model_copy(update=shared).identity() == want.identity():
         return {}
@@ -168,14 +168,14 @@ def _entries(rows: LabelRows) -> _Entries:
     in_head = place < present(rows.head_len).astype(np.int64)[at]
     probs = np.exp(present(rows.entry_logprobs).astype(np.float64))
     tail = np.exp(present(rows.tail_logmass).astype(np.float64))
-    # The sum of many rounded probabilities is less precise than the one stored tail mass.
+    # The stored tail mass is more precise than a sum of many rounded probabilities.
     sums = np.bincount(at, probs * in_head, len(lengths)).astype(np.float64)
     scale = np.divide(1.0 - tail, sums, out=np.ones_like(sums), where=sums > 0)
     return _Entries(at, place, in_head, np.where(in_head, probs * scale[at], probs), tail)
 
 
 def _mass_before(entries: _Entries) -> _Floats:
-    """[E], the mass of the preceding entries of the position."""
+    """[E]: probability mass of the entries that precede each one at its position."""
     before = np.cumsum(entries.probs) - entries.probs
     starts = np.flatnonzero(entries.place == 0)
     return before - before[starts][np.cumsum(entries.place == 0) - 1]
@@ -184,7 +184,7 @@ def _mass_before(entries: _Entries) -> _Floats:
 def _thinned(
     rows: LabelRows, entries: _Entries, have: RecordSpec, want: RecordSpec
 ) -> dict[str, Any]:
-    """Columns of labels of a larger tau; see the module's docstring."""
+    """Entry columns for a larger tau; the module docstring describes the method."""
     probs = _probs_at_draw_temperature(rows, entries, have)
     kept = entries.in_head & ((probs >= want.tau) | (entries.place == 0))
     others = np.flatnonzero(~kept)
@@ -198,24 +198,25 @@ def _thinned(
 
 
 def _probs_at_draw_temperature(rows: LabelRows, entries: _Entries, have: RecordSpec) -> _Floats:
-    """[E]."""
     logprobs = present(rows.entry_logprobs).astype(np.float64)
     if have.drawn_at == 1.0:
         return np.exp(logprobs)
     if rows.lse is None:
-        raise RecordError("column lse was not read, which comparing with tau needs here")
+        raise RecordError(
+            "column lse was not read, but is needed to compare probabilities with tau"
+        )
     lse = rows.lse[:, have.temperatures.index(have.drawn_at)].astype(np.float64)
     return np.asarray(np.exp(logprobs / have.drawn_at - lse[entries.at]))
 
 
 def _systematic(sizes: _Floats, at: Int64s, step: float, offsets: _Floats) -> Bools:
-    """Systematic sampling: which items contain a point (offset + i) * step along their sizes.
+    """Samples systematically: selects items that contain a point (offset + i) * step.
 
     Args:
-        sizes: [E], below `step`, position by position.
-        at: [E], the position of each item, rising.
-        step: distance of the points.
-        offsets: [N], in [0, 1), of the first point of each position.
+        sizes: [E], lengths of the items, laid end to end at each position; all below `step`.
+        at: [E], the position of each item, ascending.
+        step: distance between points.
+        offsets: [N], in [0, 1), offset of the first point at each position.
     """
     ends = np.cumsum(np.rint(sizes * ONE).astype(np.int64))
     begins = np.concatenate([np.zeros(min(1, len(ends)), np.int64), ends[:-1]])
@@ -223,14 +224,14 @@ def _systematic(sizes: _Floats, at: Int64s, step: float, offsets: _Floats) -> Bo
     start = np.repeat(begins[first], np.diff(first, append=len(at)))
     fixed = round(step * ONE)
     points = np.floor(offsets * fixed).astype(np.int64)[at]
-    # Number of points before an end; never negative, since an offset is below a step.
+    # Points before each end; never negative, because an offset is smaller than a step.
     upto_end = (ends - start - points + fixed - 1) // fixed
     upto_begin = (begins - start - points + fixed - 1) // fixed
     return np.asarray(upto_end > upto_begin)
 
 
 def _sampling_offsets(rows: LabelRows, want: RecordSpec) -> _Floats:
-    """[N], one random number per position."""
+    """[N]: a random number in [0, 1) per position."""
     positions, bounds = target_positions(rows.label_spans, rows.span_offsets)
     parts = [
         uniforms(key.tobytes(), positions[start:stop], 1, want.draw_seed, REDUCING)
@@ -242,7 +243,7 @@ def _sampling_offsets(rows: LabelRows, want: RecordSpec) -> _Floats:
 def _picked(
     rows: LabelRows, entries: _Entries, want: RecordSpec, kept: Bools, order: Int64s
 ) -> dict[str, Any]:
-    """Columns of the entries `order`; those in `kept` [E] are the head, the rest draws."""
+    """Entry columns for the entries in `order`; `kept` [E] marks heads, the others are draws."""
     num_labels = len(entries.tail)
     head_len = np.bincount(entries.at[kept], minlength=num_labels)
     lengths = np.bincount(entries.at[order], minlength=num_labels)

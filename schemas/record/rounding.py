@@ -1,6 +1,6 @@
-"""Rounding of log-probabilities to a float16 with the mantissa bits that the spec keeps.
+"""Rounds log-probabilities to float16 with as many mantissa bits as the record keeps.
 
-The column is an ordinary float16; the dropped bits are zeros, which compression removes.
+The result is ordinary float16; dropped bits are zero, and compression removes them.
 """
 
 import numpy as np
@@ -9,8 +9,8 @@ import numpy.typing as npt
 FLOAT16_BITS = 10
 LOWEST_LOGPROB = -65504.0
 
-# Bit patterns of a float32 without its sign: the least normal float16; the range from there to the
-# first number that rounds to infinity; and the difference between the exponent biases.
+# Bit patterns of a float32 without its sign: the smallest normal float16; the range from there to
+# the first number that rounds to infinity; and the difference between the exponent biases.
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _SIGN = np.uint32(0x8000)
 _LEAST_NORMAL = np.uint32(0x38800000)
@@ -18,7 +18,7 @@ _NORMALS = np.uint32(0x477FF000 - 0x38800000)
 _EXPONENTS = np.uint32((127 - 15) << FLOAT16_BITS)
 
 CHUNK_VALUES = 1 << 15
-"""Values rounded together, few enough to stay in the CPU's cache through all steps."""
+"""Number of values rounded at once, few enough to stay in the CPU cache through all steps."""
 
 
 def round_logprobs(
@@ -26,22 +26,22 @@ def round_logprobs(
 ) -> npt.NDArray[np.float16]:
     """Rounds to the nearest float16 with `bits` mantissa bits, ties to even.
 
-    Values below the lowest such number (about -65504), including minus infinity, become that
-    number. Its exp is zero in every floating-point type, so a probability of zero stays zero while
-    stored log-probabilities stay finite. NaN stays NaN, for `validate` to find.
+    Values below the lowest such number (about -65504), including minus infinity, are clamped to it.
+    Its exp is zero in every floating-point type, so a probability of zero stays zero while stored
+    log-probabilities stay finite. NaN stays NaN, for `validate` to reject.
 
     Args:
         x: float32, any shape, nats.
         bits: mantissa bits to keep, 1 to 10.
-        out: output, contiguous and of the same shape; None: allocated.
+        out: contiguous output of the same shape; None: allocates one.
 
     Returns:
-        float16 of the same shape, within a relative 2 ** -(bits + 1) of `x`.
+        float16 of the same shape, with a relative error of at most 2 ** -(bits + 1).
     """
     values = np.atleast_1d(np.asarray(x, np.float32))
     rounded = np.empty(values.shape, np.float16) if out is None else out
     lowest = np.float32(_lowest(bits))
-    # Cut along the first axis, so that a matrix with strided rows is read only once.
+    # Split along the first axis, so that a matrix with strided rows is read only once.
     step = max(1, CHUNK_VALUES * len(values) // max(1, values.size))
     for first in range(0, len(values), step):
         part = slice(first, first + step)
@@ -51,10 +51,10 @@ def round_logprobs(
 
 
 def _round(values: npt.NDArray[np.float32], bits: int, out: npt.NDArray[np.float16]) -> None:
-    """Rounds values [n], which it overwrites, into `out`.
+    """Rounds values [n] into `out`; overwrites `values`.
 
-    Works on integers, because numpy's cast to float16 takes ten times as long. The cast is used for
-    the few values outside the range of normal float16 numbers.
+    Works on integers, because numpy's cast to float16 is ten times slower. The few values outside
+    the range of normal float16 numbers are cast.
     """
     raw = values.view(np.uint32)
     magnitude = raw & _MAGNITUDE

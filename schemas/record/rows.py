@@ -1,4 +1,4 @@
-"""`LabelRows`: a batch of rows as flat arrays in CSR layout, which both stages work on."""
+"""`LabelRows`: a batch of rows as flat arrays in CSR layout, used by labeler and trainer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -28,10 +28,10 @@ MAX_LIST_VALUES = 2**31 - 1
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LabelRows:
-    """R rows of L tokens and N labelled positions, which vary by row, and E entries by position.
+    """R rows of L tokens and N labelled positions (varying by row) of E entries (by position).
 
-    The columns of labels are None in sets of kind ``tokens`` and if they were not read. Arrays may
-    be read-only views of a file's buffers, which this object keeps alive.
+    Label columns are None for kind ``tokens`` and if they were not read. Arrays may be read-only
+    views of a file's buffers, which they keep alive.
 
     Attributes:
         row_key: uint8 [R, 16].
@@ -40,10 +40,10 @@ class LabelRows:
         token_offsets: int64 [R + 1], into `token_ids`.
         label_spans: int32 [2 * spans], flat half-open [start, end) pairs of target indices.
         span_offsets: int64 [R + 1], into `label_spans`, so always even.
-        label_offsets: int64 [R + 1], into every [sum N] array; derived from the spans by default.
-        head_len: uint16 [sum N], exact entries by position.
-        tail_len: uint16 [sum N], tail draws by position.
-        entry_offsets: int64 [sum N + 1], into the entries; derived from the two above by default.
+        label_offsets: int64 [R + 1], into every [sum N] array; by default derived from the spans.
+        head_len: uint16 [sum N], number of exact entries per position.
+        tail_len: uint16 [sum N], number of tail draws per position.
+        entry_offsets: int64 [sum N + 1], into the entries; by default derived from the two above.
         entry_ids: int32 [sum E].
         entry_logprobs: float16 [sum E], nats, temperature 1.
         entry_counts: uint8 [sum tail_len], how often each tail entry was drawn.
@@ -103,12 +103,12 @@ class LabelRows:
 
     @property
     def num_entries(self) -> int:
-        """Number of exact entries and draws of all positions; 0 without a teacher."""
+        """Number of exact entries and draws at all positions; 0 without a teacher."""
         return 0 if self.entry_offsets is None else int(self.entry_offsets[-1])
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all arrays, in bytes."""
+        """Size of all arrays in bytes."""
         arrays = (getattr(self, field.name) for field in _FIELDS)
         return sum(array.nbytes for array in arrays if array is not None)
 
@@ -118,26 +118,26 @@ class LabelRows:
         return self.token_ids[indices + np.repeat(self.token_offsets[:-1], np.diff(offsets))]
 
     def slice(self, start: int, stop: int) -> "LabelRows":
-        """Rows [start, stop), as views of these arrays."""
+        """Returns rows [start, stop) as views of these arrays."""
         start, stop, _ = slice(start, stop).indices(len(self))
         stop = max(start, stop)
         return LabelRows(**{field.name: self._cut(field.name, start, stop) for field in _FIELDS})
 
     def take(self, indices: npt.NDArray[np.integer[Any]]) -> "LabelRows":
-        """The rows with the given indices, in the given order, as a copy."""
+        """Copies the rows with the given indices, in the given order."""
         numbers = indices.tolist()
         return LabelRows.gather([self] * len(numbers), numbers) if numbers else self.slice(0, 0)
 
     @staticmethod
     def gather(parts: Sequence["LabelRows"], numbers: Sequence[int]) -> "LabelRows":
-        """Copies one row of each part; parts may repeat.
+        """Copies one row of each part; a part may occur several times.
 
-        Rows are slices that numpy concatenates column by column, each a plain memory copy. Fancy
-        indexing would first build an index as large as the values.
+        Concatenates slices column by column, which are plain memory copies. Fancy indexing would
+        first build an index as large as the values.
 
         Args:
-            parts: at least one, all with the columns of the first.
-            numbers: index of a row in each part, not negative.
+            parts: at least one batch, all with the same columns.
+            numbers: index of the row in each part, not negative.
         """
         values: dict[str, Any] = {}
         for name in parts[0]._row_bounds:
@@ -152,17 +152,17 @@ class LabelRows:
 
     @staticmethod
     def concat(parts: Sequence["LabelRows"]) -> "LabelRows":
-        """All rows of `parts`, in order.
+        """Concatenates batches.
 
         Raises:
-            RecordError: there are no parts, or their columns differ.
+            RecordError: `parts` is empty, or their columns differ.
         """
         if not parts:
             raise RecordError("no rows to concatenate; expected at least one batch")
         return LabelRows(**{field.name: _concatenated(field.name, parts) for field in _FIELDS})
 
     def to_table(self, spec: RecordSpec) -> pa.Table:
-        """An Arrow table in the schema of `spec` that shares memory with these arrays.
+        """Returns an Arrow table in the schema of `spec`, which shares memory with these arrays.
 
         Raises:
             RecordError: a column of the spec is missing, or is too long for an Arrow list.
@@ -172,19 +172,21 @@ class LabelRows:
 
     @staticmethod
     def from_table(table: pa.Table, spec: RecordSpec) -> "LabelRows":
-        """Rows of an Arrow table, chunked or sliced; without a copy if it has a single chunk.
+        """Reads rows from an Arrow table; copies only if it has several chunks.
 
-        Columns of labels that the table lacks are None. Of TOKEN_COLUMNS only the two counts, which
-        follow from the others, may be missing.
+        Missing label columns become None. Of TOKEN_COLUMNS, only the two counts may be missing,
+        since they follow from the others.
 
         Raises:
-            RecordError: a column of the tokens is missing, or a column has a wrong type or nulls.
+            RecordError: a token column is missing, or a column has a wrong type or nulls.
         """
         known = [name for name in spec.columns if name in table.column_names]
         columns = {name: _one_chunk(table, name) for name in known}
         missing = [name for name in _REQUIRED if name not in columns]
         if missing:
-            raise RecordError(f"the table lacks {', '.join(missing)}; it has {table.column_names}")
+            raise RecordError(
+                f"the table lacks {', '.join(missing)}; its columns are {table.column_names}"
+            )
         values: dict[str, Any] = {}
         found_offsets: dict[str, Int64s] = {}
         for name, column in columns.items():
@@ -202,7 +204,7 @@ class LabelRows:
         return rows
 
     def _check_lengths(self, found: dict[str, Int64s]) -> None:
-        """Raises if lists differ in length from the spans, which would shift labels along rows."""
+        """Rejects lists whose lengths do not match the spans: labels would shift along rows."""
         for name, offsets in found.items():
             if COLUMNS[name].length in (Length.ENTRIES, Length.DRAWS) and self.head_len is None:
                 continue
@@ -211,8 +213,8 @@ class LabelRows:
                 expected = expected * self.lse.shape[1]
             if not np.array_equal(offsets, expected):
                 raise RecordError(
-                    f"the lists of column {name} do not have {COLUMNS[name].length.value}, which "
-                    "follows from label_spans, head_len and tail_len"
+                    f"column {name}: list lengths do not match label_spans, head_len and tail_len; "
+                    f"expected {COLUMNS[name].length.value}"
                 )
 
     def row_offsets(self, name: str) -> Int64s:
@@ -229,12 +231,12 @@ class LabelRows:
         else:
             offsets = None
         if offsets is None:
-            raise RecordError(f"the lengths of the lists of column {name} were not read")
+            raise RecordError(f"column {name} was read without the columns that give its lengths")
         return offsets
 
     @cached_property
     def _row_bounds(self) -> dict[str, Sequence[int]]:
-        """Where each row begins in every column; Python integers, which slice faster."""
+        """Offsets of the rows in every column, as Python integers, which slice faster."""
         return {
             name: range(len(self) + 1)
             if COLUMNS[name].length is Length.ROW
@@ -289,7 +291,7 @@ _OWN_OFFSETS = {
 
 
 def present(values: Any) -> Any:
-    """Narrows an optional column that is known to be set, for the type checker."""
+    """Asserts that an optional column is set, for the type checker."""
     assert values is not None
     return values
 
@@ -319,7 +321,7 @@ def _one_chunk(table: pa.Table, name: str) -> pa.Array:
 
 
 def _list_values(column: pa.ListArray) -> tuple[npt.NDArray[Any], Int64s]:
-    """Values, and offsets from 0, of a list array that may be a slice of a longer one."""
+    """Values, and offsets from 0, of a list array, which may be a slice of a longer one."""
     if not len(column):
         return column.values.slice(0, 0).to_numpy(), np.zeros(1, np.int64)
     offsets = column.offsets.to_numpy().astype(np.int64)

@@ -1,4 +1,4 @@
-"""Spans, offsets and ids as flat arrays: expansion, and the checks that several rooms share."""
+"""Operations on spans, offsets and ids as flat arrays, and checks that several rooms share."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ Integers = npt.NDArray[np.integer[Any]]
 
 
 def offsets_of(lengths: npt.NDArray[Any]) -> Int64s:
-    """int64 [n + 1] from n lengths: their running sum, starting at 0."""
+    """int64 [n + 1]: the running sum of n lengths, starting at 0."""
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
 
 
 def concatenated_ranges(starts: Integers, lengths: Integers) -> Int64s:
-    """int64 [sum of lengths]: the numbers of each range [start, start + length), in order."""
+    """int64 [sum of lengths]: the integers of each range [start, start + length), in order."""
     begins = offsets_of(lengths)
     return np.arange(begins[-1]) + np.repeat(starts - begins[:-1], lengths)
 
@@ -44,20 +44,20 @@ def target_positions(label_spans: Integers, span_offsets: Int64s) -> tuple[Int64
 
 
 def label_offsets(label_spans: Integers, span_offsets: Int64s) -> Int64s:
-    """int64 [R + 1]: offsets of the rows in all arrays that have one value a target index."""
+    """int64 [R + 1]: offsets of the rows in arrays with one value per target index."""
     return offsets_of(label_spans[1::2].astype(np.int64) - label_spans[0::2])[span_offsets // 2]
 
 
 def span_problem(label_spans: Integers, num_tokens: int) -> str:
-    """Why flat pairs are not rising, disjoint spans within [1, num_tokens); empty if they are.
+    """Why a row's spans are not ascending, disjoint and within [1, num_tokens); empty if they are.
 
     Args:
-        label_spans: of one row.
-        num_tokens: of the row.
+        label_spans: flat [start, end) pairs of one row.
+        num_tokens: number of tokens in the row.
     """
     if len(label_spans) % 2:
         return f"{len(label_spans)} span bounds; expected [start, end) pairs"
-    # A span may start where the one before ends, but not end where it starts.
+    # Adjacent spans may touch, but no span may be empty.
     steps = np.diff(label_spans.astype(np.int64))
     if (steps[0::2] < 1).any() or (steps[1::2] < 0).any():
         return f"spans {label_spans.tolist()} are empty, unsorted or overlap"
@@ -68,14 +68,14 @@ def span_problem(label_spans: Integers, num_tokens: int) -> str:
 
 
 def outside_vocabulary(ids: Integers, vocab_size: int) -> Bools:
-    """bool, shape of `ids`: which ids are not in [0, vocab_size)."""
-    # One comparison for both ends: negative numbers are large without their sign.
+    """bool, shape of `ids`: marks ids that are not in [0, vocab_size)."""
+    # One comparison checks both ends: as unsigned integers, negative ids are large.
     unsigned = ids.view(f"u{ids.dtype.itemsize}")
     return np.asarray(unsigned >= unsigned.dtype.type(vocab_size))
 
 
 def unknown_token_problem(ids: Integers, vocab_size: int) -> str:
-    """Names the first id of a row that is not in [0, vocab_size); empty if none is."""
+    """Reports the first id of a row that is not in [0, vocab_size); empty if none is."""
     outside = outside_vocabulary(ids, vocab_size)
     if not outside.any():
         return ""

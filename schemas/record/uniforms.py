@@ -1,19 +1,25 @@
-"""Random numbers for draws, as a pure function of row, position and seed.
+"""Counter-based random numbers: a pure function of row key, position, seed and stream.
 
-They come from a counter-based generator (Philox 4x64, Salmon et al. 2011, as implemented by numpy)
-whose key is the row key and whose counter is the position. They are therefore bit-identical in
-every run and on every machine, however rows are batched and sequences are cut into steps.
+The generator is Philox 4x64 (Salmon et al. 2011, as implemented by numpy):
+
+- its 128-bit key is the row key;
+- its 256-bit counter has the block index, derived from the target index, in the low words, the
+  stream in the third word and the seed in the fourth.
+
+Teachers draw labels from LABELLING, `schemas.record.reduce` thins stored draws from REDUCING, and
+teachers select the labels to audit from AUDITING, so their numbers are independent. All are
+bit-identical in every run and on every machine, however rows are batched or split into steps.
 """
 
 import numpy as np
 import numpy.typing as npt
 
 LABELLING = 0
-"""Stream of the draws that label a row."""
+"""Stream of the draws stored in labels."""
 REDUCING = 1
-"""Stream of the draws that thin stored ones for a larger tau."""
+"""Stream of the draws that thin stored labels for a larger tau."""
 AUDITING = 2
-"""Stream that selects the labels of a row to audit."""
+"""Stream that selects which labels of a row to audit."""
 
 _WORDS_PER_BLOCK = 4
 _STREAM_SHIFT = 128
@@ -31,13 +37,13 @@ def uniforms(
 
     Args:
         row_key: 16 bytes.
-        positions: int64 [N], target indices in the row, rising.
-        per_position: Numbers per position.
-        seed: ``RecordSpec.draw_seed``.
+        positions: int64 [N], target indices in the row, ascending.
+        per_position: random numbers per position.
+        seed: usually ``RecordSpec.draw_seed``.
         stream: LABELLING, REDUCING or AUDITING.
 
     Returns:
-        float64 [N, per_position]; those of a position do not depend on the other positions.
+        float64 [N, per_position]; a row of it does not depend on the other positions.
     """
     if not len(positions):
         return np.zeros((0, per_position))

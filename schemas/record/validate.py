@@ -1,7 +1,6 @@
 """`validate`: the invariants of the label record, checked on every batch before it is written.
 
-Each rule is a vectorised pass over a batch; the place of a violation is computed only if there is
-one.
+Each rule is one vectorised pass over a batch; the place of a violation is computed only on failure.
 """
 
 from typing import Any
@@ -20,21 +19,24 @@ from schemas.spec import RecordSpec
 def validate(rows: LabelRows, spec: RecordSpec, vocab_size: int, where: str = "") -> None:
     """Checks every invariant of the record.
 
-    Token ids and entry ids are in the vocabulary; spans are rising, disjoint and within the row;
-    array lengths are consistent; heads have lengths that the spec allows, unique ids by decreasing
-    log-probability, and the content that the spec defines; draws have rising ids that are not in
-    the head, in a possible number; log-probabilities are finite and not positive; head and tail
-    mass sum to one within rounding; the target's log-probability and rank agree with its entry, if
-    it has one (labels shifted by one position fail here).
+    - Token ids and entry ids are in the vocabulary.
+    - Spans are ascending, disjoint and within the row; array lengths are consistent.
+    - Heads have an allowed length, unique ids by decreasing log-probability, and the content that
+      the record defines.
+    - Draws have ascending ids that are not in the head, and a possible number.
+    - Log-probabilities are finite and not positive; head and tail mass sum to one within rounding.
+    - The target's log-probability and rank agree with its entry, if it has one. Labels shifted by
+      one position fail here.
 
     Args:
         rows: the batch.
-        spec: of the rows.
+        spec: the record of the rows.
         vocab_size: V; ids are in [0, V).
-        where: prefix of the message, for example the name of the shard.
+        where: prefix of the message, for example the path of the shard.
 
     Raises:
-        RecordError: naming `where`, the row in the batch, the position in the row, and the column.
+        RecordError: an invariant is violated; the message names `where`, the row in the batch, the
+            position in the row, and the column.
     """
     check = _RowCheck(rows, spec, vocab_size, where)
     check.columns()
@@ -47,7 +49,7 @@ def validate(rows: LabelRows, spec: RecordSpec, vocab_size: int, where: str = ""
 
 
 class _RowCheck(RecordCheck):
-    """Rules for columns, tokens, spans, lengths and single values of labels."""
+    """Rules for columns, tokens, spans, lengths and per-label values."""
 
     def columns(self) -> None:
         rows, spec = self.rows, self.spec
@@ -95,7 +97,7 @@ class _RowCheck(RecordCheck):
             self.fail(f"row {row}, column label_spans: found an odd count; expected [start, end)")
         spans = rows.label_spans
         rising = np.diff(spans, prepend=np.int32(0))
-        # Ends are above starts; the next start may equal an end; each row starts over.
+        # Ends exceed starts; a start may equal the previous end; each row starts over.
         first = rows.span_offsets[:-1][np.diff(rows.span_offsets) > 0]
         rising[first] = spans[first]
         bad: Bools = np.asarray(rising < (np.arange(len(spans)) % 2))
@@ -153,7 +155,7 @@ class _RowCheck(RecordCheck):
         bad = (rank < 1) | (rank > self.vocab_size)
         self.reject_labels(bad, "target_rank", f"expected 1 to {self.vocab_size}")
         if rows.entropy is not None:
-            # Rounding may exceed the highest possible entropy.
+            # A rounded entropy may exceed the maximum, log V.
             highest = np.log(self.vocab_size) * (1 + 2.0**-self.spec.logprob_bits) + 0.01
             bad = ~((rows.entropy >= 0) & (rows.entropy <= highest))
             self.reject_labels(bad, "entropy", f"expected 0 to log {self.vocab_size}")

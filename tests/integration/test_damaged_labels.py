@@ -90,7 +90,7 @@ DAMAGES: list[tuple[Callable[[LabelSet, Manifest], None], str]] = [
     (flip, "row group 0, column entry_ids: damaged bytes"),
     (truncate, "bytes, the manifest records"),
     (remove, "no such shard"),
-    (tear, "not a complete manifest"),
+    (tear, "not a valid manifest"),
     (make_foreign, "belongs to a label set with fingerprint 000"),
     (forged(turn_heads_around), "expected a decreasing order"),
     (forged(raise_the_tail), "to sum to a probability of 1"),

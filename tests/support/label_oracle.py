@@ -8,7 +8,7 @@ from schemas.spec import RecordSpec
 
 
 class Entries(NamedTuple):
-    """One position's entries: head ids by falling probability, draws by rising id, their counts."""
+    """One position's entries: head ids by probability, draws by ascending id, their counts."""
 
     head: np.ndarray
     draws: np.ndarray

@@ -99,7 +99,7 @@ class TestCreation:
     @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"spec": 3}', '{"spec": {}}'])
     def test_torn_description_is_named(self, label_set: LabelSet, text: str) -> None:
         label_set.store.write_bytes("label_set.json", text.encode())
-        with pytest.raises(DamagedError, match=r"label_set\.json: not a description"):
+        with pytest.raises(DamagedError, match=r"label_set\.json: not a valid label set"):
             LabelSet.open(label_set.url)
 
     def test_edited_description_is_named(self, label_set: LabelSet) -> None:

@@ -138,7 +138,7 @@ FILES: dict[str, tuple[str, Callable[[Path], None], str, str]] = {
     "damaged keys": ("keys", lambda path: flip(path, 60), "keys", ""),
     "missing quarantine": ("quarantine", Path.unlink, "missing", "no such file"),
     "damaged quarantine": ("quarantine", truncate, "quarantine", "cannot be read"),
-    "torn manifest": ("manifest", truncate, "manifest", "not a complete manifest"),
+    "torn manifest": ("manifest", truncate, "manifest", "not a valid manifest"),
     "foreign manifest": ("manifest", foreign, "manifest", "belongs to a label set with"),
     "manifest of another unit": ("manifest", other_unit, "manifest", "is the manifest of unit"),
 }

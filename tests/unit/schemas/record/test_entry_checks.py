@@ -89,7 +89,7 @@ RAGGED_RULES: list[tuple[RecordSpec, Callable[[LabelRows], LabelRows], str]] = [
         at_draw(0, "entry_logprobs", lambda x: np.float16(-2.0)),
         r"draws below tau",
     ),
-    (THRESHOLD, at_draw(1, "entry_ids", lambda x: 0), r"entry_ids.*(rising id|each id once)"),
+    (THRESHOLD, at_draw(1, "entry_ids", lambda x: 0), r"entry_ids.*(ascending id|each id once)"),
     (THRESHOLD, at_draw(-1, "entry_logprobs", lambda x: x * 4), r"probability of 1, found"),
     (THRESHOLD, with_value("tail_logmass", 4, -0.0), r"probability of 1, found a sum of [12]"),
     (
@@ -112,7 +112,7 @@ RAGGED_RULES: list[tuple[RecordSpec, Callable[[LabelRows], LabelRows], str]] = [
     (SAMPLED, with_value("tail_logmass", 4, -1.0), r"tail_logmass: found -1.; expected 0"),
     (SAMPLED, at_draw(1, "entry_counts", lambda x: 0), r"entry_counts.*expected 1 or more"),
     (SAMPLED, at_draw(1, "entry_counts", lambda x: x + 1), r"entry_counts.*expected a sum of 12"),
-    (SAMPLED, at_draw(1, "entry_ids", lambda x: 0), r"entry_ids.*expected draws by rising id"),
+    (SAMPLED, at_draw(1, "entry_ids", lambda x: 0), r"entry_ids.*expected draws by ascending id"),
     (SAMPLED, shorter("entry_counts"), r"column entry_counts has shape"),
     (SAMPLED, lambda rows: replace(rows, entry_counts=None), r"column entry_counts is missing"),
     (

@@ -117,7 +117,7 @@ class TestRoster:
         message = str(caught.value)
         assert message.startswith("6 of 12 rows: s place 6 window 0, s place 7 window 0")
         assert "and 1 more" in message
-        assert "neither labelled nor in quarantine" in message
+        assert "neither labelled nor quarantined" in message
         commit(label_set, ROWS.slice(6, 12))
         assert close_roster(label_set, "r").rows_labelled == 12
 
