@@ -29,7 +29,7 @@ from benchmarks.label_floor import floor_seconds
 from benchmarks.label_profile import profile_us
 from labeler.config import GatesConfig
 from labeler.quality.gates import Gates
-from labeler.run.actors.unit_labeller import UnitLabeller
+from labeler.run.actors.unit_labeler import UnitLabeler
 from labeler.supervision.attempts import Attempts
 from labeler.supervision.supervisor import EngineSupervisor
 from labeler.teacher_model.identity import load_model_config
@@ -162,7 +162,7 @@ class EngineBenchmark:
             attempts = Attempts(label_set.store, "benchmark")
             supervisor = EngineSupervisor(lambda: self.teacher, attempts, None, _GATES.audit_rate)
             gates = Gates(label_set, _GATES, lambda: None)
-            units = UnitLabeller(label_set, supervisor, gates=gates)
+            units = UnitLabeler(label_set, supervisor, gates=gates)
             started = time.perf_counter()
             done = list(pool.map(units.label, batches))
             seconds = time.perf_counter() - started

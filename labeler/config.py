@@ -269,7 +269,7 @@ class RunConfig(StrictModel):
     drain_s: float = Field(
         default=300.0,
         gt=0.0,
-        description="seconds for units in work to be committed after SIGTERM or Ctrl-C",
+        description="seconds for in-flight units to be committed after SIGTERM or Ctrl-C",
     )
     store_patience_s: float = Field(
         default=900.0,

@@ -16,7 +16,7 @@ import pyarrow as pa
 from labeler.config import LabelConfig, TeacherConfig
 from labeler.corpus.requests import from_table
 from labeler.quality.gates import Gates
-from labeler.run.actors.unit_labeller import UnitLabeller
+from labeler.run.actors.unit_labeler import UnitLabeler
 from labeler.supervision.attempts import Attempts
 from labeler.supervision.supervisor import EngineSupervisor
 from labeler.teachers.protocol import Teacher
@@ -88,7 +88,7 @@ class Calibrator:
         generated_tokens = 0 if generation is None else generation.max_tokens
         with tempfile.TemporaryDirectory(prefix="tutelage-plan-") as folder:
             label_set = LabelSet.create_or_open(folder, self._spec)
-            units = self._make_labeller(label_set)
+            units = self._make_labeler(label_set)
             warm, probe, rest = (
                 requests.slice(start, length)
                 for start, length in (
@@ -116,10 +116,10 @@ class Calibrator:
                 size_bytes=sum(unit_bytes(label_set.store, unit) for unit in done),
             )
 
-    def _make_labeller(self, label_set: LabelSet) -> UnitLabeller:
+    def _make_labeler(self, label_set: LabelSet) -> UnitLabeler:
         config = self._config
         if config.teacher.backend == "none":
-            return UnitLabeller(label_set, None)
+            return UnitLabeler(label_set, None)
         teacher = EngineSupervisor(
             functools.partial(self._make_teacher, config.teacher, self._spec.record),
             Attempts(label_set.store, "plan"),
@@ -128,13 +128,13 @@ class Calibrator:
         )
         gates_config = config.gates.model_copy(update={"parity_rows": 0})
         gates = Gates(label_set, gates_config, lambda: None)
-        return UnitLabeller(label_set, teacher, gates=gates, report=self._report)
+        return UnitLabeler(label_set, teacher, gates=gates, report=self._report)
 
     def _report(self, unit_key: str, rows: int, tokens: int, _: int) -> None:
         self._rows_done[unit_key] = rows, tokens
 
     def _label(
-        self, units: UnitLabeller, tables: Sequence[pa.Table]
+        self, units: UnitLabeler, tables: Sequence[pa.Table]
     ) -> tuple[list[Manifest], float]:
         """Labels units at the same time; returns their manifests and the seconds of all."""
         self._rows_total += sum(table.num_rows for table in tables)

@@ -1,8 +1,8 @@
 """Fidelity: the divergence between the teacher's distribution and the stored labels.
 
-Measured as the forward KL from the teacher to what a trainer reads back, on the partition of the
-vocabulary that a record stores: each exact entry by itself, everything else in one bucket. (On the
-full vocabulary it would be infinite for every sparse record.)
+Measured as the forward KL from the teacher to the labels that a trainer reads back, on the
+partition of the vocabulary that a record stores: one cell per exact entry, and one bucket for all
+other ids. (On the full vocabulary it would be infinite for every sparse record.)
 """
 
 from collections.abc import Sequence
@@ -15,20 +15,20 @@ from schemas.label_set.manifest import Fidelity
 from schemas.record import LabelRows
 from schemas.spec import RecordSpec
 
-# Floor of a bucket's mass: where a head is the whole vocabulary, the teacher's bucket holds what
-# rounding leaves, and the other side's may be exactly 0.
+# Floor of a bucket's mass: if the head is the full vocabulary, the teacher's bucket holds only
+# rounding errors, and the stored bucket may be exactly 0.
 _NO_MASS = 1e-12
 
 Float64s = npt.NDArray[np.float64]
 
 
 def measure(labels: Sequence[RowLabels], stored: LabelRows, record: RecordSpec) -> Fidelity | None:
-    """Compares the audited labels of a unit, as they are stored, with the full distribution.
+    """Compares the audited labels of a unit, in stored form, with the full distribution.
 
     Args:
         labels: one per row, with their audits.
-        stored: the same rows in the stored form, rounded.
-        record: of both.
+        stored: the same rows in stored form, rounded.
+        record: record of both.
 
     Returns:
         None if no label was audited.
@@ -72,18 +72,18 @@ def partition_kl(
     used: npt.NDArray[np.bool_],
     record: RecordSpec,
 ) -> Float64s:
-    """KL(teacher, stored) on entries and bucket, the stored side as a trainer reads it.
+    """KL(teacher, stored) on entries and bucket, with the stored side as a trainer reads it.
 
-    Heads are rescaled to 1 - exp(tail_logmass). Draws of kind ``sampled`` have no stored mass of
-    their own and are compared at the teacher's.
+    Heads are rescaled to 1 - exp(tail_logmass). Kind ``sampled`` stores no tail mass, so the
+    teacher's is used for both sides.
 
     Args:
-        true_logprobs: [A, K], the teacher's at the entries.
+        true_logprobs: [A, K], the teacher's log-probabilities of the entries.
         true_tail: [A], the teacher's probability outside the head; unused for kind ``sampled``.
         stored_logprobs: [A, K].
         stored_tail_logmass: [A].
         used: [A, K], whether a slot is an entry of the partition.
-        record: of the labels.
+        record: record of the labels.
 
     Returns:
         float64 [A], nats.

@@ -1,4 +1,4 @@
-"""Gates that a unit's labels pass before they are committed; a unit that fails is quarantined."""
+"""Quality gates before a unit is committed; a unit that fails its audit is quarantined."""
 
 import threading
 import time
@@ -25,7 +25,7 @@ def _claim_unshared() -> AbstractContextManager[bool]:
 
 
 class Gates:
-    """The gates of one label set, in one process."""
+    """The gates of one label set within one process."""
 
     def __init__(
         self,
@@ -38,8 +38,9 @@ class Gates:
         Args:
             label_set: where units are committed.
             config: the bounds.
-            make_reference: a second implementation of the teacher; None if the teacher is it.
-            claim: a context that says whether this process, and no other while it is open, may
+            make_reference: returns a second implementation of the teacher, or None if no
+                independent one is available.
+            claim: context manager that yields True if this process has the exclusive right to
                 check parity.
         """
         self._label_set = label_set
@@ -49,13 +50,13 @@ class Gates:
         self._is_checked = config.parity_rows == 0
         self._checking = threading.Lock()
 
-    def check_parity(self, found: UnitLabels) -> None:
+    def check_parity(self, unit_labels: UnitLabels) -> None:
         """Checks once per label set that another implementation gives the same labels.
 
         Raises:
-            TeacherError: it does not, so that nothing may be published.
+            TeacherError: the labels differ; nothing may be published.
         """
-        if self._is_checked or not found.labels:
+        if self._is_checked or not unit_labels.labels:
             return
         # One at a time: the reference may be as large as the teacher.
         with self._checking:
@@ -65,21 +66,21 @@ class Gates:
                     if is_mine and not self._is_checked:
                         reference = self._make_reference()
                         if reference is not None:
-                            check_parity(self._label_set, self._config, reference, found)
+                            check_parity(self._label_set, self._config, reference, unit_labels)
                         self._is_checked = True
                 if not self._is_checked:
                     time.sleep(_POLL_S)
 
-    def audit(self, found: UnitLabels, rows: LabelRows | None) -> tuple[Fidelity | None, str]:
-        """Compares the audited labels, as they would be stored, with the full distribution.
+    def audit(self, unit_labels: UnitLabels, rows: LabelRows | None) -> tuple[Fidelity | None, str]:
+        """Compares the audited labels, in stored form, with the full distribution.
 
         Returns:
-            The result, None if nothing was audited; and why the unit may not be published, empty
-            if it may.
+            The result, or None if nothing was audited; and the reason for refusing the unit, empty
+            if it may be published.
         """
-        if rows is None or not found.labels:
+        if rows is None or not unit_labels.labels:
             return None, ""
-        fidelity = measure(found.labels, rows, self._label_set.spec.record)
+        fidelity = measure(unit_labels.labels, rows, self._label_set.spec.record)
         if fidelity is None:
             return None, ""
         # Written so that a NaN fails.

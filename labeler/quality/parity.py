@@ -1,7 +1,7 @@
 """The parity check: once per label set, a second implementation of the teacher scores a few rows.
 
-An engine can be wrong in ways that still look like labels: a kernel, a quantisation, a RoPE setting
-read differently. Rows of the set's first unit are scored again; if the two disagree by more than a
+A faulty engine can still return plausible labels: a wrong kernel, quantisation or RoPE setting. So
+a second implementation rescores rows of the set's first unit; if the two differ by more than a
 bound, nothing is published. The result is stored in ``parity.json``.
 """
 
@@ -26,15 +26,15 @@ from schemas.spec import LabelSetSpec
 _MAX_KL = {"float32": 1e-4}
 _MAX_KL_HALF = 1e-2
 
-# Log-probabilities of less probable entries may differ a lot without any effect on training.
+# Log-probabilities of less probable entries may differ widely without affecting training.
 _PROBABLE = 1e-3
 
 
 Scorer = Callable[
     [Sequence[np.ndarray], Sequence[np.ndarray], Sequence[np.ndarray]], list[np.ndarray]
 ]
-"""Token ids, label spans and entry ids [N, K] of rows -> float64 [N, K] per row, nats; NaN where
-unknown."""
+"""Maps token ids, label spans and entry ids [N, K] of rows to float64 [N, K] per row, in nats; NaN
+where unknown."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Reference:
     """A second implementation of the teacher.
 
     Attributes:
-        name: for messages and ``parity.json``.
-        logprobs: log-probabilities of given ids at each target.
+        name: shown in messages and ``parity.json``.
+        logprobs: returns log-probabilities of given ids at each target.
     """
 
     name: str
@@ -51,23 +51,25 @@ class Reference:
 
 
 def check_parity(
-    label_set: LabelSet, gates: GatesConfig, reference: Reference, found: UnitLabels
+    label_set: LabelSet, gates: GatesConfig, reference: Reference, unit_labels: UnitLabels
 ) -> None:
-    """Compares the labels of a few rows with a reference, and records that they agree.
+    """Compares the labels of a few rows with a reference, and records the result if they agree.
 
     Args:
-        label_set: gets the result.
+        label_set: where the result is written.
         gates: number of rows and labels, and the bound.
         reference: scores the same rows.
-        found: labels of one unit; at least one.
+        unit_labels: labels of one unit; at least one.
 
     Raises:
-        TeacherError: the two differ by more than the bound; nothing is recorded then.
+        TeacherError: the two differ by more than the bound; nothing is recorded.
     """
     spec, count = label_set.spec, gates.parity_rows
     some = [
         _first_labels(request, row, gates.parity_tokens)
-        for request, row in zip(found.requests[:count], (found.labels or ())[:count], strict=True)
+        for request, row in zip(
+            unit_labels.requests[:count], (unit_labels.labels or ())[:count], strict=True
+        )
     ]
     scored = reference.logprobs(
         [request.token_ids for request, _ in some],
@@ -101,7 +103,7 @@ def check_parity(
 
 
 def _first_labels(request: Request, row: RowLabels, most: int) -> tuple[Request, RowLabels]:
-    """The row up to its label number `most`, and its labels up to there."""
+    """Truncates a row after its first `most` labels; returns it with these labels."""
     if row.num_labels <= most:
         return request, row
     end = int(span_targets(request.label_spans)[most - 1]) + 1
@@ -124,7 +126,7 @@ def _compare(row: RowLabels, true: np.ndarray, spec: LabelSetSpec) -> tuple[np.n
     weights = np.where(used, np.exp(true), 0.0)
     tail = np.maximum(1.0 - weights.sum(1), 0.0)
     mine = np.where(used, np.exp(row.entry_logprobs.astype(np.float64)), 0.0)
-    with np.errstate(divide="ignore"):  # a head of the whole vocabulary leaves no tail
+    with np.errstate(divide="ignore"):  # a head of the full vocabulary leaves no tail
         own_tail = np.log(np.maximum(1.0 - mine.sum(1), 0.0))
     kl = partition_kl(true, tail, row.entry_logprobs, own_tail, used, record)
     probable = used & (weights > _PROBABLE)

@@ -1,4 +1,4 @@
-"""Chooses the second implementation that checks a teacher's labels on this machine."""
+"""Chooses the second implementation that checks a teacher's labels."""
 
 import importlib.metadata
 from collections.abc import Callable, Sequence
@@ -17,24 +17,35 @@ from schemas.spec import RecordSpec
 Scores = list[np.ndarray | RowFailure]
 RunOnTeacher = Callable[[Callable[[Teacher], Scores]], Scores]
 
-# Relative to the weights on disk: half precision may become float32, and activations come on top.
+# Relative to the weights on disk: half precision may become float32, plus activations.
 _MEMORY_FACTOR = 2.5
 
 
 def choose_reference(config: TeacherConfig, run: RunOnTeacher) -> Reference | None:
-    """The best reference for a teacher.
+    """Chooses the best reference that this machine can run.
 
     Args:
-        config: of the teacher.
+        config: configuration of the teacher.
         run: runs a task on the teacher itself, restarting its engine if it crashes.
 
     Returns:
         transformers on the CPU; the engine's own log-probabilities if the model is too large for
         that or transformers cannot load it; None if the teacher is the reference itself, or is
-        remote and its weights are missing here or too large.
+        remote and its weights are not on this machine or too large for it.
+
+    Raises:
+        TeacherError: no reference is defined for the backend.
     """
-    if config.backend not in ("vllm", "remote"):
-        return None
+    match config.backend:
+        case "transformers":
+            return None
+        case "vllm" | "remote":
+            pass
+        case other:
+            raise TeacherError(
+                f'no parity reference is defined for teacher.backend = "{other}"; expected "vllm", '
+                '"transformers" or "remote"'
+            )
     files = weight_files(model_folder(config))
     needed = _MEMORY_FACTOR * sum(file.stat().st_size for file in files)
     free = psutil.virtual_memory().available
@@ -50,7 +61,7 @@ def choose_reference(config: TeacherConfig, run: RunOnTeacher) -> Reference | No
 
 
 def transformers_on_cpu(config: TeacherConfig) -> Reference:
-    """The same model in transformers, on the CPU so that it takes nothing from the engine.
+    """Loads the same model in transformers, on the CPU so that it takes no GPU memory.
 
     Raises:
         TeacherError: transformers cannot load it.
@@ -64,9 +75,9 @@ def transformers_on_cpu(config: TeacherConfig) -> Reference:
 
 
 def stock_path(run: RunOnTeacher, reason: str) -> Reference:
-    """The engine's own log-probabilities: the same forward pass, but not the label head.
+    """Uses the engine's own log-probabilities: the same forward pass without the label head.
 
-    Its ``logprobs`` raises a TeacherError if the engine refuses a row, or always crashes.
+    Its ``logprobs`` raises a TeacherError if the engine refuses a row or keeps crashing.
 
     Args:
         run: see ``choose_reference``.
@@ -85,11 +96,11 @@ def stock_path(run: RunOnTeacher, reason: str) -> Reference:
             assert isinstance(teacher, VllmTeacher)
             return teacher.stock_logprobs(token_ids, label_spans, entry_ids)
 
-        found = []
+        scores = []
         for row in run(score):
             if isinstance(row, RowFailure):
                 raise TeacherError(f"{name} refuses a row: {row.detail}")
-            found.append(row)
-        return found
+            scores.append(row)
+        return scores
 
     return Reference(name, logprobs)

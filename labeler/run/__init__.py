@@ -1,4 +1,4 @@
 """The labelling job: checks, the Ray Data pipeline, ledger, accounts and summary.
 
-The only room besides `planning` that uses Ray. Reading and labelling rows belong elsewhere.
+Only this package and `planning` use Ray. Reading and labelling rows belong elsewhere.
 """

@@ -1,7 +1,7 @@
-"""One label job from start to end: checks, pipeline, accounts, view, summary.
+"""One label job, end to end: checks, pipeline, accounts, view, summary.
 
-Whatever can be checked without Ray is checked before Ray starts. Resuming is not a mode: every run
-labels the rows without a committed label.
+Everything that can be checked without Ray is checked before Ray starts. Resuming needs no special
+mode: every run labels the rows that have no committed label.
 """
 
 import os
@@ -21,10 +21,10 @@ from schemas.views.view import build_view
 
 
 def run_label_job(config: LabelConfig, progress: bool = True) -> LabelSummary:
-    """Labels a corpus; computes only what is missing.
+    """Labels the rows of a corpus that have no label yet.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         progress: show progress on standard error.
 
     Raises:
@@ -58,13 +58,13 @@ def _run(config: LabelConfig, progress: Progress) -> LabelSummary:
     reduced = _richer_fields(label_set.spec.record, config.record)
     if reduced:
         progress.say(f"reusing richer labels ({reduced})")
-    # Names sort by time; the suffix keeps runs that start in the same second apart.
+    # Run ids sort by time; the suffix separates runs that start in the same second.
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
-    with ray_session(config.run), progress:  # the summary comes below the bar's last state
+    with ray_session(config.run), progress:  # closed before the summary is printed below the bar
         resources = plan_resources(config, *cluster_size())
         setup = RunSetup(run, with_absolute_paths(config))
         run_pipeline(pieces, setup, frozen, resources, progress)
-    # From the roster and the manifests: progress may count a row twice or miss it.
+    # From the roster and the manifests, because progress may miss a row or count it twice.
     accounts = close_roster(label_set, run, frozen.committed)
     accounts.check()
     if config.view:
@@ -79,7 +79,7 @@ def _run(config: LabelConfig, progress: Progress) -> LabelSummary:
 
 
 def _richer_fields(stored: RecordSpec, requested: RecordSpec) -> str:
-    """The fields in which stored labels differ from the requested ones; empty where none does."""
+    """Describes the fields in which stored labels differ from the requested ones; may be empty."""
     have, want = stored.identity(), requested.identity()
     return "; ".join(
         f"stored {name} {have.get(name)}, requested {want.get(name)}"
@@ -89,10 +89,10 @@ def _richer_fields(stored: RecordSpec, requested: RecordSpec) -> str:
 
 
 def open_label_set(config: LabelConfig) -> LabelSet:
-    """Opens the label set of a run, or creates it once the teacher is known to be usable.
+    """Opens the label set of a run, or creates it after checking that the teacher is usable.
 
     Raises:
-        ConfigError: text and teacher do not fit together.
+        ConfigError: the text settings do not fit the teacher.
         TeacherError, VocabularyError: the teacher cannot be used.
         StoreError: the label set has another spec.
     """
@@ -100,10 +100,10 @@ def open_label_set(config: LabelConfig) -> LabelSet:
 
 
 def label_set_spec(config: LabelConfig) -> tuple[LabelSetSpec, dict[str, int]]:
-    """The spec of a run's labels and its tokenizer's vocabulary; writes nothing.
+    """Returns the spec of a run's labels and the tokenizer's vocabulary; writes nothing.
 
     Raises:
-        ConfigError: text and teacher do not fit together.
+        ConfigError: the text settings do not fit the teacher.
         TeacherError, VocabularyError: the teacher cannot be used.
     """
     from labeler.corpus.documents import RowTokenizer, text_spec
@@ -120,7 +120,7 @@ def label_set_spec(config: LabelConfig) -> tuple[LabelSetSpec, dict[str, int]]:
                 f"text.max_tokens is {config.text.max_tokens}, but {config.teacher.model} labels "
                 f"at most {longest} tokens; lower text.max_tokens"
             )
-    # Checks that rows of this kind can be tokenised, here rather than in a Ray task.
+    # Fails here, rather than in a Ray task, if rows of this kind cannot be tokenised.
     RowTokenizer(tokenizer, config.corpus, text, identity.vocab_size, config.generate is not None)
     spec = LabelSetSpec(
         record=config.record, teacher=identity, text=text, generation=config.generate
@@ -129,7 +129,7 @@ def label_set_spec(config: LabelConfig) -> tuple[LabelSetSpec, dict[str, int]]:
 
 
 def with_absolute_paths(config: LabelConfig) -> LabelConfig:
-    """The same configuration, independent of the working directory of a process."""
+    """Makes paths absolute, so that the configuration is valid in any working directory."""
     teacher = config.teacher_with_context()
     folders = {"model": teacher.model, "tokenizer": teacher.tokenizer}
     update = {

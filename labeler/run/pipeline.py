@@ -1,7 +1,7 @@
-"""The Ray Data job of a run: pieces of the corpus -> requests -> units -> committed shards.
+"""The Ray Data pipeline of a run: corpus pieces -> requests -> units -> committed shards.
 
-Only token ids go through Ray's object store: a teacher actor writes the shard of a unit itself. A
-task or an actor may run twice, which keys, claims and unit keys make harmless.
+Only token ids go through Ray's object store: teacher actors write shards themselves. A task or an
+actor may run twice; this is safe: row keys, claims and unit keys make the work idempotent.
 """
 
 import contextlib
@@ -42,18 +42,18 @@ def run_pipeline(
     resources: Resources,
     progress: Progress,
 ) -> None:
-    """Reads all pieces and labels the rows that are missing; needs a running Ray.
+    """Reads all pieces and labels the missing rows; Ray must be running.
 
     Raises:
-        JobStoppedError: on SIGTERM; the units in work are committed.
+        JobStoppedError: on SIGTERM; in-flight units are committed.
         KeyboardInterrupt: on Ctrl-C, likewise.
-        TutelageError: whatever ended the job, in one line; committed units stay.
+        TutelageError: the cause of a failure, in one line; committed units are kept.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # Never restarted: a ledger that forgot its claims would let rows be labelled twice. On the
-    # driver's node, because without that node the job is over anyway.
+    # Never restarted: a ledger without its claims would let rows be labelled twice. On the driver's
+    # node, because the job cannot survive the loss of that node anyway.
     on_this_node = NodeAffinitySchedulingStrategy(this_node(), soft=False)
     ledger = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=on_this_node)(
         Ledger
@@ -74,7 +74,7 @@ def run_pipeline(
         ):
             _dataset(pieces, setup, ray.put(frozen), resources, ledger, place).materialize()
     except (JobStoppedError, KeyboardInterrupt):
-        # Only the end of this run would need them: the next run is another one.
+        # Only closing this run would read them; a rerun gets a new id.
         remove_attempts(store, setup.run)
         remove_parts(store, setup.run)
         raise
@@ -105,7 +105,7 @@ def _dataset(
             batch_format="pyarrow",
             fn_kwargs={"setup": setup, "frozen": frozen, "ledger": ledger},
             num_cpus=resources.task_cpus,
-            # Ray runs as many tasks as there are CPUs; threads of their own would compete.
+            # Ray runs one task per CPU; tokenizer threads would compete with them.
             runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false"}},
             max_retries=run.max_task_retries,
         )
@@ -114,7 +114,7 @@ def _dataset(
             batch_size=rows_gathered(setup.config),
             batch_format="pyarrow",
             fn_kwargs={"setup": setup},
-            num_cpus=0,  # cheap, and with a CPU it would wait for the tasks that wait for it
+            num_cpus=0,  # cheap; reserving a CPU could deadlock with the upstream tasks
             max_retries=run.max_task_retries,
         )
         .map_batches(
@@ -122,8 +122,8 @@ def _dataset(
             batch_size=1,
             batch_format="pyarrow",
             fn_constructor_kwargs={"setup": setup, "ledger": ledger},
-            # While the engine works on one unit, the next is queued in it and the last is being
-            # written, so that a shared engine never idles.
+            # While the engine runs one unit, the next is queued in it and the previous one is
+            # being written, so that a shared engine never idles.
             compute=ray.data.ActorPoolStrategy(
                 min_size=resources.min_replicas,
                 max_size=resources.max_replicas,
@@ -143,12 +143,12 @@ def _dataset(
 def _watched(
     ledger: Any, progress: Progress, shutdown: GracefulShutdown, notice: StartupNotice
 ) -> Iterator[None]:
-    """Shows the state of the ledger once a second and passes on a request to stop."""
+    """Shows the ledger's state once a second and forwards a stop request to it."""
     import ray
 
     over = threading.Event()
 
-    def look() -> None:
+    def refresh() -> None:
         if shutdown.is_requested:
             ledger.stop.remote()
         state: RunState
@@ -160,9 +160,9 @@ def _watched(
 
     def watch() -> None:
         while not over.wait(_POLL_S):
-            # The job itself raises what went wrong.
+            # The job itself raises the error.
             with contextlib.suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
-                look()
+                refresh()
 
     thread = threading.Thread(target=watch, name="progress", daemon=True)
     thread.start()
@@ -172,4 +172,4 @@ def _watched(
         over.set()
         thread.join()
         with contextlib.suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
-            look()  # a log ends with what was reached, also where the job fails
+            refresh()  # show the final state, even if the job failed

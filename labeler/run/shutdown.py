@@ -1,7 +1,7 @@
 """Stops a job on SIGTERM (preemption) or Ctrl-C.
 
-The first signal lets units in work be finished; a second one, or the end of the drain time, ends
-the job at once. Both are safe: committed units stay, and the next run resumes.
+The first signal lets in-flight units finish; a second one, or the drain timeout, ends the job
+immediately. Both are safe: committed units are kept, and the next run resumes.
 """
 
 import os
@@ -19,40 +19,40 @@ _CLEAR_LINE = "\r\x1b[K"
 
 
 class _DrainTimeoutError(BaseException):
-    """Not an Exception, so that no handler on its way out mistakes it for an error of its own."""
+    """A BaseException, so that no ``except Exception`` on the way out swallows it."""
 
 
 class GracefulShutdown:
-    """Handles signals while a job runs; does nothing where the job is not on the main thread."""
+    """Handles signals while a job runs; does nothing outside the main thread."""
 
     def __init__(self, drain_s: float) -> None:
         """
         Args:
-            drain_s: seconds for units in work to be finished.
+            drain_s: seconds for in-flight units to finish.
         """
         self._drain_s = drain_s
         self._signal: signal.Signals | None = None
 
     @property
     def is_requested(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal has arrived."""
         return self._signal is not None
 
     @contextmanager
     def draining(self) -> Iterator[None]:
-        """While open, a first signal only sets ``is_requested`` and starts the clock.
+        """Makes the first signal only set ``is_requested`` and start the drain timer.
 
         Raises:
-            JobStoppedError: at the end, after SIGTERM.
-            KeyboardInterrupt: at the end, after Ctrl-C.
+            JobStoppedError: on exit, after SIGTERM.
+            KeyboardInterrupt: on exit, after Ctrl-C.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
-        # An alarm, because only a signal interrupts the main thread while it waits for Ray.
+        # SIGALRM, because only a signal interrupts the main thread while it waits for Ray.
         before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._on_timeout)
-        outcome = "units in work are committed"
+        outcome = "in-flight units are committed"
         try:
             try:
                 yield
@@ -61,11 +61,13 @@ class GracefulShutdown:
                 for number, handler in before.items():
                     signal.signal(number, handler)
         except _DrainTimeoutError:
-            outcome = f"units in work took longer than run.drain_s = {self._drain_s:g} and are lost"
+            outcome = (
+                f"in-flight units took longer than run.drain_s = {self._drain_s:g} and are lost"
+            )
         except KeyboardInterrupt:
             if self._signal is None:
                 raise
-            outcome = "a second signal came, so units in work are lost"
+            outcome = "a second signal arrived, so in-flight units are lost"
         if self._signal is signal.SIGINT:
             raise KeyboardInterrupt(outcome)
         if self._signal is not None:
@@ -81,8 +83,8 @@ class GracefulShutdown:
         signal.setitimer(signal.ITIMER_REAL, self._drain_s)
         # Not print: the signal may have interrupted a write to the same stream.
         text = (
-            f"{self._signal.name}: no new units; units in work have {duration_text(self._drain_s)} "
-            "to be finished (signal again to stop at once)\n"
+            f"{self._signal.name}: no new units; in-flight units have "
+            f"{duration_text(self._drain_s)} to finish (signal again to stop immediately)\n"
         )
         os.write(2, ((_CLEAR_LINE if os.isatty(2) else "") + text).encode())
 

@@ -1,4 +1,4 @@
-"""The summary of a run, from its roster and its manifests."""
+"""The summary of a run, computed from its roster and manifests."""
 
 import pyarrow.compute as pc
 
@@ -14,16 +14,16 @@ class LabelSummary(Accounts):
     """Outcome of a label job.
 
     Attributes:
-        teacher_backend: engine that labelled.
-        run: identity of the run, and name of its roster.
-        rows_generated: labelled rows whose responses were generated first.
-        bytes_per_label, ids_per_label: on disk, over all units that hold rows of this run, reused
-            ones included; 0 without labels.
-        seconds: wall time of the job, from reading the configuration.
-        labels_url, fingerprint: of the label set.
+        teacher_backend: engine that computed the labels.
+        run: run id, also the name of its roster.
+        rows_generated: labelled rows with generated responses.
+        bytes_per_label, ids_per_label: on disk, over all units that hold rows of this run,
+            including reused ones; 0 without labels.
+        seconds: wall time of the job, including reading the configuration.
+        labels_url, fingerprint: identify the label set.
         view: URL of the view, or empty.
-        reduced: where the stored labels are richer than the requested ones; the view promises what
-            was requested, which readers derive from what is stored.
+        reduced: the fields in which stored labels are richer than requested; readers of the view
+            reduce the stored labels to the requested ones.
         announcements: remarks of teachers about the labels of these units.
     """
 
@@ -49,13 +49,13 @@ def summarise(
     seconds: float,
     reduced: str,
 ) -> LabelSummary:
-    """The summary of a run whose roster is closed."""
+    """Summarises a run whose roster is closed."""
     roster = read_roster(label_set, run)
     labelled = roster.filter(pc.equal(roster.column("disposition"), LABELLED))
     generated = int(pc.sum(pc.greater_equal(labelled.column("sample"), 0), min_count=0).as_py())
     units = _units_with(label_set, keys_to_sorted(key_array(roster, "row_key")))
     labels = sum(unit.num_labels for unit in units)
-    # Each unit repeats the remark of its teacher.
+    # Every unit repeats its teacher's remark.
     announcements = {str(unit.provenance.get("announcement", "")) for unit in units} - {""}
     return LabelSummary(
         teacher_backend=backend,
@@ -82,7 +82,7 @@ def _units_with(label_set: LabelSet, rows: SortedKeys) -> list[Manifest]:
 
 
 def describe(summary: LabelSummary) -> list[str]:
-    """The lines that end a label job on the terminal."""
+    """Returns the final terminal lines of a label job."""
     lines = [
         f"{summary.rows_read:,} rows read = {summary.rows_labelled:,} labelled + "
         f"{summary.rows_reused:,} reused + {summary.rows_duplicate:,} duplicate + "

@@ -1,4 +1,4 @@
-"""Keeps a teacher alive: attempts, watchdog, restarts, halving of units that crash engines.
+"""Keeps a teacher alive: records attempts, restarts engines, halves units that crash them.
 
 Treats the teacher as a black box behind the protocol; knows no engine and no Ray.
 """

@@ -1,12 +1,11 @@
-"""Records of what a teacher is working on, so that a row that crashes its engine is found.
+"""Records which rows an engine is working on, to identify a row that crashes it.
 
-A process that segfaults cannot report which rows it had. So a record is written before rows go to
-the engine and removed when they come back: one that is left over means that the engine crashed over
-these rows. Records count within one run only, and not where the node was lost or the process was
-ended from outside in an orderly way.
+A process that segfaults cannot report its rows. So a record is written before rows go to the engine
+and removed when they return: a leftover record means that the engine crashed on these rows. Records
+count only within one run, and not if the node was lost or the process was terminated gracefully.
 
-A record also says whether its rows had the engine to themselves; where they shared it, which
-rows caused the crash is unknown.
+A record also states whether its rows had the engine to themselves: in a shared engine, any row in
+flight may have caused the crash.
 """
 
 import atexit
@@ -27,12 +26,12 @@ def _never(_: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Crashes:
-    """Attempts at the rows of a key that did not come back.
+class CrashCounts:
+    """Engine crashes on the rows of one key.
 
     Attributes:
-        shared: while the engine worked on other rows too.
-        alone: while it had these rows only.
+        shared: while the engine was also running other rows.
+        alone: while it was running only these rows.
     """
 
     shared: int = 0
@@ -40,12 +39,12 @@ class Crashes:
 
     @property
     def total(self) -> int:
-        """Both."""
+        """Shared and exclusive crashes together."""
         return self.shared + self.alone
 
 
 class Attempts:
-    """The attempts of one run, as seen from one process."""
+    """The attempt records of one run, written and read by one process."""
 
     def __init__(
         self,
@@ -57,11 +56,11 @@ class Attempts:
     ) -> None:
         """
         Args:
-            store: of the label set.
-            run: identity of the run.
-            node: name of the node of this process.
-            is_lost: whether the node of a name has left the cluster.
-            actor: name of the actor of this process, kept when the actor is restarted.
+            store: store of the label set.
+            run: run id.
+            node: name of this process's node.
+            is_lost: returns whether the named node has left the cluster.
+            actor: name of this process's actor; survives a restart of the actor.
         """
         self._store = store
         self._run = run
@@ -72,27 +71,26 @@ class Attempts:
         atexit.register(self._end_all)  # runs on SIGTERM under Ray, but not when an engine crashes
 
     def own_key(self, phase: str) -> str:
-        """The key of an attempt that involves no rows, such as starting an engine.
+        """The key of an attempt without rows, such as an engine start.
 
-        Each actor has its own: with a shared key it would count attempts of other actors that are
-        still in flight as crashes.
+        One per actor: with a shared key, in-flight attempts of other actors would count as crashes.
         """
         return f"{phase}-{self._actor}"
 
-    def crashes(self, key: str) -> Crashes:
-        """The attempts at the rows of a key that did not come back."""
+    def count_crashes(self, key: str) -> CrashCounts:
+        """Counts the attempts at the rows of a key that never returned."""
         read = [self._read(rel) for rel in self._records(key)]
         records = [record for record in read if record is not None]
+        # The loss of a node ends its attempts, so these records blame no row.
         alone = [record["alone"] for record in records if not self._is_lost(record["node"])]
-        # A lost node takes its attempts with it, whatever rows they had.
-        return Crashes(shared=alone.count(False), alone=alone.count(True))
+        return CrashCounts(shared=alone.count(False), alone=alone.count(True))
 
     def begin(self, key: str, alone: bool = True) -> str:
-        """Records an attempt; returns the name of the record.
+        """Records an attempt; returns the path of the record.
 
         Args:
-            key: of the rows, or from ``own_key``.
-            alone: the rows have the engine to themselves.
+            key: key of the rows, or from ``own_key``.
+            alone: whether the rows have the engine to themselves.
         """
         rel = f"{FOLDER}/{self._run}/{key}/{uuid.uuid4().hex}.json"
         self._store.write_bytes(rel, json.dumps({"node": self._node, "alone": alone}).encode())
@@ -100,17 +98,17 @@ class Attempts:
         return rel
 
     def end(self, rel: str) -> None:
-        """Removes the record of an attempt that came back."""
+        """Removes the record of an attempt that returned."""
         self._store.delete(rel)
         self._open.discard(rel)
 
     def keep(self, rel: str) -> None:
-        """Keeps the record of an attempt that crashed its engine but not this process."""
+        """Keeps the record of an attempt that crashed the engine but not this process."""
         self._open.discard(rel)
 
     def clear(self, key: str) -> None:
-        """Removes every record of a key, because an attempt has succeeded."""
-        # File by file: another attempt may begin in the same folder at this moment.
+        """Removes all records of a key after an attempt has succeeded."""
+        # File by file: another attempt may be starting in the same folder.
         for rel in self._records(key):
             self._store.delete(rel)
         self._open = {rel for rel in self._open if f"/{key}/" not in rel}
@@ -119,7 +117,7 @@ class Attempts:
         return self._store.list(f"{FOLDER}/{self._run}/{key}", ".json")
 
     def _read(self, rel: str) -> dict[str, Any] | None:
-        """A record; None where the attempt has ended since it was listed."""
+        """Returns a record, or None if its attempt has ended since it was listed."""
         try:
             record: dict[str, Any] = json.loads(self._store.read_bytes(rel))
         except StoreError as error:
@@ -134,5 +132,5 @@ class Attempts:
 
 
 def remove_attempts(store: Store, run: str) -> None:
-    """Removes the records of a run that is over."""
+    """Removes all records of a finished run."""
     store.delete(f"{FOLDER}/{run}")

@@ -1,4 +1,4 @@
-"""A lock that many threads hold together or one holds exclusively."""
+"""A reader-writer lock: many threads hold it together, or one holds it exclusively."""
 
 import threading
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class SharedLock:
-    """Shared or exclusive; a thread waiting for exclusive access goes before later shared ones.
+    """Grants shared or exclusive access; a waiting exclusive request blocks later shared ones.
 
     Not reentrant in either mode.
     """
@@ -19,7 +19,7 @@ class SharedLock:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Holds the lock together with other shared holders."""
+        """Holds the lock in shared mode."""
         with self._changed:
             self._changed.wait_for(lambda: not self._is_exclusive and not self._num_waiting)
             self._num_shared += 1
@@ -32,7 +32,7 @@ class SharedLock:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Waits for all holders to leave, then holds the lock alone."""
+        """Waits for all holders to release the lock, then holds it exclusively."""
         with self._changed:
             self._num_waiting += 1
             self._changed.wait_for(lambda: not self._is_exclusive and not self._num_shared)

@@ -1,14 +1,13 @@
-"""Labels requests with as many engines as it takes, and isolates the rows that crash them.
+"""Labels requests, restarts crashed engines and isolates the rows that crash them.
 
-A row that crashes its engine must neither end the job, nor be retried for ever, nor take other rows
-with it:
+A row that crashes its engine must not end the job, be retried forever, or fail other rows:
 
-1. Units without a recorded crash share an engine where it can be shared, so that it never idles. If
-   it crashes, any unit in flight may be the cause: each is retried on a new engine of its own, and
+1. Units without a recorded crash share an engine, if it is shareable, so that it never idles. If it
+   crashes, any in-flight unit may be the cause: each is retried on a fresh engine of its own, and
    only a crash there counts against its rows.
-2. Rows over which two engines crashed, one of them exclusively theirs, are halved, and the halves
-   retried on a new engine, until the row that causes it is alone.
-3. A single row is quarantined once it has crashed two new engines on its own while a canary row
+2. If two engines crash on the same rows, at least once while running only those rows, the batch is
+   split in half. Each half is retried on a fresh engine, until the faulty row is isolated.
+3. A single row is quarantined once it has crashed two fresh engines on its own and a canary row
    passes on another. If the canary fails too, the engine itself is broken, and the job ends.
 """
 
@@ -19,11 +18,11 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from labeler.corpus.requests import Request, requests_unit_key
-from labeler.supervision.attempts import Attempts, Crashes
+from labeler.supervision.attempts import Attempts, CrashCounts
 from labeler.supervision.shared_lock import SharedLock
 from labeler.supervision.watchdog import Watchdog
 from labeler.teachers.canary import label_canary
-from labeler.teachers.protocol import Teacher
+from labeler.teachers.protocol import Teacher, WakeableTeacher
 from labeler.units.unit_labels import UnitLabels, label_requests
 from labeler.units.unit_progress import UnitProgress
 from schemas.errors import RowFailure, TeacherError, TeacherGoneError, first_line
@@ -32,13 +31,13 @@ from schemas.spec import GenerationSpec
 T = TypeVar("T")
 
 MAX_BLAMELESS_CRASHES = 3
-"""Crashes in one phase that no row can be blamed for, after which the run gives up."""
+"""Crashes in one phase, none caused by a row, after which the run fails."""
 
 MAX_KILLED = 20
-"""Engines killed from outside in a row, after which the run gives up."""
+"""Consecutive engines killed from outside, after which the run fails."""
 
 CRASHES_TO_BLAME = 2
-"""Engines that have to crash over the same rows before the rows are blamed."""
+"""Engine crashes on the same rows before the rows are blamed."""
 
 _START = "start"
 _CANARY = "canary"
@@ -57,8 +56,8 @@ def _ignore(_: str) -> None:
 class EngineSupervisor:
     """Labels requests, restarting the engine when it crashes.
 
-    The first engine is started by the first requests, so that a run with nothing to do starts none.
-    Calls may come from several threads; they share the engine where its ``shareable`` says so.
+    The engine starts lazily, on the first requests: a run with nothing to do starts none.
+    Thread-safe; concurrent calls share the engine if it is ``shareable``.
     """
 
     def __init__(
@@ -73,10 +72,10 @@ class EngineSupervisor:
         """
         Args:
             make_teacher: starts an engine.
-            attempts: record of what engines are working on.
+            attempts: records of the rows that engines are working on.
             generation, audit_rate: see ``label_requests``.
-            watchdog: ends engines that hang; None: they may hang for ever.
-            say: called with one line whenever an engine has crashed.
+            watchdog: kills hanging engines; None: they may hang forever.
+            say: called with one line after each engine crash.
         """
         self._make_teacher = make_teacher
         self._attempts = attempts
@@ -86,7 +85,7 @@ class EngineSupervisor:
         self._say = say
         self._num_killed = 0
         self._teacher: Teacher | None = None
-        self._lock = SharedLock()  # held exclusively to start and to drop engines
+        self._lock = SharedLock()  # exclusive while an engine is started or dropped
 
     def label(
         self, requests: Sequence[Request], progress: UnitProgress | None = None
@@ -94,22 +93,22 @@ class EngineSupervisor:
         """Labels or quarantines each request; also returns the provenance of the labels.
 
         Raises:
-            TeacherError: no engine starts, or engines crash whatever they label.
+            TeacherError: no engine starts, or engines crash regardless of the rows.
         """
         batch = list(requests)
-        if not self._attempts.crashes(requests_unit_key(batch)).total:
-            found = self._label_shared(batch, progress)
-            if found is not None:
-                return found
+        if not self._attempts.count_crashes(requests_unit_key(batch)).total:
+            labeled = self._label_shared(batch, progress)
+            if labeled is not None:
+                return labeled
         with self._lock.exclusive():
             labels = self._label_exclusively(batch, progress, suspected=False)
             return labels, self._running_teacher().provenance()
 
     def run_exclusively(self, task: Callable[[Teacher], T]) -> T:
-        """Runs the parity check, or a part of it, while the teacher does nothing else.
+        """Runs the parity check, or part of it, with exclusive use of the teacher.
 
         Raises:
-            TeacherError: no engine starts, or engines crash over it.
+            TeacherError: no engine starts, or engines crash during the check.
         """
         with self._lock.exclusive():
             return self._run_blameless(_PARITY, task)
@@ -117,8 +116,8 @@ class EngineSupervisor:
     def _label_shared(
         self, requests: list[Request], progress: UnitProgress | None
     ) -> tuple[UnitLabels, dict[str, object]] | None:
-        """Labels requests beside those of other threads; None: retry them exclusively."""
-        # In a loop: between the two locks another thread may have dropped the engine again.
+        """Labels requests on the shared engine; None if they must be retried exclusively."""
+        # A loop, because another thread may drop the engine between the two locks.
         while self._teacher is None:
             with self._lock.exclusive():
                 self._running_teacher()
@@ -126,35 +125,35 @@ class EngineSupervisor:
             teacher = self._teacher
             if teacher is None or not teacher.shareable:
                 return None
-            found = self._label_once(requests, teacher, progress, alone=False)
-            if isinstance(found, UnitLabels):
-                return found, teacher.provenance()
-        # By now every call that shared the engine has failed; the first one drops it.
+            result = self._label_once(requests, teacher, progress, alone=False)
+            if isinstance(result, UnitLabels):
+                return result, teacher.provenance()
+        # Every call that shared the engine has failed by now; the first to get here drops it.
         with self._lock.exclusive():
             if self._teacher is teacher:
-                self._drop(found)
+                self._drop(result)
         return None
 
     def _label_exclusively(
         self, requests: list[Request], progress: UnitProgress | None, suspected: bool
     ) -> UnitLabels:
-        """Labels requests on an engine of their own, halving them while they crash it.
+        """Labels requests on an exclusive engine, halving the batch while it crashes the engine.
 
         Args:
             requests: one or more.
-            progress: of the unit that they are from.
-            suspected: they are half of rows that crashed engines.
+            progress: progress of their unit.
+            suspected: whether they are half of a batch that crashed engines.
         """
         key = requests_unit_key(requests)
         is_single = len(requests) == 1
-        crashes, last = self._attempts.crashes(key), None
-        while not _are_to_blame(crashes, suspected, is_single):
-            found = self._label_once(requests, self._running_teacher(), progress)
-            if isinstance(found, UnitLabels):
-                return found
-            self._drop(found)
-            crashes, last = self._attempts.crashes(key), found
-        # Before rows are blamed: an engine that fails on any row would quarantine the corpus.
+        crashes, last = self._attempts.count_crashes(key), None
+        while not _rows_are_to_blame(crashes, suspected, is_single):
+            result = self._label_once(requests, self._running_teacher(), progress)
+            if isinstance(result, UnitLabels):
+                return result
+            self._drop(result)
+            crashes, last = self._attempts.count_crashes(key), result
+        # Without this check, an engine that fails on every row would quarantine the whole corpus.
         self._check_canary()
         if is_single:
             detail = f"{crashes.alone} engines crashed on this row alone{_last_crash(last)}"
@@ -170,7 +169,7 @@ class EngineSupervisor:
         progress: UnitProgress | None,
         alone: bool = True,
     ) -> UnitLabels | TeacherError:
-        """One attempt at requests, or the error of the crash."""
+        """Makes one attempt to label requests; returns their labels or the crash error."""
         return self._attempt(
             requests_unit_key(requests),
             lambda: label_requests(requests, teacher, self._generation, self._audit_rate, progress),
@@ -181,7 +180,7 @@ class EngineSupervisor:
         """Labels a row of two tokens.
 
         Raises:
-            TeacherError: no engine can.
+            TeacherError: the teacher cannot label it.
         """
         result = self._run_blameless(_CANARY, label_canary)
         if isinstance(result, RowFailure):
@@ -190,11 +189,11 @@ class EngineSupervisor:
             )
 
     def _run_blameless(self, phase: str, task: Callable[[Teacher], T]) -> T:
-        """Runs a task on one engine after another until one completes it or too many crash."""
+        """Runs a task, restarting crashed engines, until it completes or too many crash."""
         key, last = self._attempts.own_key(phase), None
         while True:
             teacher = self._running_teacher()
-            self._check_crashes(phase, last)
+            self._raise_after_repeated_crashes(phase, last)
             result = self._attempt(key, functools.partial(task, teacher))
             if not isinstance(result, TeacherError):
                 self._attempts.clear(key)
@@ -202,17 +201,17 @@ class EngineSupervisor:
             self._drop(result)
             last = result
 
-    def _check_crashes(self, phase: str, last: TeacherError | None) -> None:
-        """Gives up on a phase that involves no row of the corpus.
+    def _raise_after_repeated_crashes(self, phase: str, last: TeacherError | None) -> None:
+        """Fails a phase that involves no corpus rows if too many of its attempts crashed.
 
         Args:
             phase: key of ``_PHASES``.
-            last: why the previous attempt failed; None: there was none, or its process crashed too.
+            last: error of the previous attempt; None if this is the first attempt of the process.
 
         Raises:
-            TeacherError: too many attempts have failed.
+            TeacherError: too many attempts have crashed.
         """
-        num_crashes = self._attempts.crashes(self._attempts.own_key(phase)).total
+        num_crashes = self._attempts.count_crashes(self._attempts.own_key(phase)).total
         if num_crashes >= MAX_BLAMELESS_CRASHES:
             raise TeacherError(
                 f"{num_crashes} engines crashed {_PHASES[phase]}: the teacher cannot run here; try "
@@ -221,12 +220,15 @@ class EngineSupervisor:
             ) from last
 
     def _attempt(self, key: str, task: Callable[[], T], alone: bool = True) -> T | TeacherError:
-        """One attempt: its result, or the error of the crash, whose record stays if it counts."""
+        """Makes one attempt; returns its result or the crash error.
+
+        The record is kept if the crash counts against the rows.
+        """
         record = self._attempts.begin(key, alone)
         try:
             with self._watchdog.waiting():
                 result = task()
-        except TeacherGoneError:  # a remote server is down, which no row has caused
+        except TeacherGoneError:  # the remote server is down; no row is to blame
             self._attempts.end(record)
             raise
         except TeacherError as error:
@@ -240,20 +242,20 @@ class EngineSupervisor:
         return result
 
     def _running_teacher(self) -> Teacher:
-        """The teacher, started if necessary.
+        """Returns the teacher, starting it if necessary.
 
         Raises:
-            TeacherError: it cannot be loaded, or crashes whenever it starts.
+            TeacherError: it cannot be loaded, or repeatedly crashes on start.
         """
         key = self._attempts.own_key(_START)
         last: TeacherError | None = None
         while self._teacher is None:
-            self._check_crashes(_START, last)
+            self._raise_after_repeated_crashes(_START, last)
             record = self._attempts.begin(key)
             try:
                 with self._watchdog.starting():
-                    self._teacher = self._make_teacher()
-                self._watchdog.wake = getattr(self._teacher, "wake", None)
+                    self._teacher = teacher = self._make_teacher()
+                self._watchdog.wake = teacher.wake if isinstance(teacher, WakeableTeacher) else None
             except TeacherError as error:
                 last = self._failed_start(record, error)
                 self._say_crashed(last)
@@ -261,10 +263,10 @@ class EngineSupervisor:
         return self._teacher
 
     def _failed_start(self, record: str, error: TeacherError) -> TeacherError:
-        """The error of a start that may be retried: the engine hung or was killed from outside.
+        """Returns the error if the start may be retried: the engine hung or was killed.
 
         Raises:
-            TeacherError: any other, because a teacher that cannot be loaded says why.
+            TeacherError: any other failure: a load error already explains itself.
         """
         if self._watchdog.has_killed_engine:
             self._attempts.keep(record)
@@ -281,7 +283,7 @@ class EngineSupervisor:
         """Whether the engine was killed from outside, so that its rows are not to blame.
 
         Raises:
-            TeacherError: too many in a row were.
+            TeacherError: too many consecutive engines were killed from outside.
         """
         if not self._watchdog.was_killed_from_outside():
             return False
@@ -306,19 +308,19 @@ class EngineSupervisor:
 
 
 def _last_crash(error: TeacherError | None) -> str:
-    """The end of a message about crashes: why the last engine crashed."""
+    """The suffix of a crash message: the cause of the last crash."""
     if error is None:
         return "; the last engine crashed its worker process: see Ray's logs and `dmesg` for why"
     return f"; last error: {first_line(error)}"
 
 
-def _are_to_blame(crashes: Crashes, suspected: bool, is_single: bool) -> bool:
-    """Whether rows caused the crashes of engines that had them.
+def _rows_are_to_blame(crashes: CrashCounts, suspected: bool, is_single: bool) -> bool:
+    """Whether these rows are to blame for the engine crashes.
 
     Args:
-        crashes: recorded for these rows.
-        suspected: the rows are half of such rows, so that one more crash is enough.
-        is_single: one row, which would be quarantined.
+        crashes: crashes recorded for these rows.
+        suspected: whether the rows are half of a batch that was to blame; one crash then suffices.
+        is_single: whether this is a single row, which would be quarantined.
     """
     if is_single:
         return crashes.alone >= CRASHES_TO_BLAME

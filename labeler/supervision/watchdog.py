@@ -1,8 +1,8 @@
-"""Ends engines that hang, and distinguishes crashed engines from killed ones.
+"""Stops hanging engines, and distinguishes crashed engines from killed ones.
 
-An engine in processes of its own is ended by killing these: the call that waits for it then fails
-as with any crash. An engine inside this process ends with it: the attempt's record stays and counts
-as a crash, and Ray restarts the process.
+An out-of-process engine is stopped by killing its processes; the call waiting on it then fails as
+after any crash. An in-process engine is stopped by ending this process: the attempt's record stays
+and counts as a crash, and Ray restarts the process.
 """
 
 import faulthandler
@@ -20,34 +20,34 @@ from multiprocessing.process import BaseProcess
 import psutil
 
 EXIT_STALLED = 75
-"""Exit code of a process whose engine hangs inside it."""
+"""Exit code of a process whose in-process engine hangs."""
 
 _OUTSIDE_SIGNALS = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
 _CHECKS_PER_STALL = 20
 _MAX_CHECK_S = 1.0
 
 _NOTICE_S = 2.0
-"""Seconds for a call to notice by itself that the engine's process is gone."""
+"""Grace period for a call to notice on its own that the engine's process is gone."""
 
 _GONE_S = 60.0
-"""Seconds after which a call that still has not noticed never will."""
+"""Seconds after which a call that has not noticed never will."""
 
 _REAP_S = 2.0
 _FIND_S = 0.1
 
 
 class Watchdog:
-    """Watches one engine after another."""
+    """Watches one engine at a time."""
 
     def __init__(self, stall_s: float, end_process: Callable[[int], None] = os._exit) -> None:
         """
         Args:
-            stall_s: seconds without any result, while a call waits, after which an engine hangs.
-            end_process: ends this process with an exit code.
+            stall_s: an engine hangs if a call waits this many seconds without any result.
+            end_process: ends this process with the given exit code.
         """
         self.stall_s = stall_s
         self.wake: Callable[[], None] | None = None
-        """Fails the calls that wait for an engine whose process is gone."""
+        """Fails the calls waiting on an engine whose process is gone."""
         self._check_s = min(stall_s / _CHECKS_PER_STALL, _MAX_CHECK_S)
         self._end_process = end_process
         self._changed = threading.Condition()
@@ -63,7 +63,7 @@ class Watchdog:
 
     @contextmanager
     def starting(self) -> Iterator[None]:
-        """Open while an engine starts; processes that appear meanwhile are its own."""
+        """Wraps the start of an engine; child processes that appear meanwhile belong to it."""
         self._before = set(multiprocessing.active_children())
         self._processes = set()
         self.wake = None
@@ -72,7 +72,7 @@ class Watchdog:
         self._has_killed = False
         self._oom_kills = _count_oom_kills()
         is_over = threading.Event()
-        # Polled: a process that ends during the start is no longer among the children after it.
+        # Polled, because a process that exits during the start is no longer a child afterwards.
         finder = threading.Thread(target=self._find_processes, args=(is_over,), daemon=True)
         finder.start()
         try:
@@ -81,17 +81,17 @@ class Watchdog:
         finally:
             is_over.set()
             finder.join()
-        # A process that has ended by now only helped to start the engine.
+        # A process that has already exited only helped to start the engine.
         self._processes = {process for process in self._processes if process.is_alive()}
         self._is_started = True
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Open while a call waits for the engine."""
+        """Wraps a call that waits for the engine."""
         with self._changed:
             if not self._num_waiting:
                 self._last_result_s = time.monotonic()
-                self._set_alarm()  # here, because the watching thread may never get to run
+                self._set_alarm()  # here, because the watchdog thread may never get to run
             self._num_waiting += 1
             if self._thread is None and math.isfinite(self.stall_s):
                 self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
@@ -106,9 +106,9 @@ class Watchdog:
                 self._changed.notify_all()
 
     def was_killed_from_outside(self) -> bool:
-        """Whether a process of the engine got a signal that no row can have caused.
+        """Whether an engine process received a signal that no row can have caused.
 
-        The kernel's out-of-memory killer, which a row can trigger, is recognised by its counter.
+        A row can trigger the kernel's out-of-memory killer, which is recognised by its counter.
         """
         end = time.monotonic() + _REAP_S
         while any(process.exitcode is None for process in self._processes):
@@ -122,7 +122,7 @@ class Watchdog:
 
     @property
     def has_killed_engine(self) -> bool:
-        """Whether this watchdog has killed the engine, because it hung."""
+        """Whether this watchdog has killed the engine for hanging."""
         return self._has_killed
 
     def _find_processes(self, is_over: threading.Event) -> None:
@@ -144,8 +144,8 @@ class Watchdog:
             time.sleep(self._check_s)
 
     def _set_alarm(self) -> None:
-        # An engine that hangs with the interpreter's lock stops this thread too; faulthandler's
-        # thread needs no lock.
+        # An engine that hangs while holding the GIL blocks this thread too; faulthandler's timer
+        # thread does not need the GIL.
         if math.isfinite(self.stall_s):
             after_s = self.stall_s + 2 * self._check_s
             faulthandler.dump_traceback_later(after_s, exit=True, file=sys.__stderr__ or 2)
@@ -166,7 +166,7 @@ class Watchdog:
         what = f"its {len(own)} processes" if own else "this process"
         text = f"the engine gave no result for {quiet_s:.0f}s (run.stall_s); ending {what}\n"
         os.write(2, text.encode())
-        # Killed before, and the call still has not returned: only the end of this process helps.
+        # The engine was killed but the call has not returned: only ending this process helps.
         if not own or self._has_killed:
             self._end_process(EXIT_STALLED)
         self._has_killed = True
@@ -186,7 +186,7 @@ def _kill_tree(pid: int | None) -> None:
 
 
 def _count_oom_kills() -> int:
-    """Processes that the kernel of this machine has killed for memory; 0 if unknown."""
+    """Out-of-memory kills by this machine's kernel since boot; 0 if unknown."""
     try:
         with open("/proc/vmstat") as file:
             counters = dict(line.split() for line in file)

@@ -1,4 +1,4 @@
-"""Audits: a few labels of each row beside the full distribution that they were made from."""
+"""Audits: the full distribution behind a sample of a row's labels."""
 
 from typing import NamedTuple
 
@@ -15,8 +15,8 @@ class Audit(NamedTuple):
         labels: int64 [A], indices of the labels in the row.
         logprobs: float32 [A, K], nats, of the ids that the label keeps; undefined past its end.
         tail: float32 [A], probability outside the head.
-        best: float32 [A], probability of the head_len most probable ids, the upper bound of what a
-            head of this length covers.
+        best: float32 [A], probability of the head_len most probable ids: the most that a head of
+            this length can cover.
     """
 
     labels: npt.NDArray[np.int64]
@@ -26,12 +26,12 @@ class Audit(NamedTuple):
 
     @staticmethod
     def from_columns(labels: npt.NDArray[np.int64], columns: npt.NDArray[np.float32]) -> "Audit":
-        """The audit of these labels from what ``audit_logits`` returned for them."""
+        """Builds the audit of these labels from the output of ``audit_logits``."""
         return Audit(labels, columns[:, :-2], columns[:, -2], columns[:, -1])
 
 
 def audited_labels(row_key: bytes, num_labels: int, rate: float) -> npt.NDArray[np.int64]:
-    """Selects the labels of a row to audit: every 1/rate-th, from an offset that its key decides.
+    """Selects every 1/rate-th label of a row for audit, from an offset determined by its key.
 
     Args:
         row_key: 16 bytes.

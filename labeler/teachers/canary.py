@@ -11,6 +11,6 @@ CANARY_SPANS = np.array([1, 2], np.int32)
 
 
 def label_canary(teacher: Teacher) -> RowLabels | RowFailure:
-    """The teacher's labels of the canary, which nobody stores."""
+    """Labels the canary; the labels are not stored."""
     keys = stack_keys([row_key(CANARY_IDS, CANARY_SPANS)])
     return teacher.label([CANARY_IDS], [CANARY_SPANS], keys)[0]

@@ -1,4 +1,4 @@
-"""Creates the teacher of a configuration. Engines and torch are imported only then."""
+"""Creates the configured teacher; engines and torch are imported lazily."""
 
 from labeler.config import TeacherConfig
 from labeler.teachers.protocol import Teacher
@@ -7,7 +7,7 @@ from schemas.spec import RecordSpec
 
 
 def make_teacher(config: TeacherConfig, record: RecordSpec) -> Teacher:
-    """Loads the teacher of a configuration.
+    """Loads the configured teacher.
 
     Raises:
         TeacherError: the model cannot be loaded, or the backend cannot serve the record.
@@ -25,6 +25,6 @@ def make_teacher(config: TeacherConfig, record: RecordSpec) -> Teacher:
 
         return RemoteTeacher(config, record)
     raise TeacherError(
-        f'there is no teacher to make for teacher.backend = "{config.backend}"; '
+        f'teacher.backend = "{config.backend}" has no teacher; '
         'expected "vllm", "transformers" or "remote"'
     )

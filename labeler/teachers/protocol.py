@@ -1,8 +1,8 @@
-"""The protocol that every teacher implements, and the results it returns."""
+"""The teacher protocol and the labels that teachers return."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from schemas.spec import GenerationSpec
 OnRow = Callable[[int], None]
 """Called from any thread with the index of a request that the engine has finished.
 
-For progress only. It must return at once, because it blocks the engine.
+For progress only. Must return immediately, because it blocks the engine.
 """
 
 
@@ -30,7 +30,7 @@ class RowLabels(Labels[np.ndarray]):
     the row may be cut off.
 
     Attributes:
-        audit: the full distribution at some of the positions; None if no audit was requested.
+        audit: the full distribution at sampled positions; None if no audit was requested.
     """
 
     audit: Audit | None = None
@@ -52,12 +52,12 @@ class RowLabels(Labels[np.ndarray]):
 
 
 class Teacher(Protocol):
-    """A model that labels sequences and samples responses; may be called from several threads.
+    """A model that labels sequences and samples responses. Thread-safe.
 
     Attributes:
-        shareable: True if concurrent calls of ``label`` and ``generate`` share the engine, which
-            starts on the next call while the last one finishes; an engine failure then fails all of
-            them. False if calls wait for each other.
+        shareable: True if concurrent ``label`` and ``generate`` calls share the engine, so that one
+            call starts while another finishes; an engine failure then fails all of them. False if
+            calls are serialized.
     """
 
     shareable: ClassVar[bool]
@@ -76,9 +76,9 @@ class Teacher(Protocol):
             token_ids: one integer array [L] per request.
             label_spans: one flat integer array of half-open [start, end) pairs of target indices
                 per request; sorted, disjoint, start >= 1, end <= L.
-            row_keys: uint8 [R, 16], which decide the draws together with the target indices.
+            row_keys: uint8 [R, 16]; together with the target indices they determine the draws.
             audit_rate: fraction of the labels that come with an ``Audit``.
-            on_row: called for each row that passed through the engine.
+            on_row: called for each row that the engine has finished.
 
         Returns:
             One result per request, in order. A request that cannot be labelled is a ``RowFailure``
@@ -101,7 +101,7 @@ class Teacher(Protocol):
             prompt_ids: one integer array [P] per prompt.
             generation: temperature (0 is greedy), top_p, max_tokens, n.
             seeds: n seeds per prompt, one for each sample.
-            on_row: called with the index of a prompt for each of its samples.
+            on_row: called once per sample with the index of its prompt.
 
         Returns:
             For each prompt its n responses, int32 arrays of at most ``max_tokens`` ids without the
@@ -116,6 +116,14 @@ class Teacher(Protocol):
 
     def close(self) -> None:
         """Frees the model. The teacher cannot be used afterwards."""
+
+
+@runtime_checkable
+class WakeableTeacher(Protocol):
+    """Optional part of a teacher whose engine runs in processes of its own."""
+
+    def wake(self) -> None:
+        """Fails the calls that wait for an engine whose process has died."""
 
 
 def usable_or_failure(labels: RowLabels) -> RowLabels | RowFailure:

@@ -24,8 +24,9 @@ from labeler.teacher_model.identity import (
     resolve_head_dtype,
 )
 from labeler.teachers.audits import Audit, audited_labels
+from labeler.teachers.draw_uniforms import row_uniforms
 from labeler.teachers.protocol import OnRow, RowLabels, ignore_row, usable_or_failure
-from labeler.teachers.request_checks import ModelLimits, row_uniforms
+from labeler.teachers.request_checks import ModelLimits
 from schemas.errors import RowFailure, TeacherError, first_line
 from schemas.record.spans import span_targets
 from schemas.spec import GenerationSpec, RecordSpec

@@ -1,4 +1,4 @@
-"""Assembles the labels of single rows into one batch in the stored form, rounded by its record."""
+"""Assembles the labels of single rows into one batch in stored form, rounded as the record says."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,11 +21,11 @@ def assemble_rows(
     labels: Sequence[RowLabels] | None,
     record: RecordSpec,
 ) -> LabelRows:
-    """Puts R rows and their labels together.
+    """Assembles R rows and their labels.
 
-    Heads keep the teacher's order, by falling probability before rounding: rounding never reverses
-    two entries, but may make them equal. An id that the model forbids is stored with the lowest
-    finite log-probability, whose probability is zero.
+    Heads keep the teacher's order, descending probability before rounding: rounding never swaps two
+    entries, but may make them equal. An id that the model forbids is stored with the lowest finite
+    log-probability, whose probability is zero.
 
     Args:
         row_keys: uint8 [R, 16].
@@ -33,7 +33,7 @@ def assemble_rows(
         token_ids: one integer array [L] per row.
         label_spans: one flat array of [start, end) pairs per row.
         labels: one per row, or None for a record of kind ``tokens``.
-        record: bits to keep, and columns.
+        record: precision and columns.
     """
     tokens, token_offsets = _join(token_ids)
     spans, span_offsets = _join(label_spans)
@@ -49,7 +49,7 @@ def assemble_rows(
 
 
 def _join(rows: Sequence[np.ndarray]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """All rows in one array, and offsets [R + 1] into it."""
+    """Concatenates rows; returns the array and offsets [R + 1] into it."""
     arrays = [np.zeros(0, np.int32), *(np.asarray(row, dtype=np.int32) for row in rows)]
     return np.concatenate(arrays), offsets_of(np.array([len(row) for row in rows], np.int64))
 
@@ -69,7 +69,7 @@ def _label_columns(labels: Sequence[RowLabels], record: RecordSpec) -> dict[str,
         dtype: type[np.generic],
         store: Callable[[np.ndarray, np.ndarray], object] = _copy,
     ) -> np.ndarray:
-        # Row by row into its place: an intermediate array would be as large as the unit.
+        # Row by row in place: an intermediate array would be as large as the unit.
         flat = np.empty(ends[-1], dtype)
         for row, (_, slots), first, end in zip(labels, used, ends, ends[1:], strict=False):
             values, place = getattr(row, name), flat[first:end]
@@ -92,13 +92,13 @@ def _label_columns(labels: Sequence[RowLabels], record: RecordSpec) -> dict[str,
         "target_logprob": rounded("target_logprob"),
         "target_rank": column("target_rank"),
     }
-    if record.kind == "sampled":  # heads are empty, so that every entry is a draw
+    if record.kind == "sampled":  # heads are empty: every entry is a draw
         columns["entry_counts"] = entries("entry_counts", np.uint8)
     if record.entropy:
         columns["entropy"] = rounded("entropy")
     if record.temperatures:
-        # Weights at a temperature are multiplied by exp(-lse), whose rounding error nothing
-        # cancels, so lse keeps all of its bits.
+        # Weights at a temperature are multiplied by exp(-lse), whose rounding error does not
+        # cancel, so lse keeps all of its bits.
         columns["lse"] = round_logprobs(column("lse"), FLOAT16_BITS)
     return columns
 
@@ -107,7 +107,7 @@ def _used_slots(labels: RowLabels) -> tuple[int, npt.NDArray[np.int64] | None]:
     """Number of entries in the arrays [N, K], and their flat slots; None if all slots are used."""
     lengths = np.asarray(labels.head_len) + labels.tail_len
     width = labels.entry_ids.shape[1]
-    if (lengths == width).all():  # selecting would copy arrays that need no selection
+    if (lengths == width).all():  # avoids copying the arrays
         return labels.entry_ids.size, None
     slots = np.flatnonzero(np.arange(width) < lengths[:, None])
     return len(slots), slots

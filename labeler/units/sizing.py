@@ -1,8 +1,8 @@
-"""Groups rows into units of about equally many tokens, however long the rows are.
+"""Groups rows into units of similar token counts, regardless of row length.
 
-Rows are gathered until there are enough for several units, then cut where the running sum of their
-tokens passes equal shares. So a unit of long rows is not huge, one of tiny rows is not tiny, and
-none is a small remainder. A unit travels as one row, because Ray Data batches by rows.
+Rows for several units are gathered, then cut where the running token sum passes equal shares. So
+units of long rows are not huge, units of short rows are not tiny, and no small remainder is left. A
+unit travels as one row, because Ray Data batches by rows.
 """
 
 import math
@@ -14,25 +14,25 @@ import pyarrow.compute as pc
 from labeler.config import LabelConfig
 
 GATHERED_UNITS = 32
-"""Most units' worth of the longest rows that are gathered before they are cut."""
+"""Maximum number of units, of rows of maximum length, that are gathered before cutting."""
 
 UNIT_SCHEMA = pa.schema([pa.field("unit", pa.binary(), nullable=False)])
 
 
 def rows_gathered(config: LabelConfig) -> int:
-    """Rows that are cut into units together; no unit has more."""
+    """Rows gathered and cut together; an upper bound on the rows of a unit."""
     run = config.run
     units_worth = GATHERED_UNITS * run.unit_tokens // config.text.max_tokens
     return max(1, min(run.unit_rows, units_worth))
 
 
 def cut_units(requests: pa.Table, unit_tokens: int, generated_tokens: int = 0) -> list[pa.Table]:
-    """Cuts requests, in order, into units of about equally many tokens.
+    """Cuts requests, in order, into units of similar token counts.
 
     Args:
-        requests: of ``labeler.corpus.requests.REQUEST_SCHEMA``.
-        unit_tokens: the target, which a unit exceeds by one row at most.
-        generated_tokens: maximum length of the response that is added to each request.
+        requests: table of ``labeler.corpus.requests.REQUEST_SCHEMA``.
+        unit_tokens: target size; a unit exceeds it by at most one row.
+        generated_tokens: maximum length of the response to each request.
 
     Returns:
         Tables of the same schema, none of them empty.
@@ -43,7 +43,7 @@ def cut_units(requests: pa.Table, unit_tokens: int, generated_tokens: int = 0) -
     sums = np.cumsum(np.asarray(lengths, np.int64) + generated_tokens)
     total = int(sums[-1])
     shares = max(1, math.ceil(total / unit_tokens))
-    # A row belongs to the share that holds its middle; twice the tokens, to stay with integers.
+    # A row belongs to the share that contains its midpoint; doubled, to stay in integers.
     middles = sums + np.concatenate([np.zeros(1, np.int64), sums[:-1]])
     share_of = np.minimum(middles * shares // (2 * max(total, 1)), shares - 1)
     starts = np.flatnonzero(np.diff(share_of, prepend=-1))
@@ -52,7 +52,7 @@ def cut_units(requests: pa.Table, unit_tokens: int, generated_tokens: int = 0) -
 
 
 def wrapped(unit: pa.Table) -> pa.Table:
-    """A unit as one row of ``UNIT_SCHEMA``."""
+    """Serialises a unit into one row of ``UNIT_SCHEMA``."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, unit.schema) as writer:
         writer.write_table(unit)
@@ -60,5 +60,5 @@ def wrapped(unit: pa.Table) -> pa.Table:
 
 
 def unwrapped(units: pa.Table) -> list[pa.Table]:
-    """The units in rows of ``UNIT_SCHEMA``."""
+    """Deserialises units from rows of ``UNIT_SCHEMA``."""
     return [pa.ipc.open_stream(unit).read_all() for unit in units.column("unit").to_pylist()]

@@ -1,4 +1,4 @@
-"""Labels the requests of a unit: each is either labelled or quarantined with a reason."""
+"""Labels the requests of a unit: each is labelled, or quarantined with a reason."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from schemas.spec import GenerationSpec, RecordSpec
 
 @dataclass(frozen=True)
 class UnitLabels:
-    """Outcome of the requests of a unit.
+    """The labelled and the quarantined requests of a unit.
 
     Attributes:
-        requests: the labelled ones.
+        requests: the labelled requests.
         labels: one per labelled request, in order; None for a record of kind ``tokens``.
-        quarantined: the others.
+        quarantined: the other requests.
     """
 
     requests: list[Request]
@@ -29,19 +29,19 @@ class UnitLabels:
     quarantined: list[QuarantineRow]
 
     def joined(self, other: "UnitLabels") -> "UnitLabels":
-        """Both together; both have labels."""
+        """Concatenates two results; neither may be of kind ``tokens``."""
         labels = [*(self.labels or ()), *(other.labels or ())]
         return UnitLabels(
             self.requests + other.requests, labels, self.quarantined + other.quarantined
         )
 
     def refused(self, reason: str, detail: str) -> "UnitLabels":
-        """The same unit with every labelled row in quarantine."""
+        """Returns the unit with every labelled row quarantined."""
         refused = [request.quarantined(reason, detail) for request in self.requests]
         return UnitLabels([], [], [*self.quarantined, *refused])
 
     def rows(self, record: RecordSpec) -> LabelRows | None:
-        """The labelled rows in the stored form; None if there are none."""
+        """Returns the labelled rows in stored form, or None if no row is labelled."""
         if not self.requests:
             return None
         token_ids = [request.token_ids for request in self.requests]
@@ -64,17 +64,17 @@ def label_requests(
     audit_rate: float = 0.0,
     progress: UnitProgress | None = None,
 ) -> UnitLabels:
-    """Labels requests; if they are prompts, generates their responses first.
+    """Labels requests; for prompts, generates the responses first.
 
     Args:
         requests: one or more.
         teacher: may be shared with other calls.
-        generation: None: the requests are complete.
-        audit_rate: share of labels that are audited.
+        generation: how to sample responses; None: the requests are complete.
+        audit_rate: fraction of the labels to audit.
         progress: counts the rows that the engine has finished.
 
     Raises:
-        TeacherError: the engine failed, so that nothing is known about single rows.
+        TeacherError: the engine failed, which says nothing about single rows.
     """
     progress = progress or UnitProgress()
     quarantined: list[QuarantineRow] = []
@@ -106,8 +106,8 @@ def _with_responses(
     quarantined: list[QuarantineRow],
     progress: UnitProgress,
 ) -> list[Request]:
-    """Prompt and response of each request; appends requests without response to ``quarantined``."""
-    # One prompt with several seeds, so that the engine computes its prefix once.
+    """Completes prompts with responses; appends requests without one to ``quarantined``."""
+    # Samples of a prompt are grouped so that the engine computes the prefix once.
     by_prompt: dict[bytes, list[Request]] = {}
     for request in requests:
         assert request.sample != NOT_GENERATED
@@ -116,7 +116,7 @@ def _with_responses(
     for samples in by_prompt.values():
         by_count.setdefault(len(samples), []).append(samples)
     complete = []
-    # Prompts differ in how many of their samples are missing, and one call has one n.
+    # Prompts may miss different numbers of samples, but each call has a single n.
     for count, prompts in by_count.items():
         results = teacher.generate(
             [samples[0].token_ids for samples in prompts],
@@ -139,6 +139,6 @@ def _with_responses(
 
 
 def _counting(prompts: list[list[Request]], progress: UnitProgress) -> OnRow:
-    """Counts the samples of each prompt as they finish, in whatever order."""
+    """Counts the samples of each prompt as they finish, in any order."""
     waiting = [iter(samples) for samples in prompts]
     return lambda prompt: progress.generated(next(waiting[prompt]))

@@ -1,4 +1,4 @@
-"""Progress inside one unit: rows that the engine has finished while the unit is in work."""
+"""Progress of one in-flight unit: the rows that the engine has finished so far."""
 
 import contextlib
 import time
@@ -9,7 +9,7 @@ from labeler.corpus.requests import Request
 REPORT_INTERVAL_S = 1.0
 
 ReportProgress = Callable[[int, int, int], object]
-"""Called with the rows, the tokens and the responses that the engine has finished of a unit."""
+"""Called with the counts of finished rows, tokens and responses of a unit."""
 
 
 def ignore_progress(*_: object) -> None:
@@ -17,10 +17,10 @@ def ignore_progress(*_: object) -> None:
 
 
 class UnitProgress:
-    """Counts what the engine has finished of one unit, and reports it at most once a second.
+    """Counts the finished rows of one unit, and reports them at most once a second.
 
-    For people only: a row that is counted here may still be quarantined or labelled again. Rows
-    are counted by key, so that a row that is retried after a crash counts once.
+    For display only: a counted row may still be quarantined or labelled again. Rows are counted by
+    key, so a row retried after a crash counts once.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class UnitProgress:
     ) -> None:
         """
         Args:
-            report: where the counts go; its errors are ignored.
+            report: called with the counts; its errors are ignored.
             clock: seconds from any origin.
         """
         self._report, self._clock = report, clock
@@ -44,7 +44,7 @@ class UnitProgress:
         self._report_if_due()
 
     def generated(self, request: Request) -> None:
-        """Counts a response that is sampled and still has to be labelled."""
+        """Counts a sampled response that is not labelled yet."""
         self._generated.add(request.row_key)
         self._report_if_due()
 

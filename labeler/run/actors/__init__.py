@@ -1,4 +1,4 @@
-"""What runs in Ray's worker processes: corpus tasks, teacher actors, the ledger of claimed rows.
+"""Code for Ray's worker processes: corpus tasks, teacher actors, the ledger of claimed rows.
 
-``setup`` is all they know of the job. Starting them belongs to ``labeler.run.pipeline``.
+``setup`` is the only job state they receive. ``labeler.run.pipeline`` starts them.
 """

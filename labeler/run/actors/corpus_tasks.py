@@ -1,4 +1,4 @@
-"""The CPU tasks of a run: a piece of the corpus to requests, requests to units."""
+"""The CPU tasks of a run: corpus pieces to requests, requests to units."""
 
 import functools
 import pickle
@@ -25,7 +25,7 @@ from schemas.spec import LabelSetSpec
 
 
 def make_reader(config: LabelConfig, spec: LabelSetSpec) -> PieceReader:
-    """The reader of a run's corpus; loads the tokenizer."""
+    """Creates the corpus reader of a run; loads the tokenizer."""
     rows = RowTokenizer(
         load_tokenizer(config.teacher),
         config.corpus,
@@ -38,7 +38,7 @@ def make_reader(config: LabelConfig, spec: LabelSetSpec) -> PieceReader:
 
 @functools.lru_cache(maxsize=1)
 def _open(setup: RunSetup) -> tuple[PieceReader, LabelSet]:
-    # A worker process runs many tasks, and a tokenizer takes seconds to load.
+    # Cached: a worker process runs many tasks, and loading a tokenizer takes seconds.
     label_set = LabelSet.open(setup.config.labels)
     return make_reader(setup.config, label_set.spec), label_set
 
@@ -58,12 +58,12 @@ class _Claims:
 
 
 def read_pieces(batch: pa.Table, setup: RunSetup, frozen: Any, ledger: Any) -> Iterator[pa.Table]:
-    """Yields the requests of pieces; at the end of each, writes its roster part and bad rows.
+    """Yields the requests of pieces; after each piece, writes its roster part and bad rows.
 
     Args:
         batch: column ``piece``, pickled.
-        setup: of the run.
-        frozen: reference to the ``KeySnapshot`` of the run.
+        setup: constants of the run.
+        frozen: Ray reference to the ``KeySnapshot`` of the run.
         ledger: actor handle.
     """
     import ray
@@ -71,7 +71,7 @@ def read_pieces(batch: pa.Table, setup: RunSetup, frozen: Any, ledger: Any) -> I
     retry_stores(setup, ledger)
     reader, label_set = _open(setup)
     known: KeySnapshot = ray.get(frozen)
-    yield REQUEST_SCHEMA.empty_table()  # Ray Data needs a block, and all rows may be labelled
+    yield REQUEST_SCHEMA.empty_table()  # Ray Data needs a block even if all rows are labelled
     for packed in batch.column("piece").to_pylist():
         if ray.get(ledger.is_stopping.remote()):
             return
@@ -79,7 +79,7 @@ def read_pieces(batch: pa.Table, setup: RunSetup, frozen: Any, ledger: Any) -> I
         claims, result = _Claims(ledger, piece.index), PieceResult()
         for requests in reader.requests(piece, known, claims, result):
             if claims.is_stopping:
-                return  # without a roster part: a run that is stopped writes no roster
+                return  # without a roster part: a stopped run writes no roster
             yield to_table(requests)
         _commit_piece(label_set, setup, known, result)
         ray.get(ledger.piece_read.remote(piece.index, piece.size_bytes))

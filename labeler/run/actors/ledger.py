@@ -1,10 +1,10 @@
-"""The ledger of a run: which piece of the corpus owns a row, and how far the run is.
+"""The ledger of a run: which corpus piece owns each row, and the progress of the run.
 
-Two pieces may hold the same row: the piece that claims its key first sends it to the teacher, the
-others count it as a duplicate. A claim keeps its piece, so that a tokenising task that Ray repeats
-gets the same answers again.
+Several pieces may hold the same row: the first piece to claim its key sends it to the teacher, the
+others count it as a duplicate. The ledger remembers the owner of each claim, so claims are
+idempotent when Ray retries a tokenising task.
 
-One process holds it, at about 150 bytes per distinct row: enough for 10^8 rows of a run.
+It lives in one process and takes about 150 bytes per distinct row, enough for 10^8 rows per run.
 """
 
 import time
@@ -16,7 +16,7 @@ from labeler.run.actors.run_state import RunState
 from schemas.keys import Keys
 
 PARITY_CLAIM_S = 1800.0
-"""Seconds for which all teachers wait for the one that checks parity, which may have crashed."""
+"""Seconds that other teachers wait for the one checking parity, which may have crashed."""
 
 
 class Ledger:
@@ -41,35 +41,35 @@ class Ledger:
             keys: uint8 [R, 16], without duplicates.
 
         Returns:
-            bool [R]: whether the piece owns the row, now or from an earlier run of its task; and
-            whether the run is stopping.
+            bool [R]: whether the piece owns each row, possibly from an earlier attempt of its task;
+            and whether the run is stopping.
         """
         owner = self._owner
         claimed = [owner.setdefault(key.tobytes(), piece) == piece for key in keys]
         return np.array(claimed, bool), self._is_stopping
 
     def stop(self) -> None:
-        """Has tasks and teachers start nothing new."""
+        """Tells tasks and teachers to start no new work."""
         self._is_stopping = True
 
     def is_stopping(self) -> bool:
-        """Whether nothing new may start."""
+        """Whether new work must not start."""
         return self._is_stopping
 
     def note(self, text: str) -> None:
-        """Keeps a line for the driver to show."""
+        """Queues a line for the driver to show."""
         self._lines.append(text)
 
     def teacher_up(self, teacher: str) -> None:
-        """Notes that a teacher actor has started or restarted, which ends its parity check."""
+        """Records that a teacher actor has (re)started, which ends its parity claim."""
         self._is_teacher_up = True
         self.release_parity_check(teacher)
 
     def claim_parity_check(self, teacher: str) -> bool:
-        """Whether this teacher, and no other, may now compare its labels with a reference.
+        """Whether this teacher now holds the exclusive right to run the parity check.
 
-        Repeating the call renews the claim. Others wait for a teacher that crashed until it is
-        restarted, but no longer than ``PARITY_CLAIM_S``.
+        Calling it again renews the claim. If the holder crashes, others wait until it restarts, but
+        at most ``PARITY_CLAIM_S``.
         """
         now = time.monotonic()
         if self._parity_claim is not None:
@@ -80,29 +80,29 @@ class Ledger:
         return True
 
     def release_parity_check(self, teacher: str) -> None:
-        """Ends a claim of this teacher, however the comparison ended."""
+        """Releases the claim of this teacher, whatever the outcome of the check."""
         if self._parity_claim is not None and self._parity_claim[0] == teacher:
             self._parity_claim = None
 
     def piece_read(self, piece: int, size_bytes: int) -> None:
-        """Notes that a piece was read to its end; idempotent."""
+        """Records that a piece was fully read; idempotent."""
         self._bytes_read[piece] = size_bytes
 
     def unit_progress(self, unit_key: str, rows: int, tokens: int, generated: int) -> None:
-        """Notes what the engine has finished of a unit in work."""
+        """Records the progress of an in-flight unit."""
         if unit_key not in self._committed:  # calls of other threads may arrive late
             self._units[unit_key] = (rows, tokens, generated)
 
     def unit_done(self, unit_key: str, rows: int, tokens: int) -> None:
-        """Notes a committed unit, which replaces its progress; idempotent."""
+        """Records a committed unit, replacing its progress; idempotent."""
         self._committed.add(unit_key)
         generated = self._units.get(unit_key, (0, 0, 0))[2]
         self._units[unit_key] = (rows, tokens, generated)
 
     def report(self) -> tuple[RunState, list[str]]:
-        """How far the run is, and the lines since the last call.
+        """Returns the progress of the run, and the lines queued since the last call.
 
-        For people only: the accounts of a run come from its roster and its manifests.
+        For display only: the accounts of a run come from its roster and manifests.
         """
         lines, self._lines = self._lines, []
         rows, tokens, generated = map(sum, zip((0, 0, 0), *self._units.values(), strict=True))

@@ -1,4 +1,4 @@
-"""How far a labelling run is, and the line that shows it."""
+"""The progress of a labelling run, and its display."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ from schemas.console.progress import Progress
 
 @dataclass(frozen=True)
 class RunState:
-    """How far a run is, as its ledger knows it.
+    """The progress of a run, as seen by its ledger.
 
     Attributes:
-        bytes_read, bytes_total: of the corpus; a piece counts once it is read to its end.
-        rows_found: rows found so far that this run has to label.
-        rows_done: of these, labelled or quarantined, those of unfinished units included.
-        tokens_done: in the rows that are done.
+        bytes_read, bytes_total: corpus bytes; a piece counts once it is fully read.
+        rows_found: rows found so far that this run must label.
+        rows_done: the part of these already labelled or quarantined, including in-flight units.
+        tokens_done: tokens in the rows that are done.
         num_generated: responses sampled so far.
         is_teacher_up: a teacher actor has started.
     """
@@ -27,12 +27,12 @@ class RunState:
     is_teacher_up: bool = False
 
     def share_done(self) -> float:
-        """Estimated share of all work that is done, in [0, 1].
+        """Estimates the completed share of all work, in [0, 1].
 
-        The part of the corpus that is still unread is assumed to hold rows at the same rate.
+        Assumes that the unread part of the corpus holds rows at the same rate.
         """
         read = self.bytes_read / self.bytes_total if self.bytes_total else 1.0
-        # Capped: if Ray repeats a task, its rows may be cut into other units and count twice.
+        # Capped: if Ray retries a task, its rows may land in other units and count twice.
         labelled = min(self.rows_done / self.rows_found, 1.0) if self.rows_found else 1.0
         return min(read * labelled, 1.0)
 

@@ -1,4 +1,4 @@
-"""Constants of a run and the first steps of each of its processes."""
+"""The constants of a run and the setup of each of its processes."""
 
 import functools
 import sys
@@ -15,12 +15,12 @@ from schemas.storage.retry import RetryPolicy, set_retry_policy
 
 @dataclass(frozen=True)
 class RunSetup:
-    """The constants of a run; equal and hashed by ``run`` alone, so that caches can be keyed by it.
+    """The constants of a run; compared and hashed by ``run`` alone, so that it can be a cache key.
 
     Attributes:
-        run: identity of the run.
-        config: with paths that mean the same in every process.
-        make_teacher: loads the teacher, in its actor.
+        run: run id.
+        config: configuration with paths that are valid in every process.
+        make_teacher: loads the teacher inside its actor.
     """
 
     run: str
@@ -31,17 +31,17 @@ class RunSetup:
 
     @property
     def salt(self) -> str:
-        """Part of the unit keys where quarantined rows are retried; see ``requests_unit_key``."""
+        """Salt of the unit keys; empty unless quarantined rows are retried."""
         return self.run if self.config.run.retry_quarantined else ""
 
 
 def say_line(ledger: Any, text: str) -> None:
-    """Has the driver show a line; the standard error of this process only goes to Ray's logs."""
+    """Shows a line through the driver, because a worker's stderr only reaches Ray's logs."""
     print(text, file=sys.stderr, flush=True)
     ledger.note.remote(text)
 
 
 def retry_stores(setup: RunSetup, ledger: Any) -> None:
-    """Has this process retry stores for as long as the run allows, and the driver show it."""
+    """Sets the store retry policy of this process and reports retries through the driver."""
     report = functools.partial(say_line, ledger)
     set_retry_policy(RetryPolicy(setup.config.run.store_patience_s, report))

@@ -1,4 +1,4 @@
-"""The actor around one teacher: labels units and commits them; each call is one unit."""
+"""The Ray actor that runs one teacher: each call labels and commits one unit."""
 
 import functools
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from labeler.corpus.requests import from_table
 from labeler.quality.gates import Gates
 from labeler.quality.reference_teacher import choose_reference
 from labeler.run.actors.setup import RunSetup, retry_stores, say_line
-from labeler.run.actors.unit_labeller import UnitLabeller
+from labeler.run.actors.unit_labeler import UnitLabeler
 from labeler.run.ray_cluster.ray_session import is_lost_node, this_actor, this_node, was_restarted
 from labeler.supervision.attempts import Attempts
 from labeler.supervision.supervisor import EngineSupervisor
@@ -21,11 +21,11 @@ from schemas.label_set.label_set import LabelSet
 
 
 class TeacherActor:
-    """A teacher and the units that it labels; Ray calls it from several threads."""
+    """Labels units with one teacher; Ray calls it from several threads."""
 
     def __init__(self, setup: RunSetup, ledger: Any) -> None:
         self._ledger = ledger
-        # First, because stores and the teacher may take long to respond, and the driver waits.
+        # First, because the driver waits for it while stores and the teacher may respond slowly.
         ledger.teacher_up.remote(this_actor())
         retry_stores(setup, ledger)
         if was_restarted():
@@ -35,10 +35,10 @@ class TeacherActor:
         if setup.config.teacher.backend != "none":
             teacher, gates = _gated_teacher(setup, ledger, label_set)
         report = ledger.unit_progress.remote
-        self._units = UnitLabeller(label_set, teacher, setup.salt, gates, report)
+        self._units = UnitLabeler(label_set, teacher, setup.salt, gates, report)
 
     def __call__(self, units: pa.Table) -> pa.Table:
-        """Labels units; what they hold is in their manifests, so nothing is returned."""
+        """Labels and commits units; returns an empty table: the manifests hold the results."""
         import ray
 
         for requests in unwrapped(units):
@@ -46,7 +46,7 @@ class TeacherActor:
                 break
             unit = self._units.label(from_table(requests))
             num_rows = unit.num_rows + unit.num_quarantined
-            # Waited for, so that the last state that the driver shows counts this unit.
+            # Wait, so that the final state shown by the driver includes this unit.
             ray.get(self._ledger.unit_done.remote(unit.unit_key, num_rows, unit.num_tokens))
         return UNIT_SCHEMA.empty_table()
 
@@ -55,7 +55,7 @@ def _gated_teacher(
     setup: RunSetup, ledger: Any, label_set: LabelSet
 ) -> tuple[EngineSupervisor, Gates]:
     config = setup.config
-    # The record of the set, which may be richer than the requested one.
+    # The record of the label set, which may be richer than the requested one.
     make = functools.partial(setup.make_teacher, config.teacher, label_set.spec.record)
     actor = this_actor()
     teacher = EngineSupervisor(

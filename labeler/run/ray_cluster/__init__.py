@@ -1,4 +1,4 @@
-"""A job's place on a Ray cluster: the session, resources, placement of teacher replicas.
+"""Runs a job on a Ray cluster: the session, resources, placement of teacher replicas.
 
-Knows nothing of rows or labels.
+Independent of rows and labels.
 """

@@ -1,15 +1,15 @@
-"""OpenMP variables that a process which runs a teacher on a CPU needs before it starts."""
+"""OpenMP variables that must be set before a CPU teacher's process starts."""
 
 import os
 
-# How often a waiting thread spins before it sleeps: half a millisecond, which is longer than any
-# pause within a forward pass. OpenMP's default spins for tens of milliseconds, on a core that could
-# label or write meanwhile.
+# Spins of a waiting thread before it sleeps: about half a millisecond, longer than any pause within
+# a forward pass. OpenMP's default spins for tens of milliseconds on a core that could label or
+# write meanwhile.
 _SPIN_COUNT = "10000"
 
 
 def openmp_env(num_threads: int | None = None) -> dict[str, str]:
-    """Variables that OpenMP reads when it is loaded; GOMP_SPINCOUNT of the user stays.
+    """Returns the variables that OpenMP reads on load; keeps the user's GOMP_SPINCOUNT.
 
     Args:
         num_threads: threads of the process; None: OpenMP's own choice.

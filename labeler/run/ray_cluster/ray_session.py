@@ -11,15 +11,15 @@ from typing import Any
 from labeler.config import RunConfig
 from schemas.errors import ConfigError, TeacherError, TutelageError, first_line
 
-_UDF_NOTE = "\nFailed to apply UDF"  # start of the advice that Ray Data appends to a message
+_UDF_NOTE = "\nFailed to apply UDF"  # start of the advice that Ray Data appends to messages
 
 
 @contextmanager
 def ray_session(run: RunConfig) -> Iterator[None]:
-    """Uses a running Ray, or connects to the address, or starts Ray here and ends it afterwards.
+    """Uses a running Ray, connects to the address, or starts a local Ray and stops it afterwards.
 
     Raises:
-        ConfigError: nothing answers at the address.
+        ConfigError: no cluster answers at the address.
     """
     import ray
 
@@ -45,7 +45,7 @@ def _connect_options(address: str) -> dict[str, Any]:
 
 
 def _local_options(run: RunConfig) -> dict[str, Any]:
-    # The C++ core writes advice about Ray Data's own actors to the terminal at lower levels.
+    # At lower levels the C++ core prints advice about Ray Data's own actors to the terminal.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     packages = str(Path(__file__).resolve().parents[3])
     known = os.environ.get("PYTHONPATH", "")
@@ -62,7 +62,7 @@ def _local_options(run: RunConfig) -> dict[str, Any]:
 
 
 def cluster_size() -> tuple[list[float], list[float]]:
-    """CPUs and GPUs of each live node that has either, in the same order."""
+    """Returns the CPUs and the GPUs of each live node that has either, in the same order."""
     import ray
 
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -72,21 +72,21 @@ def cluster_size() -> tuple[list[float], list[float]]:
 
 
 def this_node() -> str:
-    """Ray's name of the node of this process."""
+    """Ray's id of this process's node."""
     import ray
 
     return str(ray.get_runtime_context().get_node_id())
 
 
 def this_actor() -> str:
-    """Ray's name of the actor of this process, which a restart keeps."""
+    """Ray's id of this process's actor; survives a restart."""
     import ray
 
     return str(ray.get_runtime_context().get_actor_id())
 
 
 def was_restarted() -> bool:
-    """Whether the actor of this process had an earlier process, which crashed."""
+    """Whether an earlier process of this actor crashed."""
     import ray
 
     return bool(ray.get_runtime_context().was_current_actor_reconstructed)
@@ -101,11 +101,11 @@ def is_lost_node(name: str) -> bool:
 
 @contextmanager
 def quiet_ray_data(block_bytes: int, waiting_bytes: int) -> Iterator[None]:
-    """Settings of Ray Data for one job: errors as they were raised, nothing printed.
+    """Configures Ray Data for one job: original errors are raised, nothing is printed.
 
     Args:
-        block_bytes: size of the blocks in which rows travel.
-        waiting_bytes: size of all queued blocks, beyond which tasks pause.
+        block_bytes: target size of a block.
+        waiting_bytes: total size of queued blocks beyond which tasks pause.
     """
     import ray.data
 
@@ -117,8 +117,8 @@ def quiet_ray_data(block_bytes: int, waiting_bytes: int) -> Iterator[None]:
     }
     context = ray.data.DataContext.get_current()
     before = {name: getattr(context, name) for name in settings}
-    # Ray Data's high memory detector calls ray_remote_args_fn for actors that never start, and so
-    # makes placement groups; all detectors only give advice.
+    # Disabled: detectors only give advice, and the high-memory one calls ray_remote_args_fn for
+    # actors that never start, which would create placement groups.
     detectors = context.issue_detectors_config.detectors
     options = context.execution_options
     limits = options.resource_limits
@@ -129,11 +129,11 @@ def quiet_ray_data(block_bytes: int, waiting_bytes: int) -> Iterator[None]:
             setattr(context, name, value)
         context.issue_detectors_config.detectors = []
         options.resource_limits = limits.copy(object_store_memory=waiting_bytes)
-        for handler in handlers:  # all but the log file in the session's folder
+        for handler in handlers:  # keep the log file in the session folder
             if not hasattr(handler, "baseFilename") and "File" not in type(handler).__name__:
                 logger.removeHandler(handler)
         with warnings.catch_warnings():
-            # map_batches has no named parameters for restarts and retries; remove once it has.
+            # map_batches has no named parameters for restarts and retries; remove once it does.
             warnings.filterwarnings("ignore", message=".*ray_remote_args")
             yield
     finally:
@@ -146,7 +146,7 @@ def quiet_ray_data(block_bytes: int, waiting_bytes: int) -> Iterator[None]:
 
 @contextmanager
 def errors_for_users() -> Iterator[None]:
-    """Replaces an exception of Ray by the one-line error behind it, if one is known."""
+    """Replaces a Ray exception with the one-line error behind it, if it is known."""
     try:
         yield
     except Exception as error:

@@ -1,10 +1,10 @@
 """The teacher actors of a job and their placement groups, released when the job ends.
 
-Ray Data 2.60 leaves the actors of a failed job to garbage collection. Whoever holds the error holds
-its traceback, and so the executor and the actors, whose CPUs the next job of the session may wait
-for without end. And no one would own a placement group made for an actor: it would keep its GPUs
-until the driver exits. So the job owns both. Remove once ``map_batches`` has placement groups of
-its own and ends its actors with the execution.
+Ray Data 2.60 leaves the actors of a failed job to garbage collection. A reference to the error
+keeps its traceback alive, and with it the executor and the actors: the next job of the session may
+wait for their CPUs forever. A placement group made for an actor has no owner and would hold its
+GPUs until the driver exits. So the job owns both. Remove once ``map_batches`` manages placement
+groups and stops its actors when the execution ends.
 """
 
 import contextlib
@@ -37,11 +37,11 @@ def make_replica(config: TeacherConfig, record: RecordSpec) -> Teacher:
 
 @contextlib.contextmanager
 def placed_replicas(resources: Resources) -> Iterator[Callable[[], dict[str, Any]]]:
-    """Yields a function that places one more actor; releases actors and groups at the end.
+    """Yields a function that places one more actor; releases actors and groups on exit.
 
-    The function returns Ray's options for the actor: its name and, if it needs one, its placement
-    group. The actor runs in the first bundle of its group, the workers of its engine in all of
-    them. A restarted actor keeps its group, whose bundles Ray moves to other nodes if one is lost.
+    The function returns Ray's options for the actor: its name and, if needed, its placement group.
+    The actor runs in the first bundle of the group, the engine's workers in all bundles. A
+    restarted actor keeps its group; if a node is lost, Ray moves its bundles to other nodes.
     """
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -65,7 +65,7 @@ def placed_replicas(resources: Resources) -> Iterator[Callable[[], dict[str, Any
     try:
         yield place
     except BaseException:
-        # After a successful job they end by themselves, so that engines can close.
+        # After a successful job they exit on their own, so that engines can close.
         for name in names:
             with contextlib.suppress(ValueError):  # it never started, or has ended
                 ray.kill(ray.get_actor(name))

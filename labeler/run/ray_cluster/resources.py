@@ -1,8 +1,8 @@
 """Divides a cluster between teachers and the tasks that feed them, so that all of them fit.
 
-Reading and tokenising are CPU tasks; teachers are actors. An engine that fits one node is one actor
-with all of its GPUs. An engine that needs more GPUs than a node has gets a placement group: one
-bundle per GPU, the actor in the first, the engine's own Ray workers in all.
+Reading and tokenising are CPU tasks; teachers are actors. An engine that fits on one node is one
+actor with all of its GPUs. An engine that needs more GPUs than any node has gets a placement group:
+one bundle per GPU, the actor in the first, the engine's Ray workers in all of them.
 """
 
 import math
@@ -14,8 +14,8 @@ from labeler.config import LabelConfig
 from labeler.run.ray_cluster.openmp_env import openmp_env
 from schemas.errors import ConfigError, TeacherError
 
-_WORKER_CPUS = 1.0  # of each of an engine's own workers, where they are spread over nodes
-_ROUNDING = 1e-4  # the unit in which Ray counts resources
+_WORKER_CPUS = 1.0  # per engine worker, if the engine spans nodes
+_ROUNDING = 1e-4  # resolution of Ray's resource amounts
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Resources:
     """The resources that a job requests from Ray.
 
     Attributes:
-        actor_cpus, actor_gpus: of one teacher actor.
-        actor_threads: OpenMP threads of a teacher actor; 0: Ray's choice.
-        task_cpus: of one tokenising task.
-        min_replicas, max_replicas: fewest and most teacher actors.
-        bundles: of a replica's placement group, a CPU and a GPU each; 0: it needs no group.
+        actor_cpus, actor_gpus: per teacher actor.
+        actor_threads: OpenMP threads per teacher actor; 0: Ray's choice.
+        task_cpus: CPUs per tokenising task.
+        min_replicas, max_replicas: bounds on the number of teacher actors.
+        bundles: bundles in a replica's placement group, each a CPU and a GPU; 0: no group.
     """
 
     actor_cpus: float
@@ -39,7 +39,7 @@ class Resources:
     bundles: int = 0
 
     def actor_options(self) -> dict[str, Any]:
-        """Ray's options of one teacher actor, without its placement."""
+        """Ray's options for one teacher actor, without its placement."""
         environment = openmp_env(self.actor_threads) if self.actor_threads else {}
         return {
             "num_cpus": self.actor_cpus,
@@ -52,7 +52,7 @@ class Resources:
         return {"CPU": max(_WORKER_CPUS, self.actor_cpus), "GPU": 1.0}
 
     def replica(self) -> dict[str, float]:
-        """The resources of one replica, over all of its nodes."""
+        """The total resources of one replica, across its nodes."""
         if self.bundles:
             return {kind: self.bundles * amount for kind, amount in self.bundle().items()}
         return {"CPU": self.actor_cpus, "GPU": self.actor_gpus}
@@ -69,18 +69,17 @@ def plan_resources(
 ) -> Resources:
     """Divides a cluster between teachers and tokenising tasks.
 
-    Teachers never get all CPUs: the tasks that feed them would wait for ever. Without GPUs,
-    teachers request half of each node but may use the threads of all of it, because tokenising is
-    brief. A teacher runs on one node, and so does a task: it is not enough that the cluster has
-    the resources, one node must have them.
+    Teachers never get all CPUs, or the tasks that feed them would wait forever. Without GPUs,
+    teachers request half of each node but may use threads on all of its cores, because tokenising
+    is brief. Each teacher and each task must fit on a single node.
 
     Args:
-        config: number of teachers and needs of each.
+        config: number of teachers and their needs.
         node_cpus: CPUs of each node.
-        node_gpus: GPUs of each node, in the same order; empty: no node has any.
+        node_gpus: GPUs of each node, in the same order; empty: none.
 
     Raises:
-        TeacherError: the nodes have no room for the fewest teachers.
+        TeacherError: the nodes cannot fit the minimum number of teachers.
         ConfigError: the teachers would take every CPU.
     """
     node_gpus = node_gpus or [0.0] * len(node_cpus)
@@ -130,7 +129,7 @@ def _actor_cpus(config: LabelConfig, nodes: list[_Node], gpus: float, bundles: i
 
 
 def _places(nodes: list[_Node], cpus: float, gpus: float) -> int:
-    """Number of actors, or bundles, of this size that the nodes have room for."""
+    """Number of actors, or bundles, of this size that fit on the nodes."""
     return sum(
         int(min(node.cpus / cpus, node.gpus / gpus if gpus else math.inf) + _ROUNDING)
         for node in nodes
@@ -138,12 +137,12 @@ def _places(nodes: list[_Node], cpus: float, gpus: float) -> int:
 
 
 def _cpu_share(nodes: list[_Node], wanted: int, gpus: float) -> float:
-    """Most CPUs that each actor can get if all of them share half of every node.
+    """Largest number of CPUs per actor such that all actors fit in half of every node.
 
     Args:
-        nodes: of the cluster.
-        wanted: number of actors; fewer where the GPUs do not suffice.
-        gpus: of each actor.
+        nodes: nodes of the cluster.
+        wanted: number of actors, lowered if the GPUs do not suffice.
+        gpus: GPUs per actor.
     """
     halves = [_Node(node.cpus / 2, node.gpus) for node in nodes if node.cpus]
     if gpus:
@@ -152,11 +151,11 @@ def _cpu_share(nodes: list[_Node], wanted: int, gpus: float) -> float:
     for share in sorted(shares, reverse=True):
         if _places(halves, share, gpus) >= wanted:
             return share
-    return 1.0  # nothing fits, which _check_fit reports
+    return 1.0  # nothing fits; _check_fit reports it
 
 
 def _check_fit(planned: Resources, nodes: list[_Node]) -> None:
-    """Refuses teachers that fit no single node, though all nodes together have the resources."""
+    """Raises if the teachers do not fit on single nodes, even if the cluster total suffices."""
     one = planned.bundle() if planned.bundles else planned.replica()
     wanted = planned.min_replicas * (planned.bundles or 1)
     room = _places(nodes, one["CPU"], one["GPU"])
@@ -180,13 +179,13 @@ def _describe(nodes: list[_Node]) -> str:
 
 
 def _threads(nodes: list[_Node], most: int) -> int:
-    """OpenMP threads of a teacher on CPUs, which shares its node with as few others as possible."""
+    """OpenMP threads of a CPU teacher, with teachers spread evenly over the nodes."""
     replicas_of_node = -(-most // sum(node.cpus > 0 for node in nodes))
     return max(1, int(max(node.cpus for node in nodes)) // replicas_of_node)
 
 
 def _task_cpus(planned: Resources, nodes: list[_Node]) -> float:
-    """CPUs of a tokenising task, which must fit one node wherever the teachers are."""
+    """CPUs per tokenising task; one must fit on some node, wherever the teachers are placed."""
     replica_cpus = planned.replica()["CPU"]
     total = sum(node.cpus for node in nodes)
     left = total - replica_cpus * planned.min_replicas
@@ -195,12 +194,12 @@ def _task_cpus(planned: Resources, nodes: list[_Node]) -> float:
             f"{planned.min_replicas} teachers of {replica_cpus:g} CPUs each leave none of "
             f"{total:g} CPUs to read the corpus; lower teacher.replicas or run.cpus_per_replica"
         )
-    # Some node has at least the average of what is left.
+    # At least one node has the average of the remaining CPUs or more.
     return min(1.0, left / sum(node.cpus > 0 for node in nodes))
 
 
 def _bundles(config: LabelConfig, gpus: float, node_gpus: list[float]) -> int:
-    """Bundles of a replica's placement group; 0 where it fits one node."""
+    """Bundles in a replica's placement group; 0 if it fits on one node."""
     teacher = config.teacher
     if not gpus or gpus <= max(node_gpus):
         return 0

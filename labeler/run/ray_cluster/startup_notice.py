@@ -1,4 +1,4 @@
-"""Says why a run does nothing yet: no teacher has started, often because others use its GPUs."""
+"""Explains a slow start: no teacher is running yet, often because other jobs hold the GPUs."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -7,11 +7,11 @@ from labeler.run.ray_cluster.resources import Resources
 from schemas.console.text import duration_text
 
 DELAY_S = 30.0
-"""Seconds that a teacher may take to start before the user sees what it waits for."""
+"""Seconds without a running teacher before the notice appears."""
 
 
 class StartupNotice:
-    """Says at most two lines about teachers that start late, and none about others."""
+    """Prints at most two lines if teachers start late, otherwise none."""
 
     def __init__(
         self,
@@ -23,12 +23,12 @@ class StartupNotice:
         """Starts the clock.
 
         Args:
-            resources: of a teacher.
-            num_teachers: teachers that have to start.
+            resources: resources of a teacher.
+            num_teachers: number of teachers that must start.
             say: called with each line.
-            free: the unused resources of the cluster, by ``CPU`` and ``GPU``.
+            free: returns the unused resources of the cluster, by ``CPU`` and ``GPU``.
         """
-        self._needed = resources.replica()  # over all its nodes, as `free` is of all nodes
+        self._needed = resources.replica()  # across nodes, as `free` is
         self._num_teachers = num_teachers
         self._say = say
         self._free = free
@@ -37,10 +37,10 @@ class StartupNotice:
         self.is_over = False
 
     def update(self, is_up: bool) -> None:
-        """Says the line that is due, if any; call it regularly.
+        """Prints the line that is due, if any; call it regularly.
 
         Args:
-            is_up: a teacher has started.
+            is_up: whether a teacher has started.
         """
         if self.is_over:
             return

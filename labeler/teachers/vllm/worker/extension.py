@@ -1,4 +1,4 @@
-"""The mixin of vLLM's worker class: one remote call that installs the label head."""
+"""The mixin for vLLM's worker class; its one RPC installs the label head."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from schemas.spec import RecordSpec
 
 
 class LabelHeadExtension:
-    """Mixed into vLLM's worker class; its attributes come from there."""
+    """Mixin for vLLM's worker class, which provides the attributes."""
 
     model_runner: Any
 
@@ -16,7 +16,7 @@ class LabelHeadExtension:
 
         Returns:
             The runner's class, and how it differs from the expected one; the step is replaced only
-            if that is empty. A text, because exceptions lose their class between processes.
+            if that is empty. A string, because exception types do not survive the RPC.
         """
         runner = self.model_runner
         record = RecordSpec.model_validate_json(record_json)

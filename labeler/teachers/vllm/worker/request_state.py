@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from labeler.teachers.audits import audited_labels
-from labeler.teachers.request_checks import row_uniforms
+from labeler.teachers.draw_uniforms import row_uniforms
 from labeler.teachers.vllm.label_requests import AUDIT_RATE, ROW_KEY, SPANS
 from labeler.teachers.vllm.packed_labels import Packed, empty_packed
 from schemas.record.spans import span_targets

@@ -11,8 +11,8 @@ from labeler.label_head.audit_logits import audit_logits
 from labeler.label_head.position_labels import label_logits
 from labeler.quality.fidelity import measure
 from labeler.teachers.audits import Audit, audited_labels
+from labeler.teachers.draw_uniforms import row_uniforms
 from labeler.teachers.protocol import RowLabels
-from labeler.teachers.request_checks import row_uniforms
 from labeler.units.assemble import assemble_rows
 from schemas.label_set.manifest import Fidelity
 from schemas.record import LabelRows

@@ -20,7 +20,7 @@ from labeler.quality.gates import Claim, Gates
 from labeler.quality.parity import Reference
 from labeler.quality.reference_teacher import choose_reference, stock_path, transformers_on_cpu
 from labeler.run.actors.ledger import PARITY_CLAIM_S, Ledger
-from labeler.run.actors.unit_labeller import UnitLabeller
+from labeler.run.actors.unit_labeler import UnitLabeler
 from labeler.supervision.attempts import Attempts
 from labeler.supervision.supervisor import EngineSupervisor
 from labeler.teachers.protocol import RowLabels
@@ -63,7 +63,7 @@ def labeller(
     gates: GatesConfig,
     record: RecordSpec = RECORD,
     reference: Reference | None = None,
-) -> tuple[UnitLabeller, LabelSet]:
+) -> tuple[UnitLabeler, LabelSet]:
     label_set = make_label_set(tmp_path / "labels", record)
     supervisor = EngineSupervisor(
         lambda: TransformersTeacher(config_of(model), record),
@@ -72,7 +72,7 @@ def labeller(
         gates.audit_rate,
     )
     return (
-        UnitLabeller(label_set, supervisor, gates=Gates(label_set, gates, lambda: reference)),
+        UnitLabeler(label_set, supervisor, gates=Gates(label_set, gates, lambda: reference)),
         label_set,
     )
 

@@ -1,4 +1,4 @@
-"""A first signal lets units in work be finished, a second one or the clock does not."""
+"""The first signal lets in-flight units finish; a second one or the timeout does not."""
 
 import signal
 import subprocess
@@ -52,10 +52,15 @@ def ask(numbers: list[signal.Signals], drain_s: float, work_s: float) -> str:
 @pytest.mark.parametrize(
     ("numbers", "drain_s", "work_s", "said"),
     [
-        ([signal.SIGTERM], 30.0, 0.1, "stopped by SIGTERM: units in work are committed"),
-        ([signal.SIGINT], 30.0, 0.1, "interrupt units in work are committed"),
-        ([signal.SIGTERM, signal.SIGTERM], 30.0, 30.0, "stopped by SIGTERM: a second signal came"),
-        ([signal.SIGINT, signal.SIGINT], 30.0, 30.0, "interrupt a second signal came"),
+        ([signal.SIGTERM], 30.0, 0.1, "stopped by SIGTERM: in-flight units are committed"),
+        ([signal.SIGINT], 30.0, 0.1, "interrupt in-flight units are committed"),
+        (
+            [signal.SIGTERM, signal.SIGTERM],
+            30.0,
+            30.0,
+            "stopped by SIGTERM: a second signal arrived",
+        ),
+        ([signal.SIGINT, signal.SIGINT], 30.0, 30.0, "interrupt a second signal arrived"),
         ([signal.SIGTERM], 0.3, 30.0, "took longer than run.drain_s = 0.3 and are lost"),
     ],
 )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from labeler.corpus.requests import requests_unit_key
-from labeler.supervision.attempts import Attempts, Crashes
+from labeler.supervision.attempts import Attempts, CrashCounts
 from labeler.supervision.shared_lock import SharedLock
 from labeler.supervision.supervisor import EngineSupervisor
 from schemas.storage.store import Store
@@ -49,7 +49,7 @@ def test_neighbours_of_a_row_that_kills_are_labelled(tmp_path: Path) -> None:
     assert len(lines) == len(teachers) - 1  # once an engine, however many units were in it
     # Who only was there when it happened has nothing else against it.
     for innocent in (0, 2, 3):
-        assert attempts.crashes(requests_unit_key(batches[innocent])) == Crashes(shared=1)
+        assert attempts.count_crashes(requests_unit_key(batches[innocent])) == CrashCounts(shared=1)
 
 
 def test_deaths_beside_others_quarantine_nobody(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from labeler.corpus.requests import label_request, requests_unit_key
 from labeler.corpus.windows import all_but_first
-from labeler.supervision.attempts import Attempts, Crashes, remove_attempts
+from labeler.supervision.attempts import Attempts, CrashCounts, remove_attempts
 from labeler.supervision.supervisor import MAX_BLAMELESS_CRASHES, EngineSupervisor
 from labeler.teachers.protocol import RowLabels, Teacher
 from schemas.errors import RowFailure, TeacherError, TeacherGoneError
@@ -129,14 +129,17 @@ def test_only_this_run_and_living_nodes_count(tmp_path: Path) -> None:
     first = Attempts(store, "first", node="a")
     for _ in range(2):
         first.keep(first.begin("key"))
-    assert Attempts(store, "first", node="b").crashes("key") == Crashes(alone=2)
-    assert Attempts(store, "first", is_lost=lambda node: node == "a").crashes("key") == Crashes()
-    assert Attempts(store, "second").crashes("key") == Crashes()
+    assert Attempts(store, "first", node="b").count_crashes("key") == CrashCounts(alone=2)
+    assert (
+        Attempts(store, "first", is_lost=lambda node: node == "a").count_crashes("key")
+        == CrashCounts()
+    )
+    assert Attempts(store, "second").count_crashes("key") == CrashCounts()
     came_back = first.begin("other")
     first.end(came_back)
-    assert first.crashes("other") == Crashes()
+    assert first.count_crashes("other") == CrashCounts()
     remove_attempts(store, "first")
-    assert first.crashes("key") == Crashes()
+    assert first.count_crashes("key") == CrashCounts()
     remove_attempts(store, "first")  # of a run that left nothing
 
 
@@ -171,7 +174,7 @@ def test_attempt_that_ends_while_counted_is_no_death(
     listed = store.list("attempts/run/key", ".json")
     attempts.end(ending)
     monkeypatch.setattr(store, "list", lambda *_: listed)
-    assert attempts.crashes("key") == Crashes(alone=1)
+    assert attempts.count_crashes("key") == CrashCounts(alone=1)
 
 
 def test_clearing_a_key_beside_another_beginning(
@@ -190,7 +193,7 @@ def test_clearing_a_key_beside_another_beginning(
 
     monkeypatch.setattr(os, "unlink", unlink_late)
     attempts.clear("key")
-    assert attempts.crashes("key") == Crashes(alone=1)
+    assert attempts.count_crashes("key") == CrashCounts(alone=1)
 
 
 CHILD = """
@@ -230,4 +233,4 @@ def test_supervisor_holds_a_lost_server_against_no_row(tmp_path: Path, shared: b
     for _ in range(3):
         with pytest.raises(TeacherGoneError, match="no answer"):
             EngineSupervisor(Gone, attempts, None).label(requests([20, 21]))
-    assert attempts.crashes(requests_unit_key(requests([20, 21]))) == Crashes()
+    assert attempts.count_crashes(requests_unit_key(requests([20, 21]))) == CrashCounts()

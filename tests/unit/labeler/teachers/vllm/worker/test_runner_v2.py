@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from labeler.label_head.position_labels import label_logits
+from labeler.teachers.draw_uniforms import row_uniforms
 from labeler.teachers.protocol import RowLabels
-from labeler.teachers.request_checks import row_uniforms
 from labeler.teachers.vllm.label_requests import AUDIT_RATE, ROW_KEY, SPANS, row_labels
 from labeler.teachers.vllm.worker.runner_v2 import LabelHeadV2, incompatibility, install_into
 from schemas.record.spans import span_targets

@@ -21,7 +21,7 @@ import sys
 import numpy as np, torch, torch.distributed as dist
 from labeler.label_head.audit_logits import audit_logits
 from labeler.label_head.position_labels import label_logits
-from labeler.teachers.request_checks import row_uniforms
+from labeler.teachers.draw_uniforms import row_uniforms
 from labeler.teachers.vllm.packed_labels import pack
 from labeler.teachers.vllm.worker.label_step import StepLabeler
 from labeler.teachers.vllm.worker.tensor_parallel import VocabParallelLogits

@@ -1,6 +1,6 @@
 """Labels a unit of requests and commits it as one shard.
 
-A unit exists once its manifest does, so a call that Ray repeats finds it and does nothing.
+Idempotent: a unit is committed once its manifest exists, so a call that Ray retries does nothing.
 """
 
 import functools
@@ -17,8 +17,8 @@ from schemas.label_set.label_set import LabelSet
 from schemas.label_set.manifest import Manifest, manifest_path, read_manifest
 
 
-class UnitLabeller:
-    """Labels units into one label set; may be called from several threads."""
+class UnitLabeler:
+    """Labels units into one label set. Thread-safe."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class UnitLabeller:
             teacher: None for a set of kind ``tokens``.
             salt: see ``requests_unit_key``.
             gates: checks before a commit; None: no checks.
-            report: gets the key of a unit in work and its counts; see ``ReportProgress``.
+            report: called with the key and the counts of an in-flight unit; see ``ReportProgress``.
         """
         self._label_set = label_set
         self._teacher = teacher
@@ -43,7 +43,7 @@ class UnitLabeller:
         self._report = report
 
     def label(self, requests: Sequence[Request]) -> Manifest:
-        """Labels and commits one unit; returns the manifest of a unit that is already committed.
+        """Labels and commits one unit unless it is already committed; returns its manifest.
 
         Raises:
             TeacherError: the teacher cannot be loaded, its engine is broken, or its labels differ
@@ -55,16 +55,17 @@ class UnitLabeller:
         if store.exists(path):
             return read_manifest(store, path, self._label_set.fingerprint)
         started = time.monotonic()
-        found, provenance = UnitLabels(list(requests), None, []), dict[str, object]()
+        unit_labels, provenance = UnitLabels(list(requests), None, []), dict[str, object]()
         if self._teacher is not None:
             progress = UnitProgress(functools.partial(self._report, unit_key))
-            found, provenance = self._teacher.label(requests, progress)
+            unit_labels, provenance = self._teacher.label(requests, progress)
         provenance |= {"host": socket.gethostname(), "seconds": time.monotonic() - started}
-        rows = found.rows(self._label_set.spec.record)
+        rows = unit_labels.rows(self._label_set.spec.record)
         fidelity = None
         if self._gates is not None:
-            self._gates.check_parity(found)
-            fidelity, problem = self._gates.audit(found, rows)
-            if problem:  # the bound is on a unit's mean, so no row of it can be trusted
-                found, rows = found.refused("fidelity", problem), None
-        return self._label_set.commit_unit(rows, found.quarantined, provenance, unit_key, fidelity)
+            self._gates.check_parity(unit_labels)
+            fidelity, problem = self._gates.audit(unit_labels, rows)
+            if problem:  # the bound is on the unit's mean, so none of its rows can be trusted
+                unit_labels, rows = unit_labels.refused("fidelity", problem), None
+        quarantined = unit_labels.quarantined
+        return self._label_set.commit_unit(rows, quarantined, provenance, unit_key, fidelity)

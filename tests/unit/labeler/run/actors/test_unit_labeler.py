@@ -8,7 +8,7 @@ import pytest
 
 from labeler.corpus.requests import Request, label_request, sample_requests
 from labeler.corpus.windows import all_but_first
-from labeler.run.actors.unit_labeller import UnitLabeller
+from labeler.run.actors.unit_labeler import UnitLabeler
 from labeler.supervision.attempts import Attempts
 from labeler.supervision.supervisor import EngineSupervisor
 from labeler.teachers.protocol import OnRow, RowLabels, Teacher, ignore_row
@@ -118,8 +118,8 @@ def labeller(
     make: Callable[[], Teacher],
     generation: GenerationSpec | None = None,
     salt: str = "",
-) -> UnitLabeller:
-    return UnitLabeller(
+) -> UnitLabeler:
+    return UnitLabeler(
         labels, EngineSupervisor(make, Attempts(labels.store, "run"), generation), salt
     )
 
@@ -131,7 +131,7 @@ def requests(*rows: list[int]) -> list[Request]:
     ]
 
 
-def test_unit_labeller_labels_or_quarantines_each_request(
+def test_unit_labeler_labels_or_quarantines_each_request(
     tmp_path: Path, teacher: UniformTeacher
 ) -> None:
     labels = make_set(tmp_path)
@@ -148,7 +148,7 @@ def test_unit_labeller_labels_or_quarantines_each_request(
     assert teacher.row_keys == [request.row_key for request in batch]
 
 
-def test_unit_labeller_labels_a_unit_once(tmp_path: Path, teacher: UniformTeacher) -> None:
+def test_unit_labeler_labels_a_unit_once(tmp_path: Path, teacher: UniformTeacher) -> None:
     labels = make_set(tmp_path)
     batch = requests([1, 2, 3], [5, 6])
     done = labeller(labels, lambda: teacher).label(batch)
@@ -164,14 +164,14 @@ def test_rows_and_responses_of_a_unit_in_work_are_reported(
     labels = make_set(tmp_path, generation=GENERATION)
     supervisor = EngineSupervisor(lambda: teacher, Attempts(labels.store, "run"), GENERATION)
     reports: list[tuple[object, ...]] = []
-    units = UnitLabeller(labels, supervisor, report=lambda *counts: reports.append(counts))
+    units = UnitLabeler(labels, supervisor, report=lambda *counts: reports.append(counts))
     prompts = sample_requests(np.array([7, 8], np.int32), GENERATION, "a", 0)
     manifest = units.label(prompts)
     rows = [(0, 0, 1), (0, 0, 2), (0, 0, 3), (1, 4, 3), (2, 8, 3), (3, 12, 3)]
     assert reports == [(manifest.unit_key, *counts) for counts in rows]
 
 
-def test_unit_labeller_makes_no_teacher_for_finished_units(
+def test_unit_labeler_makes_no_teacher_for_finished_units(
     tmp_path: Path, teacher: UniformTeacher
 ) -> None:
     labels = make_set(tmp_path)
@@ -199,9 +199,9 @@ def test_rows_of_a_quarantined_unit_can_be_tried_again(
     assert len(labels.committed_keys()) == 1
 
 
-def test_unit_labeller_needs_no_teacher_for_tokens(tmp_path: Path) -> None:
+def test_unit_labeler_needs_no_teacher_for_tokens(tmp_path: Path) -> None:
     labels = make_set(tmp_path, "tokens")
-    done = UnitLabeller(labels, None).label(requests([1, 2, 3]))
+    done = UnitLabeler(labels, None).label(requests([1, 2, 3]))
     assert (done.num_rows, done.num_labels) == (1, 2)
     rows = labels.read_rows(labels.index())
     assert rows.head_len is None
