@@ -1,20 +1,21 @@
 """Trains a student from views of label sets, under DeepSpeed.
 
-``config/``       the fields of ``train.toml`` and ``evaluate.toml``
-``losses/``       targets from stored labels; objectives and divergences on them
-``head/``         the output head fused with the loss
-``student/``      the model: built, checked, adapted
-``data/``         row order, packing, mixtures, the loader
-``engine/``       one optimizer step under DeepSpeed
-``checkpoints/``  saved in the background, restored on any world size
-``tracking/``     learning curve, row log, external trackers
-``evaluation/``   held-out metrics during training, and against the teacher
-``run/``          checks before launch, Ray Train, the loop of each worker
+``config/``        configuration: ``train.toml`` and ``evaluate.toml``
+``run_folder.py``  the folder of a run: identity, owner, summary
+``losses/``        targets from stored labels; objectives and divergences on them
+``head/``          the output head fused with the loss
+``student/``       builds, checks and adapts the model
+``data/``          row order, packing, mixtures, the loader
+``engine/``        one optimizer step under DeepSpeed
+``checkpoints/``   saved in the background, restored on any world size
+``tracking/``      learning curve, row log, external trackers
+``evaluation/``    held-out metrics during training, and against the teacher
+``run/``           pre-launch checks, Ray Train, each worker's training loop
 
-Imports go up this list, never down; nothing here imports labeler.
+Each room imports only rooms above it in this list; nothing here imports labeler.
 
-The names below are the library, for your own training loop or a Hugging Face Trainer
-(``docs/library.md``). Each is imported on first use, so that importing the package stays light.
+The names exported below form the public library, for use in a custom training loop or a Hugging
+Face Trainer (``docs/library.md``). They are imported lazily to keep the package import light.
 """
 
 from importlib import import_module

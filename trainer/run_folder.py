@@ -1,21 +1,21 @@
-"""The folder of one training run: its configuration, its progress, its results.
+"""The folder of a training run: configuration, progress and results.
 
 ```
 RUN/
-  config.toml          the complete configuration, loadable again
-  run.json             identity of the run; another configuration needs another folder
-  owner                the process that may write here: the one started last
+  config.toml          the complete configuration, in loadable form
+  run.json             identity of the run; a different configuration needs a different folder
+  owner                the process allowed to write here, which is the one started last
   metrics.jsonl        the learning curve
   bad_batch.json       the rows of a step that stopped the run
   rows.jsonl           with log.rows: the rows of every step
   tensorboard/         the learning curve for TensorBoard
   checkpoints/         see trainer.checkpoints.store
   student/             the trained student, an ordinary Hugging Face folder
-  summary.json         written last: the run is finished
+  summary.json         written last, marks the run as finished
 ```
 
-The folder is any fsspec URL, or a path on a file system that all workers share. An object store
-cannot append: there the learning curve is written as a new object with every checkpoint.
+The folder is an fsspec URL or a path on a file system that all workers share. Object stores cannot
+append, so there the learning curve is rewritten with every checkpoint.
 """
 
 import json
@@ -37,7 +37,7 @@ TENSORBOARD, STUDENT = "tensorboard", "student"
 
 _FREE_KEYS = {
     "run",
-    "view",  # its content is identified by its hash, not by its URL
+    "view",  # identified by the hash of its content, not by its URL
     "loss.chunk_tokens",
     "loss.head_memory_bytes",
     "loss.kernel",
@@ -46,10 +46,10 @@ _FREE_KEYS = {
     "deepspeed.timeout_s",
     "deepspeed.gradient_checkpointing",
 }
-"""Keys that may change when a run is resumed: none of them changes the result."""
+"""Keys that may change on resume because they do not affect the result."""
 
 _FREE_SECTIONS = ("ray", "checkpoint", "guard", "eval", "log")
-"""Sections whose keys may change, except for _BOUND_KEYS."""
+"""Sections whose keys may change on resume, except for _BOUND_KEYS."""
 
 _BOUND_KEYS = {"ray.use_gpu"}
 
@@ -58,19 +58,19 @@ class TrainSummary(StrictModel):
     """summary.json: the result of a training run.
 
     Attributes:
-        run: its folder.
+        run: folder of the run.
         tokens: tokens of the rows trained on, counted once per epoch.
         labels: labelled positions among them.
-        stopped_early: whether ``eval.patience`` ended it before its last step.
+        stopped_early: whether ``eval.patience`` ended the run before its last step.
         best_eval: lowest value of ``eval.metric``, nats per label; None without evaluation.
-        best_eval_step: step at which it was measured.
+        best_eval_step: step of ``best_eval``.
         resumed_from_step: step of the checkpoint that the last process resumed from; 0: none.
         final_loss: mean loss per label over the last logged steps.
-        seconds: of the last process that trained, from its start to the export.
+        seconds: duration of the last training process, from its start to the export.
         data_wait_share: share of the training time spent waiting for data.
         checkpoint_wait_share: share of the training time spent waiting for checkpoints, on rank 0.
-        checkpoint_hidden_share: share of the time spent on checkpoints while training continued.
-        rows_dropped: rows of the view dropped because they are longer than data.max_tokens.
+        checkpoint_hidden_share: share of the checkpoint time that overlapped with training.
+        rows_dropped: rows of the view dropped because they exceed data.max_tokens.
         exported: folder of the trained student.
     """
 
@@ -97,11 +97,11 @@ class TrainSummary(StrictModel):
 
 
 class RunFolder:
-    """The identity, owner and summary of a run.
+    """Identity, owner and summary of a run.
 
     Attributes:
         url: as given.
-        store: the folder.
+        store: store of the folder.
         student: path or URL of the trained student.
     """
 
@@ -113,10 +113,10 @@ class RunFolder:
     def finished(
         self, config: TrainConfig, view_hash: str, label_sets: list[str]
     ) -> TrainSummary | None:
-        """The summary of the run; None if it is not finished.
+        """Returns the summary of the run, or None if it is not finished.
 
         Raises:
-            ConfigError: the folder holds a run of another configuration or view; names the keys.
+            ConfigError: the folder holds a run with another configuration or view; names the keys.
         """
         found = self._read_json("run.json")
         # A folder without results may be used for any configuration.
@@ -126,47 +126,48 @@ class RunFolder:
         return self.summary()
 
     def start(self, config: TrainConfig, view_hash: str, label_sets: list[str]) -> None:
-        """Writes the configuration and the identity of the run."""
+        """Writes the run's configuration and identity."""
         identity = run_identity(config, view_hash, label_sets)
         if not self._has_results():
             self.store.write_bytes("config.toml", dump_toml(config).encode())
         self.store.write_bytes("run.json", _json(identity))
 
     def summary(self) -> TrainSummary | None:
-        """The result of the run; None while it is not finished."""
+        """Returns the result of the run, or None while it is not finished."""
         summary = self._read_json("summary.json")
         return None if summary is None else TrainSummary.model_validate(summary)
 
     def claim(self) -> str:
-        """Makes the caller the owner, the only process that may write here.
+        """Makes the caller the owner, the only process allowed to write here.
 
-        Workers of a killed driver may outlive it for a while; at their next write they find that
-        they are no longer the owner.
+        Workers may outlive a killed driver for a while; at their next write they detect that they
+        no longer own the folder.
 
         Returns:
-            The argument for ``check_owner``.
+            A token for ``check_owner``.
         """
         owner = f"{uuid.uuid4().hex} {socket.gethostname()} {os.getpid()}"
         self.store.write_bytes("owner", owner.encode())
         return owner
 
     def check_owner(self, owner: str) -> None:
-        """Refuses to write beside another process.
+        """Prevents concurrent writes; call it before every write.
 
         Raises:
-            StudentError: a later start claimed the folder, or it does not exist on this machine.
+            StudentError: another process has claimed the folder since, or the folder does not exist
+                on this machine.
         """
         try:
             found = self.store.read_bytes("owner").decode()
         except FileNotFoundError as error:
             raise StudentError(
-                f"run folder {self.url} does not exist on {socket.gethostname()}; put it on a file "
-                "system that all nodes share, or on an object store"
+                f"run folder {self.url} does not exist on {socket.gethostname()}; put it on a "
+                "shared file system or an object store"
             ) from error
         if found != owner:
             _, host, pid = found.split()
             raise StudentError(
-                f"{self.url} was started again by process {pid} on {host}; this process stops"
+                f"{self.url} was restarted by process {pid} on {host}; this process stops"
             )
 
     def finish(self, summary: TrainSummary) -> None:
@@ -183,13 +184,13 @@ class RunFolder:
             return json.loads(self.store.read_bytes(name))
         except ValueError as error:
             raise DamagedError(
-                f"{self.store.path(name)} is not valid JSON ({error}); start again in a new run "
+                f"{self.store.path(name)} is not valid JSON ({error}); start over in a new run "
                 "folder"
             ) from error
 
 
 def run_identity(config: TrainConfig, view_hash: str, label_sets: list[str]) -> RunIdentity:
-    """Everything that determines the result of a run, as flat keys."""
+    """Returns everything that determines the result of a run, by dotted key."""
     flat = flatten(config.model_dump(mode="json"), leaves={"student.config"})
     identity = {key: value for key, value in flat.items() if not _is_free(key)}
     return {**identity, "view hash": view_hash, "label sets": label_sets}
@@ -209,7 +210,7 @@ def _refuse_another_run(path: str, found: RunIdentity, wanted: RunIdentity) -> N
     ]
     if differing:
         raise ConfigError(
-            f"run folder {path} holds another run; it differs in {', '.join(differing)}. "
+            f"run folder {path} holds a different run; changed: {', '.join(differing)}. "
             "Restore these values to resume that run, or choose a new folder: run=..."
         )
 
@@ -217,10 +218,10 @@ def _refuse_another_run(path: str, found: RunIdentity, wanted: RunIdentity) -> N
 def flatten(
     tree: Mapping[str, Any], leaves: Container[str] = (), prefix: str = ""
 ) -> dict[str, Any]:
-    """The values of nested tables by dotted key.
+    """Flattens nested tables to dotted keys.
 
     Args:
-        leaves: keys whose tables stay values; empty tables always do.
+        leaves: keys whose tables are kept as values; empty tables always are.
     """
     flat: dict[str, Any] = {}
     for key, value in tree.items():

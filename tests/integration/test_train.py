@@ -167,7 +167,7 @@ def test_run_on_draws_says_where_the_loss_is_approximate(
     allowed = {**warm, "approximate_temperature": True}
     summary = train(config(tmp_path / "warm", drawn, tokenizer, loss=allowed, **short))
     for text in (capsys.readouterr().err, Path(summary.exported, "README.md").read_text()):
-        assert "approximated by the ghost target" in text
+        assert "approximated by the ghost objective" in text
     assert losses(tmp_path / "exact") != losses(tmp_path / "warm")
 
 

@@ -1,1 +1,1 @@
-"""The fields of `train.toml` and `evaluate.toml`; imports neither torch nor Ray."""
+"""Configuration of `train.toml` and `evaluate.toml`; imports neither torch nor Ray."""

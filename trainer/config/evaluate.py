@@ -1,6 +1,6 @@
-"""The configuration of an evaluation, ``evaluate.toml``, and its result.
+"""Configuration and result of an evaluation, ``evaluate.toml``.
 
-Imports no torch, so that a configuration is checked before anything heavy is loaded.
+Does not import torch, so a configuration is validated before anything heavy is loaded.
 """
 
 from typing import Literal
@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from schemas.config import StrictModel
 
 TEACHER = "teacher"
-"""Name of the teacher's own row in the result."""
+"""Name of the teacher in the result."""
 
 
 class EvaluateConfig(StrictModel):
@@ -18,16 +18,18 @@ class EvaluateConfig(StrictModel):
 
     view: str = Field(description="URL of the view with the held-out rows")
     teacher: str = Field(description="checkpoint folder or hub name of the teacher")
-    students: dict[str, str] = Field(description="name = checkpoint folder or hub name")
-    max_rows: int = Field(
-        0, ge=0, description="rows to use, spread evenly over the view; 0: all of them"
+    students: dict[str, str] = Field(
+        description="students by name: name = checkpoint folder or hub name"
     )
-    batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass, padding included")
+    max_rows: int = Field(
+        0, ge=0, description="rows to evaluate, spread evenly over the view; 0: all"
+    )
+    batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass, including padding")
     chunk_tokens: int = Field(
-        512, ge=1, description="positions whose logits are in memory at a time, per model"
+        512, ge=1, description="positions whose logits are in memory at once, per model"
     )
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="dtype of all models, the teacher included"
+        "float32", description="dtype of all models, including the teacher"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: a GPU if torch sees one, else the CPU"
@@ -39,7 +41,7 @@ class EvaluateConfig(StrictModel):
         if not value:
             raise ValueError("students is empty; name at least one, as in kd = PATH")
         if TEACHER in value:
-            raise ValueError(f'students has the name "{TEACHER}", which is the teacher\'s own')
+            raise ValueError(f'students: "{TEACHER}" is reserved for the teacher; rename it')
         return value
 
 
@@ -48,13 +50,13 @@ class ModelMetrics(StrictModel):
 
     Attributes:
         cross_entropy: with the text, nats per label.
-        perplexity: its exponential.
+        perplexity: exponential of ``cross_entropy``.
         kl_to_teacher: KL(teacher || model) of full distributions, nats per label.
-        top1_agreement: share of labels where model and teacher have the same most probable token.
-        top1_accuracy: share of labels where the model's most probable token is that of the text.
+        top1_agreement: share of labels where model and teacher agree on the most probable token.
+        top1_accuracy: share of labels where the model's most probable token is the text's.
         ece: expected calibration error of that token, 15 bins of equal width, 0 to 1.
-        parameters: of the model, tied ones counted once.
-        tokens_per_s: forward passes up to the logits of the labels, on the machine of this run.
+        parameters: number of parameters, tied ones counted once.
+        tokens_per_s: throughput of the forward pass up to the labels' logits, on this machine.
     """
 
     cross_entropy: float
@@ -68,7 +70,7 @@ class ModelMetrics(StrictModel):
 
 
 class EvaluateSummary(StrictModel):
-    """The result of one comparison; the teacher is first in `models`."""
+    """Result of one comparison; the teacher comes first in `models`."""
 
     view: str
     view_hash: str

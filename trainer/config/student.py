@@ -1,6 +1,6 @@
-"""The student of a training run: the source of its weights, and which of them are trained.
+"""Configuration of the student: the source of its weights, and which weights are trained.
 
-Imports no torch; see `trainer.config.train`.
+Does not import torch; see `trainer.config.train`.
 """
 
 from typing import Any, Literal, Self
@@ -11,7 +11,7 @@ from schemas.config import StrictModel
 
 
 class LoraConfig(StrictModel):
-    """Low-rank adapters (arXiv 2106.09685) through peft; all other weights are frozen."""
+    """Low-rank adapters (arXiv 2106.09685) from peft; all other weights are frozen."""
 
     rank: int = Field(16, ge=1, description="rank r of each adapter")
     alpha: float = Field(32.0, gt=0.0, description="adapters are scaled by alpha / rank")
@@ -23,7 +23,7 @@ class LoraConfig(StrictModel):
     )
     target_modules: list[str] | Literal["all-linear"] = Field(
         "all-linear",
-        description="linear layers by name or end of name; all-linear: all except the head",
+        description="linear layers by full name or suffix; all-linear: all except the head",
     )
 
 
@@ -33,17 +33,17 @@ class StudentConfig(StrictModel):
     path: str = Field("", description="checkpoint folder or hub name; empty: use `config`")
     config: dict[str, Any] = Field(
         default_factory=dict,
-        description="Hugging Face config, with model_type, of a randomly initialised student",
+        description="Hugging Face config, including model_type, of a randomly initialised student",
     )
-    seed: int = Field(0, description="seed of the random initialisation, also of adapters")
-    tokenizer: str = Field("", description="folder or hub name; empty: the one in `path`")
+    seed: int = Field(0, description="seed of the random initialisation, including adapters")
+    tokenizer: str = Field("", description="folder or hub name; empty: the tokenizer in `path`")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="dtype in which weights are built, and in which frozen weights stay; "
-        "deepspeed.precision sets that of the training",
+        description="dtype in which weights are loaded, and in which frozen weights stay; "
+        "deepspeed.precision sets the training dtype",
     )
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = Field(
-        "sdpa", description="attention implementation of transformers"
+        "sdpa", description="attention implementation in transformers"
     )
     lora: LoraConfig | None = Field(
         None, description="train adapters only, merged on export; unset: train all weights"
@@ -53,11 +53,11 @@ class StudentConfig(StrictModel):
     def _one_source(self) -> Self:
         if bool(self.path) == bool(self.config):
             raise ValueError(
-                "student.path and student.config: give exactly one of them, found "
+                "student.path and student.config: set exactly one of them, found "
                 f"{'both' if self.path else 'neither'}"
             )
         if self.config and "model_type" not in self.config:
             raise ValueError('student.config needs model_type, for example model_type = "llama"')
         if self.config and not self.tokenizer:
-            raise ValueError("student.tokenizer is needed when the student is built from a config")
+            raise ValueError("student.config needs student.tokenizer: set a folder or hub name")
         return self

@@ -1,7 +1,7 @@
-"""The configuration of a training run, ``train.toml``.
+"""Configuration of a training run, ``train.toml``.
 
-Imports neither torch, Ray nor DeepSpeed, so that a configuration is checked before any of them is
-loaded. Every default of the trainer is on a field here and nowhere else.
+Imports neither torch, Ray nor DeepSpeed, so a configuration is validated before any of them is
+loaded. Every default of the trainer is defined on a field here and nowhere else.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -23,69 +23,69 @@ LossKind = Literal[
     "tvd",
 ]
 
-# Fields that apply to one kind of loss only; all other fields of LossConfig apply to every kind.
+# Fields that apply to a single kind of loss; all other fields of LossConfig apply to every kind.
 _OWN_LOSS_FIELDS: dict[str, str] = {"beta": "jsd", "skew": "skew_kl"}
 
 
 class LossConfig(StrictModel):
-    """Training loss per labelled position: (1 - alpha) * CE + alpha * T^2 * divergence."""
+    """Training loss per labelled position: (1 - alpha) * CE + alpha * T^2 * objective."""
 
     kind: LossKind = Field(
         "forward_kl",
-        description="training target; hard uses only the tokens, not the teacher; forward_kl is "
-        "unbiased for labels with draws (sampled, threshold); reverse_kl, jsd, skew_kl and tvd "
-        "compare the cached ids and one bucket for all others",
+        description="training objective; hard: cross-entropy with the text, without the teacher; "
+        "forward_kl: unbiased on labels with draws (sampled, threshold); reverse_kl, jsd, skew_kl "
+        "and tvd compare the cached ids and one bucket for all others",
     )
     mix: dict[LossKind, float] = Field(
         default_factory=dict,
-        description="further targets and their shares of the distillation term, for example "
-        "{reverse_kl = 0.3}; the rest is `kind`; empty: `kind` alone",
+        description="more objectives and their shares of the distillation term, for example "
+        "{reverse_kl = 0.3}; `kind` gets the rest; empty: `kind` alone",
     )
     alpha: float = Field(
         1.0, ge=0.0, le=1.0, description="weight of the distillation term; 1: no CE"
     )
     temperature: float = Field(
-        1.0, gt=0.0, description="distillation temperature T; 1: the logits as they are"
+        1.0, gt=0.0, description="distillation temperature T; 1: unscaled logits"
     )
     beta: float = Field(
         0.5,
         gt=0.0,
         lt=1.0,
-        description="jsd only: share of the teacher in the mixture, and weight of its KL",
+        description="jsd only: the teacher's share of the mixture, and the weight of its KL",
     )
     skew: float = Field(
-        0.1, gt=0.0, lt=1.0, description="skew_kl only: share of the teacher in the mixture"
+        0.1, gt=0.0, lt=1.0, description="skew_kl only: the teacher's share of the mixture"
     )
     approximate_temperature: bool = Field(
         False,
         description="forward_kl only: if T is above the temperature of the draws, use the ghost "
-        "target; false: refuse to train",
+        "objective; false: refuse to train",
     )
     head_memory_bytes: int | None = Field(
         None,
         ge=1,
-        description="bytes for the logits of one chunk of the fused head and all arrays of that "
+        description="memory for one chunk of the fused head: its logits and all arrays of that "
         "size; unset: 64 MiB on a CPU (at most 512 positions), 1/64 of a GPU's memory. Changes "
-        "results within rounding",
+        "results only within rounding",
     )
     chunk_tokens: int | None = Field(
         None,
         ge=1,
-        description="positions per chunk of the fused head; unset: as many as head_memory_bytes "
-        "holds",
+        description="positions per chunk of the fused head; unset: as many as fit into "
+        "head_memory_bytes",
     )
     kernel: Literal["torch", "triton"] = Field(
         "torch",
-        description="implementation of the passes over the head's logits; triton makes fewer "
-        "passes, needs a GPU, and has been tested in Triton's interpreter only",
+        description="implementation of the passes over the head's logits; triton needs fewer "
+        "passes and a GPU, and has been tested only in Triton's interpreter",
     )
 
     @model_validator(mode="after")
     def _hard_has_no_teacher(self) -> Self:
         if self.kind == "hard" and self.temperature != 1.0:
             raise ValueError(
-                f'loss.temperature = {self.temperature} has no meaning with loss.kind = "hard"; '
-                "remove it or choose a target that uses the teacher"
+                f'loss.temperature = {self.temperature} has no effect with loss.kind = "hard"; '
+                "remove it or choose an objective that uses the teacher"
             )
         return self
 
@@ -94,7 +94,7 @@ class LossConfig(StrictModel):
         if self.chunk_tokens is not None and self.head_memory_bytes is not None:
             raise ValueError(
                 f"loss.chunk_tokens = {self.chunk_tokens} and loss.head_memory_bytes = "
-                f"{self.head_memory_bytes} both set the chunk size: give one of them"
+                f"{self.head_memory_bytes} both set the chunk size: remove one of them"
             )
         return self
 
@@ -114,19 +114,19 @@ class LossConfig(StrictModel):
     def _mix_leaves_some(self) -> Self:
         if self.mix and (self.kind == "hard" or "hard" in self.mix):
             raise ValueError(
-                "loss.mix takes targets that use the teacher; the share of hard labels is 1 - "
-                "loss.alpha"
+                "loss.mix takes only objectives that use the teacher; the share of hard labels is "
+                "1 - loss.alpha"
             )
         shares = list(self.mix.values())
         if self.kind in self.mix or min(shares, default=1.0) <= 0.0 or sum(shares) >= 1.0:
             raise ValueError(
-                f"loss.mix = {self.mix} with loss.kind = {self.kind}: expected shares of other "
-                "targets, above 0, with a sum below 1; the rest is `kind`"
+                f"loss.mix = {self.mix} with loss.kind = {self.kind}: expected positive shares of "
+                "other objectives with a sum below 1; `kind` gets the rest"
             )
         return self
 
-    def targets(self) -> list[tuple[float, "LossConfig"]]:
-        """The parts of the distillation term: shares that sum to 1, and losses of one target."""
+    def objectives(self) -> list[tuple[float, "LossConfig"]]:
+        """Splits the mix into (share, loss without a mix); shares sum to 1."""
         shares = {self.kind: 1.0 - sum(self.mix.values()), **self.mix}
         return [
             (share, self.model_copy(update={"kind": kind, "mix": {}}))
@@ -135,41 +135,39 @@ class LossConfig(StrictModel):
 
 
 class DataConfig(StrictModel):
-    """How rows become global steps; their order depends only on these values and the view."""
+    """How rows are packed into global steps; the order depends only on this table and the view."""
 
     max_tokens: int = Field(ge=2, description="tokens per packed sequence: the context length")
     sequences_per_step: int = Field(
-        ge=1, description="packed sequences (lanes) per global step, over all workers"
+        ge=1, description="packed sequences per global step, over all workers (one per lane)"
     )
     micro_batch_size: int = Field(1, ge=1, description="packed sequences per forward pass")
-    seed: int = Field(0, ge=0, description="seed of the order of rows")
+    seed: int = Field(0, ge=0, description="seed of the row order")
     epochs: int | None = Field(None, ge=1, description="passes over the view; set this or `steps`")
     steps: int | None = Field(
-        None, ge=1, description="global steps, in as many epochs as needed; set this or `epochs`"
+        None, ge=1, description="global steps, over as many epochs as needed; set this or `epochs`"
     )
     window_row_groups: int = Field(
-        4, ge=1, description="row groups, or pieces of one, within which a lane shuffles its rows"
+        4, ge=1, description="shuffle window of a lane, in row groups or pieces of one"
     )
     long_rows: Literal["error", "drop"] = Field(
         "error", description="rows longer than max_tokens: refuse the view, or drop them"
     )
-    cache_bytes: int = Field(
-        1 << 30, ge=0, description="bytes of decoded row groups kept in memory, per worker"
-    )
-    prefetch_steps: int = Field(2, ge=1, description="global steps prepared ahead of the training")
+    cache_bytes: int = Field(1 << 30, ge=0, description="memory for decoded row groups, per worker")
+    prefetch_steps: int = Field(2, ge=1, description="global steps to prefetch")
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(
-                "data.epochs and data.steps: give exactly one of them, found "
+                "data.epochs and data.steps: set exactly one of them, found "
                 f"{'neither' if self.epochs is None else 'both'}"
             )
         return self
 
 
 class OptimizerConfig(StrictModel):
-    """AdamW; weight decay applies to matrices only, not to norms and biases."""
+    """AdamW; weight decay applies to matrices, not to norms and biases."""
 
     lr: float = Field(1e-4, gt=0.0, description="peak learning rate of the schedule")
     betas: tuple[float, float] = Field(
@@ -181,12 +179,12 @@ class OptimizerConfig(StrictModel):
 
 
 class ScheduleConfig(StrictModel):
-    """Learning rate by step: a linear warm-up, then a decay to min_lr_ratio of the peak."""
+    """Learning-rate schedule: a linear warm-up, then a decay to min_lr_ratio of the peak."""
 
     kind: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="shape of the decay after the warm-up; constant: no decay"
     )
-    warmup_steps: int = Field(0, ge=0, description="steps of the warm-up; set this or warmup_ratio")
+    warmup_steps: int = Field(0, ge=0, description="warm-up in steps; set this or warmup_ratio")
     warmup_ratio: float = Field(
         0.0, ge=0.0, lt=1.0, description="warm-up as a share of all steps; set this or warmup_steps"
     )
@@ -199,7 +197,7 @@ class ScheduleConfig(StrictModel):
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError(
                 f"schedule.warmup_steps = {self.warmup_steps} and schedule.warmup_ratio = "
-                f"{self.warmup_ratio}: give one of them"
+                f"{self.warmup_ratio} both set the warm-up: remove one of them"
             )
         return self
 
@@ -209,14 +207,14 @@ class DeepSpeedConfig(StrictModel):
 
     zero_stage: Literal[0, 1, 2, 3] = Field(
         0,
-        description="state sharded over the ranks; 0: none; 1: optimizer; 2: gradients too; "
-        "3: weights too",
+        description="ZeRO stage: what is sharded over the ranks; 0: nothing; 1: optimizer state; "
+        "2: also gradients; 3: also weights",
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="dtype of the training; bf16 keeps float32 master weights"
+        "fp32", description="training dtype; bf16 keeps float32 master weights"
     )
     gradient_clipping: float = Field(
-        1.0, ge=0.0, description="largest global gradient norm; 0: no clipping"
+        1.0, ge=0.0, description="maximum global gradient norm; 0: no clipping"
     )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass, to save memory"
@@ -224,8 +222,8 @@ class DeepSpeedConfig(StrictModel):
     timeout_s: int = Field(1800, ge=1, description="seconds after which a collective fails")
     native: dict[str, Any] = Field(
         default_factory=dict,
-        description="DeepSpeed configuration to pass through, optimizer and scheduler included; "
-        "a value that contradicts another key here is an error",
+        description="DeepSpeed configuration to pass through, including optimizer and scheduler; "
+        "contradicting another key of this file is an error",
     )
 
 
@@ -235,26 +233,26 @@ class RayConfig(StrictModel):
     num_workers: Count = Field(
         1,
         description="data-parallel ranks, a number or {min, max}: a run waits for min and uses up "
-        "to max; the order of rows and the losses do not depend on it",
+        "to max; row order and losses do not depend on it",
     )
     resize_check_s: float = Field(
-        60.0, gt=0.0, description="with {min, max}: seconds between checks for more room"
+        60.0, gt=0.0, description="with {min, max}: seconds between checks for free resources"
     )
     cpus_per_worker: int = Field(1, ge=1, description="CPUs and torch threads per worker")
     use_gpu: bool = Field(False, description="true: one GPU per worker; false: CPUs only")
     address: str = Field("", description="Ray address; empty: RAY_ADDRESS, else a local Ray")
     max_failures: int = Field(
-        3, ge=0, description="worker failures to recover from, by resuming from the last checkpoint"
+        3, ge=0, description="worker failures after which to resume from the last checkpoint"
     )
 
     @property
     def min_workers(self) -> int:
-        """The fewest ranks that train."""
+        """Minimum number of ranks."""
         return count_bounds(self.num_workers)[0]
 
     @property
     def max_workers(self) -> int:
-        """The most ranks that train."""
+        """Maximum number of ranks."""
         return count_bounds(self.num_workers)[1]
 
 
@@ -262,38 +260,38 @@ class CheckpointConfig(StrictModel):
     """Checkpoints, from which an interrupted run resumes."""
 
     every_steps: int = Field(200, ge=1, description="global steps between checkpoints")
-    keep: int = Field(2, ge=1, description="number of newest checkpoints to keep")
+    keep: int = Field(2, ge=1, description="newest checkpoints to keep")
     keep_best: int = Field(
-        0, ge=0, description="number of best checkpoints by best_metric to keep in addition"
+        0, ge=0, description="best checkpoints by best_metric to keep in addition"
     )
     best_metric: Literal["loss", "ce", "kl", "eval_ce", "eval_kl"] = Field(
         "loss",
-        description="value that ranks checkpoints, as last measured before each: loss, ce or kl of "
-        "the training, or a held-out value of [eval]",
+        description="metric that ranks checkpoints, by its latest value before each: loss, ce or "
+        "kl in training, or a held-out metric of [eval]",
     )
     best_is: Literal["lowest", "highest"] = Field(
-        "lowest", description="whether low or high values of best_metric are better"
+        "lowest", description="whether lower or higher values of best_metric are better"
     )
     asynchronous: bool = Field(
         True,
-        description="continue training while a checkpoint is written; needs host memory for a "
-        "copy of weights and optimizer state",
+        description="keep training while a checkpoint is written; needs host memory for a copy of "
+        "weights and optimizer state",
     )
 
 
 class GuardConfig(StrictModel):
     """Guards against steps that would corrupt the student.
 
-    A loss or gradient norm that is not finite always stops the run before the step is saved.
+    A non-finite loss or gradient norm always stops the run before the step is saved.
     """
 
     spikes: Literal["off", "warn", "stop"] = Field(
         "warn", description="reaction to a spike of the loss or the gradient norm"
     )
     spike_factor: float = Field(
-        5.0, gt=1.0, description="a spike is more than this many times the median before it"
+        5.0, gt=1.0, description="a value above this multiple of the preceding median is a spike"
     )
-    window_steps: int = Field(50, ge=10, description="latest steps in the median")
+    window_steps: int = Field(50, ge=10, description="steps over which the median is taken")
 
 
 class EvalConfig(StrictModel):
@@ -301,27 +299,27 @@ class EvalConfig(StrictModel):
 
     view: str = Field(description="URL of the view with the held-out rows")
     every_steps: int = Field(
-        200, ge=1, description="global steps between evaluations; one follows the last step"
+        200, ge=1, description="global steps between evaluations; the last step is also evaluated"
     )
     max_rows: int = Field(
-        256, ge=0, description="rows to use, spread evenly over the view; 0: all of them"
+        256, ge=0, description="rows to evaluate, spread evenly over the view; 0: all"
     )
     metric: Literal["ce", "kl"] = Field(
-        "ce", description="value for early stopping; kl: a lower bound of KL(teacher || student)"
+        "ce", description="early-stopping metric; kl: a lower bound of KL(teacher || student)"
     )
     patience: int = Field(
-        0, ge=0, description="evaluations without improvement that end the run; 0: never"
+        0, ge=0, description="stop after this many evaluations without improvement; 0: never"
     )
     min_improvement: float = Field(
-        0.0, ge=0.0, description="nats per label by which a value must fall to be an improvement"
+        0.0, ge=0.0, description="smallest decrease that counts as an improvement, nats per label"
     )
 
 
 class LogConfig(StrictModel):
-    """The learning curve and its copies."""
+    """Where the learning curve is logged."""
 
     every_steps: int = Field(
-        10, ge=1, description="global steps averaged per line of metrics.jsonl"
+        10, ge=1, description="global steps averaged in each line of metrics.jsonl"
     )
     wandb_project: str = Field(
         "", description="Weights & Biases project to log to; empty: none; needs the package wandb"
@@ -330,9 +328,7 @@ class LogConfig(StrictModel):
         "", description="MLflow tracking URI to log to; empty: none; needs the package mlflow"
     )
     tensorboard: bool = Field(True, description="write TensorBoard events if it is installed")
-    rows: bool = Field(
-        False, description="write rows.jsonl: the keys of the rows of every step, in order"
-    )
+    rows: bool = Field(False, description="write rows.jsonl: the row keys of every step, in order")
 
 
 class WeightedView(StrictModel):
@@ -342,7 +338,7 @@ class WeightedView(StrictModel):
     weight: float = Field(gt=0.0, description="share of the tokens, relative to the other views")
 
 
-# Discriminated before validation, so that an error refers to the form that was given.
+# Discriminated before validation, so that errors refer only to the given form.
 _OneOrMore = Annotated[
     Annotated[str, Tag("url")] | Annotated[list[WeightedView], Tag("mixture")],
     Discriminator(lambda value: "mixture" if isinstance(value, list) else "url"),
@@ -373,8 +369,8 @@ class TrainConfig(StrictModel):
         wanted = self.checkpoint.best_metric
         if wanted.startswith("eval_") and self.eval is None:
             raise ValueError(
-                f'checkpoint.best_metric = "{wanted}" needs [eval], which is missing; give it a '
-                "view of held-out rows"
+                f'checkpoint.best_metric = "{wanted}" needs [eval], which is missing; '
+                "add it with a view of held-out rows"
             )
         return self
 
@@ -386,7 +382,7 @@ class TrainConfig(StrictModel):
             raise ValueError("view is an empty list; name at least one view")
         if self.data.steps is None:
             raise ValueError(
-                "data.epochs has no meaning for a mixture of views, which end at different times; "
-                "give data.steps"
+                "data.epochs is undefined for a mixture, whose views end at different times; set "
+                "data.steps"
             )
         return self

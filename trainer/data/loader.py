@@ -2,8 +2,8 @@
 
 `trainer.data.row_order` decides which rows are read when; the loader adds no order and no state of
 its own. One thread per worker plans, reads row groups, gathers rows and builds tensors, a bounded
-number of steps ahead. Decoded row groups are cached up to ``data.cache_bytes``, since the window of
-a lane returns to them.
+number of steps ahead. Decoded row groups are cached up to ``data.cache_bytes``, since consecutive
+packs of a lane come from the same window.
 
 Shapes: B packed sequences of a micro-batch, L their padded length, R rows.
 """
@@ -36,12 +36,12 @@ from trainer.data.row_order import Int64s, LoaderState, RowTable, rank_micro_bat
 from trainer.losses.targets import SparseTargets, build_targets
 
 PAD_MULTIPLE = 64
-"""Sequences are padded to a multiple of it, so that few distinct shapes occur."""
+"""Sequences are padded to a multiple of this, which limits the number of distinct shapes."""
 
 DECAY_MS = 10_000
 """Delay before Arrow returns freed memory to the system; see `keep_freed_pages`."""
 
-TOKEN_COLUMNS = ("row_key", "content_key", "token_ids", "label_spans")
+TEXT_COLUMNS = ("row_key", "content_key", "token_ids", "label_spans")
 TEACHER_COLUMNS = (
     "head_len",
     "tail_len",
@@ -51,7 +51,7 @@ TEACHER_COLUMNS = (
     "tail_logmass",
     "lse",
 )
-"""The columns that losses use; the others are never decoded."""
+"""Columns that losses use, besides TEXT_COLUMNS; all others are never decoded."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class MicroBatch:
         input_ids: int64 [B, L], packed rows, padded at the end with token id 0.
         position_ids: int64 [B, L], restarting at 0 in every row; padding counts as a row.
         targets: labels; their positions index the flattened [B * L] tokens.
-        weight: sum of the weights of all labelled positions.
+        weight: total weight of the labelled positions.
     """
 
     input_ids: Tensor
@@ -76,11 +76,11 @@ class StepBatch:
     """One rank's part of a global step.
 
     Attributes:
-        state: of the loader after this step.
-        micro_batches: the same number on every rank, filled up with empty ones of weight 0.
-        packs: for every lane of all ranks the ids of its rows; rank r of W has lanes r mod W.
-        num_tokens: tokens of the rows of the step, over all ranks, without padding.
-        num_labels: labelled positions, likewise.
+        state: loader state after this step.
+        micro_batches: the same number on every rank, padded with empty ones of weight 0.
+        packs: row ids of each lane, over all ranks; rank r of W has the lanes r mod W.
+        num_tokens: tokens of the step, over all ranks, without padding.
+        num_labels: labelled positions of the step, over all ranks.
     """
 
     state: LoaderState
@@ -94,7 +94,7 @@ class Loader:
     """One rank's batches, prefetched by a thread. Call ``next`` for every step, then ``close``.
 
     Attributes:
-        wait_s: seconds that the latest call of ``next`` waited.
+        wait_s: seconds that the latest ``next`` waited for data.
     """
 
     def __init__(
@@ -111,9 +111,9 @@ class Loader:
         Args:
             config: the run's configuration.
             view: the view to train on.
-            rows: its rows, from `read_row_table`.
+            rows: the view's rows, from `read_row_table`.
             start: state after the last completed step.
-            rank: of this worker among ``world_size``.
+            rank: rank of this worker among ``world_size``.
             vocab_size: rows of the student's output head.
         """
         self.wait_s = 0.0
@@ -129,10 +129,10 @@ class Loader:
         self._thread.start()
 
     def __next__(self) -> StepBatch:
-        """The batch of the next step.
+        """Returns the batch of the next step.
 
         Raises:
-            TutelageError: the error that ended the reading thread, a damaged shard for example.
+            TutelageError: the error that ended the reading thread, such as a damaged shard.
         """
         before = time.perf_counter()
         batch = self._ready.get()
@@ -142,7 +142,7 @@ class Loader:
         return batch
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Stops the thread."""
         self._stopped.set()
         while self._thread.is_alive():
             try:
@@ -164,7 +164,7 @@ class Loader:
     def _load(self, state: LoaderState, packs: list[Int64s]) -> StepBatch:
         data = self._config.data
         mine = rank_micro_batches(packs, data, self._rank, self._world_size)
-        # Reading starts for all micro-batches at once, so decoding overlaps with gathering.
+        # Start reading for all micro-batches at once, so that decoding overlaps with gathering.
         for packs_of_one in mine:
             self._reader.prepare(np.concatenate(packs_of_one))
         step_rows = np.concatenate(packs)
@@ -186,9 +186,9 @@ def read_micro_batch(
     """Reads and packs the rows of a micro-batch.
 
     Args:
-        reader: of the view.
-        packs: for every sequence the ids of its rows, in order; may be empty.
-        data: gives the longest length.
+        reader: reads the view.
+        packs: row ids of each sequence, in order; may be empty.
+        data: sets the maximum length.
         vocab_size: rows of the student's output head.
     """
     table = reader.rows
@@ -206,7 +206,7 @@ def read_micro_batch(
 
 
 def padded_length(num_tokens: Sequence[int], max_tokens: int) -> int:
-    """Length that packed sequences are padded to: the longest, rounded up, up to ``max_tokens``."""
+    """Length after padding: the longest sequence, rounded up, at most ``max_tokens``."""
     longest = max(1, *num_tokens)
     return min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, max_tokens)
 
@@ -214,11 +214,11 @@ def padded_length(num_tokens: Sequence[int], max_tokens: int) -> int:
 def lay_out(
     rows: LabelRows, row_starts: Int64s, shape: tuple[int, int]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Token ids and position ids of packed rows.
+    """Lays out token ids and position ids of packed rows.
 
     Args:
         rows: R rows.
-        row_starts: int64 [R], offset of each row in the flattened tokens; increasing.
+        row_starts: int64 [R], increasing offset of each row in the flattened tokens.
         shape: (B, L).
 
     Returns:
@@ -227,7 +227,7 @@ def lay_out(
     lengths = np.diff(rows.token_offsets)
     input_ids = np.zeros(shape, np.int64)
     input_ids.reshape(-1)[concatenated_ranges(row_starts, lengths)] = rows.token_ids
-    # Starts of all documents: rows, the padding behind them, and empty sequences.
+    # Document starts: rows, the padding after them, and empty sequences.
     begins = np.zeros(shape[0] * shape[1], np.int64)
     edges = np.concatenate([row_starts, row_starts + lengths, np.arange(shape[0]) * shape[1]])
     edges = edges[edges < begins.size]
@@ -238,11 +238,12 @@ def lay_out(
 
 @functools.cache
 def keep_freed_pages() -> None:
-    """Makes Arrow keep freed memory for `DECAY_MS`, from now on in this process.
+    """Makes Arrow keep freed memory for `DECAY_MS`, for the rest of this process.
 
-    Its default allocator returns pages after 10 ms and faults in fresh ones for the next row group.
-    That took 0.5 of 1.1 us of CPU time per token at 64 ids per label (two busy virtual cores); with
-    this it takes 0.15 us. No effect without jemalloc, or if ``ARROW_DEFAULT_MEMORY_POOL`` is set.
+    Arrow's default allocator returns pages after 10 ms and faults in new ones for the next row
+    group. That took 0.5 of 1.1 us of CPU time per token at 64 ids per label (two busy virtual
+    cores); with this setting it takes 0.15 us. No effect without jemalloc, or if
+    ``ARROW_DEFAULT_MEMORY_POOL`` is set.
     """
     if "ARROW_DEFAULT_MEMORY_POOL" in os.environ:
         return
@@ -255,7 +256,7 @@ class RowReader:
     """Reads rows by id through a cache of decoded row groups.
 
     Attributes:
-        record: the record that the view serves; label sets may hold more.
+        record: the record that the view serves; label sets may store richer ones.
         rows: the table that row ids index.
     """
 
@@ -265,9 +266,9 @@ class RowReader:
         """
         Args:
             view: the view to read.
-            rows: its rows, from `read_row_table`.
+            rows: the view's rows, from `read_row_table`.
             loss: decides which columns are read.
-            cache_bytes: most memory of the cache; the row group in use may exceed it.
+            cache_bytes: memory limit of the cache; the row group in use may exceed it.
 
         Raises:
             ConfigError: the label sets of the view have different records.
@@ -292,7 +293,7 @@ class RowReader:
                 self._pending[group] = self._pool.submit(self._read, group)
 
     def gather(self, ids: Int64s) -> LabelRows:
-        """Rows in the order of the ids; columns that the loss does not use are None."""
+        """Returns rows in the order of the ids; columns that the loss does not use are None."""
         self.prepare(ids)
         if not len(ids):
             return self._no_rows
@@ -301,7 +302,7 @@ class RowReader:
         return LabelRows.gather([held[group] for group in groups], self.rows.row[ids].tolist())
 
     def close(self) -> None:
-        """Ends the reading threads."""
+        """Stops the reading threads."""
         self._pool.shutdown(cancel_futures=True)
 
     def _get(self, group: int) -> LabelRows:
@@ -326,16 +327,16 @@ class RowReader:
 
 
 def loss_columns(loss: LossConfig, record: RecordSpec) -> list[str]:
-    """The columns of a record that a loss uses."""
-    wanted = TOKEN_COLUMNS if loss.kind == "hard" else TOKEN_COLUMNS + TEACHER_COLUMNS
+    """Columns of a record that a loss uses."""
+    wanted = TEXT_COLUMNS if loss.kind == "hard" else TEXT_COLUMNS + TEACHER_COLUMNS
     return [name for name in record.columns if name in wanted]
 
 
 def common_record(view: TrainingView) -> RecordSpec:
-    """The record that a view serves from all its label sets.
+    """The record shared by all label sets of a view.
 
     Raises:
-        ConfigError: they differ.
+        ConfigError: their records differ.
     """
     first = view.records[0]
     for record in view.records[1:]:
@@ -343,6 +344,6 @@ def common_record(view: TrainingView) -> RecordSpec:
             raise ConfigError(
                 f"view {view.url} mixes label sets of different records ({first} and "
                 f"{record}), which cannot be trained on together; make a view of one of them, or "
-                "one with a record that both can serve"
+                "set a record that both can serve"
             )
     return first

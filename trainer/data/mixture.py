@@ -1,14 +1,13 @@
-"""Mixtures of views, and which view each packed sequence of a run comes from.
+"""Mixtures of views: assigns each packed sequence of a run to a view.
 
-Packed sequences are counted through the run; number i comes from a view with share w if
-floor((i + 1) w) - floor(i w) = 1, and from one of the other views otherwise, chosen in the same way
-among themselves. So the shares hold at every moment to within one sequence per view, and the
-position of a run in each view follows from i alone. Shares are exact fractions, since rounding
-would occasionally move a sequence to another view.
+Packed sequences are numbered through the run. Sequence i comes from a view with share w if
+floor((i + 1) w) - floor(i w) = 1; otherwise the same rule is applied to the remaining views. So the
+shares hold at any time to within one sequence per view, and the position in each view follows from
+i alone. Shares are exact fractions, since rounding could assign a sequence to another view.
 
-Sequences have equal lengths, so shares are of tokens, up to padding. Each view is read in the order
-that it would have alone, epoch after epoch, so rows of a small view with a large share recur more
-often than others.
+Sequences have equal lengths, so shares count tokens, up to padding. Each view keeps the order that
+it has on its own and repeats epoch after epoch, so the rows of a small view with a large share
+recur more often.
 """
 
 import hashlib
@@ -27,7 +26,7 @@ from trainer.config.train import WeightedView
 
 
 class TrainingView(Protocol):
-    """The surface that training reads, of a `View` or a `MixedView`. See `View`."""
+    """The part of `View` that training reads; `MixedView` implements it too."""
 
     url: str
     view_hash: str
@@ -39,11 +38,11 @@ class TrainingView(Protocol):
 
 
 class MixedView:
-    """Several views as one `TrainingView`; rows of the first come first.
+    """Several views as one `TrainingView`; their rows are concatenated in order.
 
     Attributes:
         views: in the order of the configuration.
-        shares: share of each view in the packed sequences; they sum to one.
+        shares: each view's share of the packed sequences; they sum to one.
     """
 
     def __init__(self, views: Sequence[View], shares: Sequence[Fraction]) -> None:
@@ -62,7 +61,7 @@ class MixedView:
 
 
 def open_view(view: str | list[WeightedView]) -> TrainingView:
-    """Opens the ``view`` of a training run: one view, or a mixture.
+    """Opens the ``view`` of a training run: a single view or a mixture.
 
     Raises:
         StoreError, DamagedError: see `View.open`.
@@ -73,13 +72,13 @@ def open_view(view: str | list[WeightedView]) -> TrainingView:
 
 
 def normalised_shares(views: Sequence[WeightedView]) -> tuple[Fraction, ...]:
-    """Each weight, exactly as written in the configuration, over their sum."""
+    """Each weight divided by their sum; exact for the decimals in the configuration."""
     weights = [Fraction(repr(part.weight)) for part in views]
     return tuple(weight / sum(weights) for weight in weights)
 
 
 def sequence_source(number: int, shares: Sequence[Fraction]) -> tuple[int, int]:
-    """The view of packed sequence ``number`` of a run, and the sequence's number in that view.
+    """The view of packed sequence ``number`` of a run, and its number within that view.
 
     All numbers count from 0.
     """
@@ -94,7 +93,7 @@ def sequence_source(number: int, shares: Sequence[Fraction]) -> tuple[int, int]:
 
 
 def sequences_per_view(number: int, shares: Sequence[Fraction]) -> list[int]:
-    """For each view, how many of the first ``number`` packed sequences come from it."""
+    """Counts how many of the first ``number`` packed sequences come from each view."""
     counts, rest = [], Fraction(1)
     for share in shares[:-1]:
         counts.append(floor(number * (share / rest)))
@@ -103,7 +102,7 @@ def sequences_per_view(number: int, shares: Sequence[Fraction]) -> list[int]:
 
 
 def _concatenated(views: Sequence[View]) -> pa.Table:
-    """The tables of all views; ``label_set`` indexes the concatenated list of label sets."""
+    """Concatenates the views' tables; ``label_set`` indexes the concatenated label sets."""
     tables, num_label_sets = [], 0
     column = views[0].table.column_names.index("label_set")
     for view in views:

@@ -1,21 +1,21 @@
-"""Rows to packed sequences: first fit over a few open packs.
+"""Packs rows into sequences: first fit over a few open packs.
 
-A packed sequence holds complete rows. They stay separate documents: position ids restart with every
-row, and attention does not cross rows.
+A pack holds complete rows. They remain separate documents: position ids restart with every row, and
+attention does not cross rows.
 """
 
 from collections.abc import Iterator
 
 OPEN_PACKS = 16
-"""Packs waiting for a row that fits. More of them fill better and mix rows over a longer stretch.
-Part of the order of rows, so a change needs a new ``row_order.PACKER_VERSION``."""
+"""Packs open at once. More of them fill better and mix rows over a longer range. The value affects
+the row order, so a change needs a new ``row_order.PACKER_VERSION``."""
 
 
 class Packer:
-    """Packs rows greedily in the order in which they come.
+    """Packs rows greedily in the given order.
 
-    A row goes into the first open pack with room for it. If there is none and `OPEN_PACKS` are
-    open, the fullest is closed before another is opened.
+    A row goes into the first open pack with room for it, or else into a new one. If `OPEN_PACKS`
+    are already open, the fullest is closed first.
     """
 
     def __init__(self, max_tokens: int) -> None:
@@ -24,11 +24,11 @@ class Packer:
         self._rows: list[list[int]] = []
 
     def add(self, rows: list[int], lengths: list[int]) -> Iterator[list[int]]:
-        """Packs more rows, and yields the packs that this closes.
+        """Packs more rows and yields the packs that get closed.
 
         Args:
             rows: row ids, in packing order.
-            lengths: tokens of each row, none longer than ``max_tokens``.
+            lengths: tokens of each row, at most ``max_tokens``.
         """
         room, packs, max_tokens = self._room, self._rows, self._max_tokens
         for row, length in zip(rows, lengths, strict=True):

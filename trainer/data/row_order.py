@@ -1,18 +1,18 @@
-"""The order of training: the rows of every global step.
+"""The row order of training: which rows form each global step.
 
 The order is a pure function of the view's rows, the seed and the epoch. It does not depend on the
 world size, so a run resumes unchanged on another number of workers; nor on the labels, so students
-of two label sets with the same row groups see the same rows in the same order. It has two levels,
-because a full permutation would decode every row group once for each of its rows:
+of two label sets with the same row groups see the same rows in the same order. Shuffling has two
+levels, because a full permutation would decode every row group once per row:
 
-* The view is cut into *chunks*, contiguous runs of rows of one row group: entire row groups if
-  there are many of them, pieces otherwise (`CHUNKS_PER_LANE`).
-* A fixed number of *lanes* (``data.sequences_per_step``) share the chunks: in seeded order, each
-  goes to the lane with the fewest tokens so far. A lane shuffles the rows within a window of
-  ``data.window_row_groups`` chunks and packs them.
+* The view is cut into *chunks*, contiguous rows of one row group: entire row groups if the view has
+  many, pieces otherwise (`CHUNKS_PER_LANE`).
+* Chunks are dealt to the lanes (``data.sequences_per_step``) in seeded order, each to the lane with
+  the fewest tokens so far. A lane shuffles rows within a window of ``data.window_row_groups``
+  chunks and packs them.
 
-Global step s takes pack s of every lane. An exhausted lane gives empty packs, which weigh nothing;
-the epoch ends when all lanes are exhausted, so its last steps may be partly empty, and every row is
+Global step s takes pack s of every lane. An exhausted lane yields empty packs of weight 0; the
+epoch ends when all lanes are exhausted. Its last steps may thus be partly empty, but every row is
 read exactly once per epoch. Only the current windows are planned, never the full epoch.
 
 Shapes: R rows, C chunks.
@@ -36,17 +36,18 @@ from trainer.data.mixture import MixedView, TrainingView, sequence_source, seque
 from trainer.data.packing import Packer
 
 PACKER_VERSION = 2
-"""Incremented whenever the order of rows changes for the same view, seed and epoch."""
+"""Version of the row order: packing, dealing and shuffling. Incremented whenever the order changes
+for the same view, seed and epoch. Stored in loader states as ``packer_version``."""
 
 CHUNKS_PER_LANE = 16
-"""Chunks of every lane if there are enough rows: lanes then end within about a sixteenth of an
-epoch of each other, however few row groups the view has."""
+"""Chunks per lane, given enough rows. Lanes then end within about a sixteenth of an epoch of each
+other, however few row groups the view has."""
 
 Int32s = np.ndarray[tuple[int], np.dtype[np.int32]]
 Int64s = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 _ORDER_DEPENDS_ON = {
-    "view_hash": "open the view that it was made with",
+    "view_hash": "open the original view",
     "seed": "set the same data.seed",
     "packer_version": "use the version of Tutelage that wrote it",
 }
@@ -54,10 +55,11 @@ _ORDER_DEPENDS_ON = {
 
 
 class LoaderState(StrictModel):
-    """Position of a run in its data: the complete state of the loader.
+    """Position of a run in its data; the complete state of the loader.
 
     Attributes:
         step: completed global steps of this epoch.
+        packer_version: see `PACKER_VERSION`.
     """
 
     view_hash: str
@@ -67,15 +69,15 @@ class LoaderState(StrictModel):
     packer_version: int = PACKER_VERSION
 
     def check_order(self, now: "LoaderState", what: str, instead: str) -> None:
-        """Refuses to resume from this state in another order of rows.
+        """Checks that this state belongs to the current row order.
 
         Args:
-            now: the start of the present order.
-            what: the holder of this state, for the message.
-            instead: what to do if the old order is not wanted, for the message.
+            now: start state of the current order.
+            what: source of this state, for the message.
+            instead: alternative to restoring the old order, for the message.
 
         Raises:
-            ConfigError: the orders differ.
+            ConfigError: the row orders differ.
         """
         for name, remedy in _ORDER_DEPENDS_ON.items():
             theirs, ours = getattr(self, name), getattr(now, name)
@@ -91,16 +93,16 @@ class RowTable:
     """Lengths and locations of the rows to train on, in the order of the view.
 
     Attributes:
-        num_tokens: int32 [R], tokens of every row.
-        num_labels: int32 [R], labelled positions of every row.
+        num_tokens: int32 [R], tokens per row.
+        num_labels: int32 [R], labelled positions per row.
         weight: float32 [R], factor on the loss of every position of the row.
         group: int32 [R], index into ``groups``.
         row: int32 [R], row number within its row group.
-        groups: (label set of the view, shard, row group number) of every row group.
-        num_dropped: rows left out because they are longer than ``data.max_tokens``.
-        order_key: hash of the keys of these rows, in order, and not of their labels.
-        parts: of a mixture, the rows of each view, with ids in this order; else empty.
-        shares: of a mixture, the share of each view.
+        groups: (index of the label set, shard, row group number) of every row group.
+        num_dropped: rows dropped because they are longer than ``data.max_tokens``.
+        order_key: hash of the row keys in order, independent of the labels.
+        parts: for a mixture, one RowTable per view; ids are concatenated in this order. Else empty.
+        shares: for a mixture, the share of each view.
     """
 
     num_tokens: Int32s
@@ -119,11 +121,11 @@ class RowTable:
 
 
 def read_row_table(view: TrainingView, data: DataConfig) -> RowTable:
-    """Reads the rows of a view that fit the student's context.
+    """Reads the table of rows with at most ``data.max_tokens`` tokens.
 
     Raises:
-        ConfigError: the view is empty, or has rows longer than ``data.max_tokens`` while
-            ``data.long_rows`` is "error", or has only such rows.
+        ConfigError: the view is empty; some rows are too long and ``data.long_rows`` is "error"; or
+            all rows are too long.
     """
     table = view.table
     lengths = _numpy(table, "num_tokens", np.int32)
@@ -137,7 +139,7 @@ def read_row_table(view: TrainingView, data: DataConfig) -> RowTable:
             f"{num_dropped} of {len(fits)} rows of view {view.url} are longer than data.max_tokens "
             f"= {data.max_tokens}; the longest, row {longest}, has {lengths[longest]} tokens. "
             "Raise data.max_tokens, label with a smaller text.max_tokens"
-            + ("" if num_dropped == len(fits) else ', or leave them out: data.long_rows = "drop"')
+            + ("" if num_dropped == len(fits) else ', or drop them: data.long_rows = "drop"')
         )
     shard_codes, shards = _dictionary(table, "shard")
     places = np.stack(
@@ -163,8 +165,8 @@ def epoch_steps(rows: RowTable, data: DataConfig, epoch: int) -> Iterator[list[I
     """Plans the global steps of one epoch.
 
     Yields:
-        For every lane the row ids (int64, indices into ``rows``) of its pack, in order; empty for
-        an exhausted lane.
+        One pack per lane: row ids (int64, indices into ``rows``) in order; empty for an exhausted
+        lane.
     """
     empty = np.empty(0, np.int64)
     lanes = [
@@ -180,11 +182,11 @@ def run_steps(
 ) -> Iterator[tuple[LoaderState, list[Int64s]]]:
     """Plans the global steps after ``start``.
 
-    The steps before ``start.step`` are planned again from the lengths, without reading a shard.
+    The steps before ``start.step`` are replanned from row lengths, without reading a shard.
 
     Yields:
-        The state after the step, and the packs of `epoch_steps`. Ends after ``data.epochs`` epochs,
-        or never if ``data.steps`` is given instead.
+        The state after the step, and its packs (see `epoch_steps`). Ends after ``data.epochs``
+        epochs, or never if ``data.steps`` is set instead.
     """
     if rows.parts:
         yield from _mixed_steps(rows, data, start)
@@ -200,7 +202,7 @@ def run_steps(
 def _mixed_steps(
     rows: RowTable, data: DataConfig, start: LoaderState
 ) -> Iterator[tuple[LoaderState, list[Int64s]]]:
-    """Endless global steps of a mixture; they count as one epoch."""
+    """Yields the global steps of a mixture without end; they count as one epoch."""
     lanes = data.sequences_per_step
     firsts = np.cumsum([0, *map(len, rows.parts)])
     done = sequences_per_view(start.step * lanes, rows.shares)
@@ -214,21 +216,21 @@ def _mixed_steps(
 
 
 def _packs(rows: RowTable, data: DataConfig) -> Iterator[Int64s]:
-    """The packs of one view of a mixture, epoch after epoch."""
+    """Yields the packs of one view of a mixture, epoch after epoch."""
     for epoch in count():
         for step in epoch_steps(rows, data, epoch):
             yield from (pack for pack in step if len(pack))
 
 
 def _with_parts(rows: RowTable, mixture: MixedView, fits: np.ndarray) -> RowTable:
-    """The rows of a mixture, with those of each view as ``parts``."""
+    """Adds the parts and shares of a mixture to its row table."""
     parts, first, start = [], 0, 0
     for view in mixture.views:
         mask = fits[first : first + len(view.table)]
         stop = start + int(mask.sum())
         if start == stop:
             raise ConfigError(
-                f"no row of view {view.url} has at most data.max_tokens tokens; raise it, or "
+                f"every row of view {view.url} is longer than data.max_tokens; raise it, or "
                 "remove the view from the mixture"
             )
         names = ("num_tokens", "num_labels", "weight", "group", "row")
@@ -243,18 +245,18 @@ def _order_key(table: pa.Table, fits: np.ndarray) -> str:
 
 
 def count_steps(rows: RowTable, data: DataConfig) -> int:
-    """Global steps of the run. Plans every epoch if ``data.epochs`` is given."""
+    """Counts the global steps of the run; plans every epoch if ``data.epochs`` is set."""
     if data.steps is not None:
         return data.steps
     return sum(sum(1 for _ in epoch_steps(rows, data, epoch)) for epoch in range(data.epochs or 0))
 
 
 def num_micro_batches(data: DataConfig, world_size: int) -> int:
-    """Micro-batches of every rank in a global step: gradient_accumulation_steps.
+    """Micro-batches per rank and global step: gradient_accumulation_steps.
 
-    Collectives need the same number on all ranks: the rank with the most lanes sets it, and the
-    others add empty micro-batches. So the world size need not divide ``data.sequences_per_step``,
-    and may exceed it.
+    Collectives require the same number on all ranks. The rank with the most lanes determines it;
+    the others add empty micro-batches. So the world size need not divide
+    ``data.sequences_per_step``, and may exceed it.
     """
     lanes = -(-data.sequences_per_step // world_size)
     return -(-lanes // data.micro_batch_size)
@@ -263,10 +265,10 @@ def num_micro_batches(data: DataConfig, world_size: int) -> int:
 def rank_micro_batches(
     packs: list[Int64s], data: DataConfig, rank: int, world_size: int
 ) -> list[list[Int64s]]:
-    """The packs of every micro-batch of one rank; rank r of W takes the lanes r mod W.
+    """Groups one rank's packs into micro-batches; rank r of W takes the lanes r mod W.
 
     Returns:
-        `num_micro_batches` lists of ``data.micro_batch_size`` packs, filled up with empty ones.
+        `num_micro_batches` lists of ``data.micro_batch_size`` packs, padded with empty packs.
     """
     size, number = data.micro_batch_size, num_micro_batches(data, world_size)
     mine = packs[rank::world_size]
@@ -275,16 +277,16 @@ def rank_micro_batches(
 
 
 def view_rows(view: TrainingView, data: DataConfig, ids: Int64s) -> Int64s:
-    """Row numbers in the view's table of ids in its `RowTable`, which leaves out long rows."""
+    """Maps ids in the `RowTable`, which omits long rows, to row numbers in the view's table."""
     fits = _numpy(view.table, "num_tokens", np.int32) <= data.max_tokens
     return np.flatnonzero(fits)[ids]
 
 
 def deal_chunks(rows: RowTable, data: DataConfig, epoch: int) -> list[list[tuple[int, int]]]:
-    """Distributes the chunks of a view among the lanes.
+    """Deals the chunks of a view to the lanes.
 
     Returns:
-        For every lane its chunks, half-open ranges of row ids, in reading order.
+        The chunks of each lane, half-open ranges of row ids, in reading order.
     """
     num_lanes = data.sequences_per_step
     bounds = cut_chunks(rows.group, CHUNKS_PER_LANE * num_lanes)
@@ -300,13 +302,13 @@ def deal_chunks(rows: RowTable, data: DataConfig, epoch: int) -> list[list[tuple
 
 
 def cut_chunks(group: Int32s, num_wanted: int) -> Int64s:
-    """Cuts rows into at least ``num_wanted`` chunks if there are as many rows.
+    """Cuts rows into at least ``num_wanted`` chunks, given enough rows.
 
     Args:
-        group: int32 [R], row group of every row; those of a row group are contiguous.
+        group: int32 [R], row group of every row; rows of a group are contiguous.
 
     Returns:
-        int64 [C + 1], the bounds of the chunks, none of which spans two row groups.
+        int64 [C + 1], chunk bounds; no chunk spans two row groups.
     """
     starts = np.flatnonzero(np.r_[True, group[1:] != group[:-1]])
     sizes = np.diff(np.r_[starts, len(group)])
@@ -320,7 +322,7 @@ def cut_chunks(group: Int32s, num_wanted: int) -> Int64s:
 
 
 def shuffled(size: int, *key: object) -> Int64s:
-    """A permutation of range(size) that is a pure function of the key."""
+    """Returns a permutation of range(size), a pure function of the key."""
     # The raw stream of Philox is stable across numpy releases; Generator.permutation is not.
     digest = hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=16).digest()
     draws = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(size)

@@ -1,23 +1,24 @@
-"""A view as a `torch.utils.data` dataset: packed batches in the trainer's order, for any loop.
+"""A view as a `torch.utils.data` dataset: packed batches in the trainer's order, for custom loops.
 
     dataset = ViewDataset("runs/demo/views/train", data, loss, vocab_size, tokenizer)
     for batch in DataLoader(dataset, batch_size=None):
         loss_sum, parts = student(batch["input_ids"], batch["position_ids"], batch["targets"], loss)
         (loss_sum / batch["step_weight"]).backward()
 
-An item is one micro-batch, ready for one forward pass, so the `DataLoader` takes
-``batch_size=None``. The order depends on the view, ``data`` and the seed alone
-(`trainer.data.row_order`), and is that of `tutelage train`. An iteration is the complete run,
-``data.epochs`` or ``data.steps``, from the start or from the state given to ``load_state_dict``.
+An item is one micro-batch, ready for a forward pass, so pass ``batch_size=None`` to the
+`DataLoader`. The order depends only on the view and ``data``, including its seed
+(`trainer.data.row_order`), and equals that of `tutelage train`. One iteration covers the entire
+run, ``data.epochs`` or ``data.steps``, from the start or from the state passed to
+``load_state_dict``.
 
-**Exact token means.** ``step_weight`` is the weight of all labels of the global step, over all its
+**Exact token means.** ``step_weight`` is the total weight of the global step's labels, over all
 micro-batches and ranks, known from the view without communication. Losses divided by it and summed
-over micro-batches and ranks are the mean over the step's labels; if a data-parallel wrapper
+over micro-batches and ranks give the mean over the step's labels; if a data-parallel wrapper
 averages over W ranks, multiply by W.
 
-**Worker processes.** With ``num_workers`` n, worker w reads every n-th batch from the w-th on, and
-the `DataLoader` merges them in the order that a single process has. Each decodes the row groups
-that it needs itself, so more than one or two workers pay off only for slow storage.
+**Worker processes.** With ``num_workers`` n, worker w reads every n-th batch starting at the w-th,
+and the `DataLoader` merges them in single-process order. Each worker decodes its own row groups, so
+more than one or two workers pay off only on slow storage.
 
 Shapes: B packed sequences of a micro-batch, L their padded length.
 """
@@ -55,8 +56,8 @@ class ViewBatch(TypedDict):
     Attributes:
         input_ids: int64 [B, L], padded at the end with token id 0.
         position_ids: int64 [B, L], restarting at 0 at the start of every document.
-        targets: its labels; `SparseTargets.to` moves them to a device.
-        step_weight: sum of the weights of all labels of its global step.
+        targets: labels; `SparseTargets.to` moves them to a device.
+        step_weight: total weight of the labels in its global step.
         state: for `ViewDataset.load_state_dict`, to resume after this batch.
     """
 
@@ -72,8 +73,8 @@ class _State(StrictModel):
 
     Attributes:
         loader: state after the last completed global step.
-        step: completed global steps, of all epochs.
-        micro_batch: completed micro-batches of the step after that.
+        step: completed global steps over all epochs.
+        micro_batch: completed micro-batches of the next step.
         world_size: number of ranks.
     """
 
@@ -100,20 +101,22 @@ class ViewDataset(IterableDataset[ViewBatch]):
         Args:
             view: URL of the view.
             data: how rows become steps. ``prefetch_steps`` is ignored: worker processes prefetch.
-            loss: decides which columns are read; losses of the batches must not need others.
+            loss: decides which columns are read; losses computed on the batches must not need more.
             vocab_size: rows of the student's lm_head.
-            tokenizer: the student's, compared with that of the labels; None skips the comparison.
-            rank: of this process among ``world_size``.
+            tokenizer: the student's, compared with the labels' vocabulary; None skips the check.
+            rank: rank of this process among ``world_size``.
             world_size: number of data-parallel processes.
 
         Raises:
             ConfigError: the labels cannot serve the loss, rows do not fit, or the rank is out of
                 range.
             VocabularyError: the student maps the labels' ids to other tokens.
-            StoreError, DamagedError: the view or a shard of it is missing or damaged.
+            StoreError, DamagedError: the view or one of its shards is missing or damaged.
         """
         if not 0 <= rank < world_size:
-            raise ConfigError(f"rank = {rank} of world_size = {world_size}: ranks count from 0")
+            raise ConfigError(
+                f"rank = {rank} with world_size = {world_size}: expected 0 to {world_size - 1}"
+            )
         self._url, self._data, self._loss, self._vocab_size = view, data, loss, vocab_size
         self._rank, self._world_size = rank, world_size
         self._view = View.open(view)
@@ -129,17 +132,17 @@ class ViewDataset(IterableDataset[ViewBatch]):
             micro_batch=0,
             world_size=world_size,
         )
-        # Worker processes iterate copies of this object. The flag is in shared memory, so that
-        # this one knows that its own position means nothing then.
+        # Worker processes iterate copies of this object, and then its own position is meaningless.
+        # A flag in shared memory makes this visible here.
         self._read_by_workers = torch.zeros(1, dtype=torch.bool).share_memory_()
 
     @property
     def micro_batches_per_step(self) -> int:
-        """Items of every global step, on every rank: gradient accumulation steps."""
+        """Items per global step on every rank: gradient accumulation steps."""
         return num_micro_batches(self._data, self._world_size)
 
     def num_steps(self) -> int:
-        """Global steps of the run. Plans every epoch if ``data.epochs`` is given."""
+        """Counts the global steps of the run; plans every epoch if ``data.epochs`` is set."""
         return count_steps(self._rows, self._data)
 
     def __iter__(self) -> Iterator[ViewBatch]:
@@ -154,40 +157,40 @@ class ViewDataset(IterableDataset[ViewBatch]):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position of the latest iteration, after the last batch that it yielded.
+        """Returns the position of the latest iteration, after the last batch it yielded.
 
         Raises:
-            ConfigError: worker processes read the batches. They are ahead of the training, so keep
+            ConfigError: worker processes read the batches ahead of training; keep
                 ``batch["state"]`` instead.
         """
         if bool(self._read_by_workers):
             raise ConfigError(
-                "state_dict() of a dataset that worker processes read: they are ahead of the "
-                'training; keep batch["state"] of the last batch trained on instead'
+                "state_dict() is undefined while worker processes read ahead of training; "
+                'keep batch["state"] of the last batch trained on instead'
             )
         return self._done.model_dump()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Makes every later iteration start after a `state_dict` or a batch's ``state``.
+        """Makes later iterations resume after a `state_dict` or a batch's ``state``.
 
         Raises:
-            ConfigError: it belongs to another view, seed or packer, or lies within a step of a run
-                with another number of ranks.
+            ConfigError: the state belongs to another view, seed or packer version, or lies within a
+                step of a run on another number of ranks.
         """
         found = _State.model_validate(state)
         found.loader.check_order(self._start.loader, "the state", "start over")
         if found.micro_batch and found.world_size != self._world_size:
             raise ConfigError(
-                f"the state lies within step {found.step + 1} of a run on {found.world_size} "
-                f"ranks, and there are {self._world_size} now; resume from a state at the end of a "
-                'step, whose "micro_batch" is 0'
+                f"the state lies within step {found.step + 1} of a run with world_size = "
+                f"{found.world_size}, but here it is {self._world_size}; resume from a state at "
+                'the end of a step, whose "micro_batch" is 0'
             )
         self._start = self._done = found.model_copy(update={"world_size": self._world_size})
 
     def _batches(
         self, view: View, worker: int, num_workers: int
     ) -> Iterator[tuple[ViewBatch, _State]]:
-        """Every ``num_workers``-th batch of this rank, and the state after it."""
+        """Yields every ``num_workers``-th batch of this rank and the state after it."""
         reader = RowReader(view, self._rows, self._loss, self._data.cache_bytes)
         try:
             for number, (packs, weight, state) in enumerate(self._plan()):
@@ -206,7 +209,7 @@ class ViewDataset(IterableDataset[ViewBatch]):
             reader.close()
 
     def _plan(self) -> Iterator[tuple[list[Int64s], float, _State]]:
-        """Packs of this rank's micro-batches, the weight of their step, and the state after."""
+        """Yields each micro-batch's packs, its step's weight, and the state after it."""
         before = self._start
         for loader, packs in run_steps(self._rows, self._data, before.loader):
             if before.step == self._data.steps:

@@ -1,1 +1,1 @@
-"""The student's output head fused with the loss: hidden states to one scalar, in chunks."""
+"""The student's output head fused with the loss: from hidden states to a scalar, in chunks."""

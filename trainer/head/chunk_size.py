@@ -1,10 +1,10 @@
-"""The number of positions that the fused head processes at once, from a memory budget.
+"""Chooses how many positions the fused head processes at once, from a memory budget.
 
-A chunk of c positions holds c x V logits, and every other array of that shape that its loss needs.
-So c = budget / (bytes of one position), whatever the length of the sequences.
+A chunk of c positions needs c x V logits and possibly more arrays of that shape, so
+c = budget / (bytes of one position), independent of the sequence length.
 
-The budget never depends on free memory: a run resumed beside another process would use other chunks
-and round differently. Chunks change results within rounding only.
+The budget never depends on free memory: a run resumed beside another process would then use other
+chunks and round differently. The chunk size changes results only within rounding.
 """
 
 import torch
@@ -15,12 +15,12 @@ CPU_BYTES = 1 << 26
 """Budget on a CPU."""
 
 CPU_TOKENS = 512
-"""Most positions on a CPU. 512 was the fastest, or within 3% of it, at vocabularies of 4,096 and
-32,768; 4,096 positions took 16% longer at the smaller one, since the logits exceed the caches."""
+"""Maximum on a CPU. 512 was the fastest, or within 3% of it, at vocabularies of 4,096 and 32,768;
+4,096 positions took 16% longer at the smaller one, because the logits exceed the caches."""
 
 GPU_SHARE = 1 / 64
-"""Budget on a GPU as a share of its total memory: 1.2 GiB of 80 GB, which holds 2,500 bfloat16
-positions at a vocabulary of 128k; matrix products stop gaining at about 1,000."""
+"""Budget on a GPU as a share of its total memory: 1.2 GiB of 80 GB, enough for 2,500 bfloat16
+positions at a vocabulary of 128k. Matrix products stop getting faster at about 1,000."""
 
 
 def chunk_tokens(
@@ -34,8 +34,9 @@ def chunk_tokens(
     """Positions of every chunk but the last.
 
     Args:
-        loss: ``chunk_tokens`` if set; else the budget is ``head_memory_bytes``, or the device's.
-        num_labels: positions to process; chunks are evened out over them.
+        loss: ``chunk_tokens`` decides if set; else the budget is ``head_memory_bytes`` or the
+            device's.
+        num_labels: positions to process, split into chunks of nearly equal size.
         vocab_size: rows of the head.
         dtype: of the head's weight.
         device: of the head.
@@ -59,9 +60,9 @@ def bytes_per_position(
 ) -> int:
     """Bytes of all arrays [V] that a position of a chunk needs.
 
-    Logits and gradient share one array in float32 at least. Another temperature adds a second
-    softmax, a soft cap its derivative, and half precision a copy of the gradient for the matrix
-    products. Those run in float32 on a CPU, from one more copy.
+    Logits and gradient share one array, at least float32. A temperature other than 1 adds a second
+    softmax, a soft cap adds its derivative, and half precision adds a copy of the gradient for the
+    matrix products, which on a CPU run in float32 from one more copy.
     """
     wide = torch.promote_types(dtype, torch.float32)
     distils = loss.kind != "hard" and loss.alpha > 0.0
@@ -73,7 +74,7 @@ def bytes_per_position(
 
 
 def device_bytes(device: torch.device) -> int:
-    """The default budget, which depends only on the kind of device."""
+    """The default budget; depends only on the device model."""
     if device.type != "cuda":
         return CPU_BYTES
     return int(torch.cuda.get_device_properties(device).total_memory * GPU_SHARE)

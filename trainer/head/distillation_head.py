@@ -1,4 +1,4 @@
-"""The output head as a module, from hidden states and labels to one scalar and its parts.
+"""The output head as a module: maps hidden states and labels to the loss and its parts.
 
     head = DistillationHead.around(model.lm_head, loss=LossConfig(kind="forward_kl"))
     loss_sum, parts = head(hidden, targets)
@@ -22,13 +22,13 @@ from trainer.losses.targets import SparseTargets
 class DistillationHead(nn.Linear):
     """A student's lm_head that computes a loss if given targets, and logits otherwise.
 
-    It replaces the model's own head and owns the same parameters, so that ZeRO-3, which gathers
-    parameters around the forward of the module that owns them, gathers this weight as well, tied to
-    the embedding or not. Names in the state dict do not change.
+    It replaces the model's own head and owns the same parameters. ZeRO-3 gathers parameters around
+    the forward of the module that owns them, and so gathers this weight too, whether or not it is
+    tied to the embedding. Names in the state dict do not change.
 
     Attributes:
-        transform: of the model's logits after the head.
-        loss: the default target of `forward`.
+        transform: applied to the model's logits after the head.
+        loss: default of `forward`.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class DistillationHead(nn.Linear):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """A new head with H = `in_features` and V = `out_features`; for a model's, use `around`."""
+        """Creates a head with H = `in_features`, V = `out_features`; see also `around`."""
         super().__init__(in_features, out_features, bias, device, dtype)
         self.transform = transform or LogitTransform()
         self.loss = loss or LossConfig()
@@ -54,7 +54,7 @@ class DistillationHead(nn.Linear):
         transform: LogitTransform | None = None,
         loss: LossConfig | None = None,
     ) -> "DistillationHead":
-        """A head that shares the parameters of `linear`."""
+        """Creates a head that shares the parameters of `linear`."""
         has_bias = linear.bias is not None
         head = cls(
             linear.in_features,
@@ -75,8 +75,8 @@ class DistillationHead(nn.Linear):
     ) -> Any:
         """Logits [..., V] of hidden [..., H], or the loss of `fused_distillation_loss`.
 
-        The logits are those of the matrix and bias alone, since a model applies its own scale and
-        soft cap after its head. The loss applies them.
+        The logits come from matrix and bias alone, since a model applies its scale and soft cap
+        after its head. The loss applies both.
         """
         if targets is None:
             return super().forward(hidden)

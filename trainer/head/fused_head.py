@@ -1,21 +1,22 @@
 """The student's output head fused with its loss; a full [T, V] tensor never exists.
 
-A language-model head turns T hidden states into T x V logits: 16 GB in float32 at 32k tokens and
-128k ids, and several times that with a loss and its gradient. Here positions are processed in
-chunks: logits, loss and gradient of one chunk share one buffer, and only the gradients of the
-hidden states and of the weight remain. The gradient is computed in the forward pass, while the
-logits exist, and scaled by the incoming gradient in the backward pass.
+A language-model head maps T hidden states to T x V logits: 16 GB in float32 at 32k tokens and 128k
+ids, and several times that with a loss and its gradient. This head works in chunks of positions:
+logits, loss and gradient of a chunk share one buffer, and only the gradients of hidden states and
+weight persist. The forward pass computes the gradient while the logits exist; the backward pass
+scales it by the incoming gradient.
 
 One pass over the logits of a chunk, at distillation temperature 1:
 
-1. Read the logits of the hard label and of the cached ids S, then remove S from the row.
-2. Softmax over the rest, in place. Its normaliser joined with S gives the full log-sum-exp, and the
-   bucket's log mass without the cancellation in 1 - Q.
-3. Loss and gradient of the target on S and on the bucket (`trainer.losses.objectives`), mixed with
-   cross-entropy. The row times one number is the gradient off S; S is written over it.
+1. Read the logits of the hard label and of the cached ids S, then mask S in the row.
+2. Softmax over the rest, in place. Combining its normaliser with S gives the full log-sum-exp, and
+   the bucket's log mass without the cancellation in 1 - Q.
+3. Compute loss and gradient of the objective on S and the bucket (`trainer.losses.objectives`),
+   mixed with cross-entropy. Scaling the row by one factor gives the gradient off S; then the
+   gradient on S is written over it.
 
-So a distillation step costs as much as a cross-entropy step. Another temperature needs a second
-softmax, hence a second pass and buffer.
+So a distillation step costs as much as a cross-entropy step. A temperature other than 1 needs a
+second softmax, hence a second pass and buffer.
 
 Shapes: L tokens of the micro-batch, T labelled positions, H hidden size, V vocabulary, E entries.
 """
@@ -43,7 +44,7 @@ class LogitTransform:
 
     Attributes:
         scale: factor on every logit.
-        softcap: bound of the absolute value, as in Gemma 2; None for no bound.
+        softcap: bound on the absolute value, as in Gemma 2; None: unbounded.
     """
 
     scale: float = 1.0
@@ -60,7 +61,7 @@ class LogitTransform:
         return bounded
 
     def backward_(self, gradient: Tensor, bounded: Tensor | None) -> None:
-        """Turns the gradient [T, V] of the transformed logits into that of the head's, in place."""
+        """Backpropagates the gradient [T, V] through the transformation, in place."""
         if bounded is not None:
             gradient.mul_(bounded.square_().neg_().add_(1.0))
         if self.scale != 1.0:
@@ -77,8 +78,8 @@ def fused_distillation_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum over positions of weight * ((1 - alpha) * CE + alpha * temperature^2 * KL).
 
-    ``loss.kind = "hard"`` is cross-entropy alone, whatever alpha is. Logarithms and sums are
-    float32 (float64 for a float64 head); gradients are accumulated and scaled in float32.
+    KL stands for the objective ``loss.kind``. "hard" is cross-entropy alone and ignores alpha.
+    Logarithms and sums are float32 (float64 for a float64 head), as is gradient accumulation.
 
     Args:
         hidden: [..., H], all hidden states of the micro-batch; ``targets.positions`` index the
@@ -86,25 +87,28 @@ def fused_distillation_loss(
         weight: [V, H], the head.
         bias: [V] or None.
         targets: labels of T positions, on the device of `hidden`.
-        loss: target, alpha, temperature and chunk size (`trainer.head.chunk_size`).
-        transform: of the model's logits.
+        loss: objective, alpha, temperature and chunk size (`trainer.head.chunk_size`).
+        transform: applied to the model's logits.
 
     Returns:
-        The sum (scalar, nats, not divided by the weights), and detached sums by name: ``loss`` the
-        same again, ``ce`` and ``kl`` weighted without alpha and temperature^2, ``weight`` of the
-        positions.
+        The sum (scalar, nats, not divided by the weights), and detached sums over positions:
+
+        - ``loss``: the same sum.
+        - ``ce``: weight * CE.
+        - ``kl``: weight * KL, without alpha and temperature^2; 0 for hard labels.
+        - ``weight``: the weights.
 
     Raises:
-        VocabularyError: an id of the labels lies outside the head.
+        VocabularyError: the labels contain an id outside the head.
         ConfigError: the labels cannot serve the loss (`trainer.losses.compatibility`).
     """
     if targets.num_ids > weight.shape[0]:
         raise VocabularyError(
             f"labels name id {targets.num_ids - 1} but the student's head has {weight.shape[0]} "
-            "rows; train a student with the vocabulary of the labels"
+            "rows; train a student with the labels' vocabulary"
         )
     flat = hidden.reshape(-1, hidden.shape[-1])
-    # ctx.needs_input_grad stays true under no_grad, so it is worked out here.
+    # ctx.needs_input_grad ignores no_grad, so what is needed is determined here.
     enabled = torch.is_grad_enabled()
     wanted = _Wanted(
         hidden=enabled and hidden.requires_grad,
@@ -164,7 +168,9 @@ class _FusedDistillation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the fused head was run backward twice; its gradients are gone")
+            raise RuntimeError(
+                "backward through the fused head a second time; its gradients were freed"
+            )
         gradients, ctx.gradients = ctx.gradients, None
         # Popped one by one: each float32 gradient is freed once its half-precision copy exists.
         scaled = [_scaled(gradients.pop(0), grad_total, dtype) for dtype in ctx.dtypes]
@@ -175,7 +181,7 @@ class _HeadPass:
     """Processes chunks of positions and accumulates the gradients.
 
     Attributes:
-        d_hidden, d_weight, d_bias: [L, H], [V, H] and [V], in float32 at least; None if not wanted.
+        d_hidden, d_weight, d_bias: [L, H], [V, H] and [V], at least float32; None if not wanted.
     """
 
     def __init__(
@@ -188,8 +194,8 @@ class _HeadPass:
     ) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.transform, self.wanted = transform, wanted
-        # Gradients stay in float32 until they are scaled. Rounded to half precision before, they
-        # would share an error of up to 0.4%: the factor 1 / N shifts all values of a binade alike.
+        # Gradients stay in float32 until they are scaled. If they were rounded to half precision
+        # first, scaling by 1 / N would give all values of a binade the same error, up to 0.4%.
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
         self.buffer = hidden.new_empty(0, dtype=self.dtype)
         self.d_hidden = torch.zeros_like(hidden, dtype=self.dtype) if wanted.hidden else None
@@ -199,7 +205,7 @@ class _HeadPass:
         )
 
     def run(self, chunk: SparseTargets, loss: LossConfig) -> Tensor:
-        """Accumulates one chunk's gradients; returns its sums [4] in the order of METRICS."""
+        """Accumulates the gradients of a chunk; returns its sums [4] in the order of METRICS."""
         rows = self.hidden.index_select(0, chunk.positions).to(self.weight.dtype)
         logits = self._logits(rows)
         bounded = self.transform.apply_(logits)
@@ -210,7 +216,7 @@ class _HeadPass:
         return _sums(ce, kl, chunk.weights.to(self.dtype), loss)
 
     def _logits(self, rows: Tensor) -> Tensor:
-        """Logits [T, V] of rows [T, H]; in float32 they reuse one buffer for all chunks."""
+        """Logits [T, V] of rows [T, H]; float32 chunks reuse one buffer."""
         if rows.dtype != self.dtype:
             logits = _mm_wide(rows, self.weight.t(), self.dtype)
             return logits if self.bias is None else logits.add_(self.bias)
@@ -222,7 +228,7 @@ class _HeadPass:
         return logits if self.bias is None else logits.add_(self.bias)
 
     def _accumulate(self, gradient: Tensor, rows: Tensor, positions: Tensor) -> None:
-        """Accumulates the gradients that follow from that of a chunk's logits [T, V]."""
+        """Backpropagates the chunk's logit gradient [T, V] into hidden, weight and bias."""
         if self.d_bias is not None:
             self.d_bias += gradient.sum(0)
         narrow = gradient.to(self.weight.dtype)
@@ -240,7 +246,7 @@ def _scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tens
 
 
 def _mm_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b of two matrices of the same type, accumulated and returned in `dtype`."""
+    """a @ b of two matrices of the same dtype, accumulated and returned in `dtype`."""
     if a.dtype == dtype:
         return torch.mm(a, b)
     if a.is_cuda:
@@ -251,7 +257,7 @@ def _mm_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 def _loss_and_gradient(
     logits: Tensor, chunk: SparseTargets, loss: LossConfig, need_gradient: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """CE [T], KL [T] or None, and the gradient of the weighted loss, which overwrites `logits`."""
+    """CE [T], KL [T] or None, and the weighted loss's gradient, which overwrites `logits`."""
     weights, softmax_of = chunk.weights.to(logits.dtype), row_softmax(loss, logits)
     if loss.kind == "hard" or loss.alpha == 0.0:
         ce = _cross_entropy(logits, chunk.token_ids, weights if need_gradient else None, softmax_of)
@@ -291,8 +297,8 @@ def _distil(
 ) -> tuple[Tensor, Tensor]:
     """CE and KL, [T] each, of logits [T, V] already divided by the distillation temperature.
 
-    With weights, `logits` becomes the gradient of weights * KL, or at temperature 1, where CE has
-    the same softmax, that of weights * ((1 - alpha) * CE + alpha * KL).
+    With weights, `logits` becomes the gradient of weights * KL. At temperature 1, where CE has the
+    same softmax, it becomes the gradient of weights * ((1 - alpha) * CE + alpha * KL).
     """
     segments = chunk.segments()
     flat = segments.rows * logits.shape[1] + chunk.entry_ids
@@ -300,7 +306,7 @@ def _distil(
     at_entries = flat_logits.index_select(0, flat)
     at_token = logits.gather(1, chunk.token_ids[:, None])[:, 0]
 
-    # Not -inf, which would give NaN in a row with every id in S. Its bucket then has no mass.
+    # Not -inf: if S contains every id, the row would become NaN. Here its bucket gets no mass.
     flat_logits.scatter_(0, flat, torch.finfo(logits.dtype).min)
     off = softmax_of(logits)
     lse = torch.logaddexp(off.lse, segments.logsumexp(at_entries))
@@ -318,17 +324,17 @@ def _distil(
 
 
 def _mixed(
-    target: LossAndGradient, student: StudentPartition, alpha: float
+    objective: LossAndGradient, student: StudentPartition, alpha: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients at the bucket [T] and at S [E] of alpha * target + (1 - alpha) * CE.
+    """Gradients at the bucket [T] and at S [E] of alpha * objective + (1 - alpha) * CE.
 
     The gradient of CE is q - onehot; the caller subtracts the onehot.
     """
     if alpha == 1.0:
-        return target.tail_gradient, target.entry_gradient
+        return objective.tail_gradient, objective.entry_gradient
     return (
-        alpha * target.tail_gradient + (1.0 - alpha) * student.log_tail.exp(),
-        alpha * target.entry_gradient + (1.0 - alpha) * student.log_entries.exp(),
+        alpha * objective.tail_gradient + (1.0 - alpha) * student.log_tail.exp(),
+        alpha * objective.entry_gradient + (1.0 - alpha) * student.log_entries.exp(),
     )
 
 

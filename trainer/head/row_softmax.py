@@ -1,11 +1,11 @@
-"""The softmax of a chunk's rows and its product with one factor per row, by torch or Triton.
+"""Softmax of a chunk's rows, and its product with one factor per row, in torch or Triton.
 
-These are the only operations of the fused head over the full vocabulary: a log-sum-exp, and later,
-with the gradients at the labels known, softmax * factor in place of the logits.
+The fused head's only operations over the full vocabulary: a log-sum-exp, and, once the gradients at
+the labels are known, softmax * factor in place of the logits.
 
-torch makes about eight passes over the logits (two maxima, a softmax of about three, a product of
-two); the kernels of `trainer.head.triton_softmax` make three: one read for the log-sum-exp, one
-read and one write for the product.
+torch makes about eight passes over the logits (two for maxima, about three for the softmax, two for
+the product). The kernels of `trainer.head.triton_softmax` make three: one read for the log-sum-exp,
+one read and one write for the product.
 
 Shapes: T rows of a chunk, V vocabulary.
 """
@@ -20,7 +20,7 @@ from trainer.config.train import LossConfig
 
 
 class RowSoftmax(Protocol):
-    """The softmax of logits [T, V] with contiguous rows, which it overwrites.
+    """Softmax of logits [T, V] with contiguous rows; overwrites the logits.
 
     Attributes:
         lse: [T], log-sum-exp of the rows.
@@ -36,11 +36,10 @@ class RowSoftmax(Protocol):
 
 
 class TorchSoftmax:
-    """`RowSoftmax` by torch, on every device and in every precision."""
+    """`RowSoftmax` in torch, on every device and in every precision."""
 
     def __init__(self, logits: Tensor) -> None:
-        # The log-sum-exp follows from the softmax at the row's peak, which saves a second pass of
-        # exponentials.
+        # lse = peak - log softmax(peak) avoids a second pass of exponentials.
         peak = logits.amax(1)
         self._softmax = torch.softmax(logits, 1, out=logits)
         self.lse = peak - self._softmax.amax(1).log()
@@ -54,8 +53,8 @@ def row_softmax(loss: LossConfig, logits: Tensor) -> type[RowSoftmax]:
     """The implementation that ``loss.kernel`` selects for these logits.
 
     Raises:
-        ConfigError: it is Triton's, but the logits are not float32 on a GPU, or Triton is not
-            installed.
+        ConfigError: it is "triton", but Triton is not installed or the logits are not float32 on a
+            GPU.
     """
     if loss.kernel == "torch":
         return TorchSoftmax

@@ -1,11 +1,11 @@
 """`trainer.head.row_softmax` in Triton, for CUDA: three passes over the logits instead of eight.
 
-Both kernels give the same bits on every run: a program owns its row, or its part of one, without
-atomics. The log-sum-exp is accumulated lane by lane (Milakov and Gimelshein, arXiv 1805.02867) and
-reduced at the end, so a row is read once.
+Both kernels are bitwise reproducible: each program owns its row or part of a row, without atomics.
+The log-sum-exp is accumulated per lane (Milakov and Gimelshein, arXiv 1805.02867) and reduced at
+the end, so each row is read once.
 
-Checked against the dense oracle in Triton's interpreter (``TRITON_INTERPRET=1``), which needs no
-GPU and does not show speed.
+Tested against the dense oracle in Triton's interpreter (``TRITON_INTERPRET=1``), which needs no GPU
+and says nothing about speed.
 
 Shapes: T rows of a chunk, V vocabulary.
 """
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether the kernels run on CPU tensors in the interpreter; Triton decides it on import."""
+"""Whether the kernels run on CPU tensors in the interpreter; fixed when Triton is imported."""
 
 LANES = 2048
 """Logits per iteration of a program: 8 kB, eight per thread of 8 warps."""
@@ -58,7 +58,7 @@ class TritonSoftmax:
 
 @triton.jit
 def _sums(logits, peak, total, num_ids, stride, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One row per program: its highest logit, and the sum of exp(logit - highest)."""
+    """Computes a row's highest logit and sum of exp(logit - highest); one program per row."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     highest = tl.full([LANES], LOWEST, tl.float32)
@@ -78,7 +78,7 @@ def _sums(logits, peak, total, num_ids, stride, LANES: tl.constexpr):  # type: i
 
 @triton.jit
 def _times(logits, peak, factor, num_ids, stride, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A part of a row per program: overwrites the logits with exp(logit - peak) * factor."""
+    """Overwrites logits with exp(logit - peak) * factor; one program per part of a row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * LANES + tl.arange(0, LANES)
     here = logits + row * stride + at

@@ -1,4 +1,4 @@
-"""Checks that labels of a record can serve a loss, before anything is trained."""
+"""Checks before training that labels of a record can serve a loss."""
 
 from collections.abc import Sequence
 
@@ -8,34 +8,33 @@ from trainer.config.train import LossConfig
 
 
 def check_loss(loss: LossConfig, record: RecordSpec) -> None:
-    """Refuses a loss that labels of this record cannot serve; see `effective_kind`."""
-    for _, target in loss.targets():
-        effective_kind(target, record)
+    """Raises a ConfigError if labels of this record cannot serve the loss; see `effective_kind`."""
+    for _, objective in loss.objectives():
+        effective_kind(objective, record)
 
 
 def effective_kind(loss: LossConfig, record: RecordSpec) -> str:
-    """The kind of target that a loss without a mix gives on labels of this record.
+    """The objective that a loss without a mix computes on labels of this record.
 
-    It is ``loss.kind``, except for forward_kl above the temperature that draws were made at: the
-    weights of the draws are unbounded there, so it becomes the ghost target if
-    ``loss.approximate_temperature`` is set.
+    This is ``loss.kind``, with one exception: above the temperature of the draws, the weights of
+    forward_kl are unbounded, so ghost replaces it if ``loss.approximate_temperature`` is set.
 
     Raises:
-        ConfigError: the loss needs a teacher and the labels are tokens alone; it needs draws and
-            they have none; its temperature is not stored; or it is above that of the draws and
-            ``loss.approximate_temperature`` is not set.
+        ConfigError: the loss needs a teacher but the labels are tokens only; it needs draws but
+            the labels have none; its temperature is not stored; or its temperature exceeds that of
+            the draws and ``loss.approximate_temperature`` is not set.
     """
     if loss.kind == "hard":
         return loss.kind
     if record.kind == "tokens":
         raise ConfigError(
-            f'loss.kind = "{loss.kind}" needs a teacher\'s labels, but the label set is of '
+            f'loss.kind = "{loss.kind}" needs a teacher\'s labels, but the label set has '
             'record.kind = "tokens"; use loss.kind = "hard" or a label set with a teacher'
         )
     if loss.kind == "forward_kl" and not record.has_draws:
         raise ConfigError(
             f'loss.kind = "forward_kl" needs labels with draws (record.kind "sampled" or '
-            f'"threshold"), but the label set is of record.kind = "{record.kind}"; use '
+            f'"threshold"), but the label set has record.kind = "{record.kind}"; use '
             'loss.kind = "ghost" for an exact head'
         )
     if loss.temperature != 1.0:
@@ -49,27 +48,28 @@ def effective_kind(loss: LossConfig, record: RecordSpec) -> str:
             'that these labels were drawn at, so the weights of loss.kind = "forward_kl" are '
             f"unbounded; it is exact at {_listed(served)}. Choose one of those, label again with "
             f"record.draw_temperature = {loss.temperature}, or set loss.approximate_temperature = "
-            "true for the ghost target with the exact tail mass"
+            "true to use the ghost objective with the exact tail mass"
         )
     return "ghost"
 
 
 def approximation(loss: LossConfig, record: RecordSpec) -> str:
-    """The note for log and model card if a target differs from the one configured; else empty."""
-    if all(effective_kind(target, record) == target.kind for _, target in loss.targets()):
+    """A note for the log and the model card if an objective is approximated; else empty."""
+    parts = [objective for _, objective in loss.objectives()]
+    if all(effective_kind(objective, record) == objective.kind for objective in parts):
         return ""
     return (
         f"loss.kind = forward_kl at temperature {loss.temperature:g}, on labels drawn at "
-        f"{record.drawn_at:g}: approximated by the ghost target with the exact tail mass at "
-        f"{loss.temperature:g} (loss.approximate_temperature), a biased target"
+        f"{record.drawn_at:g}: approximated by the ghost objective with the exact tail mass at "
+        f"{loss.temperature:g} (loss.approximate_temperature), which is biased"
     )
 
 
 def temperature_column(stored: Sequence[float], temperature: float) -> int:
-    """Index of ``temperature`` among those whose normaliser the labels hold.
+    """Index of ``temperature`` among the stored temperatures, the columns of ``lse``.
 
     Raises:
-        ConfigError: it is not among them.
+        ConfigError: the temperature is not stored.
     """
     if temperature in stored:
         return stored.index(temperature)

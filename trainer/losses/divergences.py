@@ -1,14 +1,13 @@
 """Divergences between teacher and student on the cached ids S and one bucket for all other ids.
 
-With p the teacher's and q the student's probabilities on S, m and r those of the bucket, any
+Let p and q be the probabilities of teacher and student on S, and m and r those of the bucket. Any
 divergence D that is a sum over S and the bucket has, by the derivative of the softmax, the gradient
 
     dD / dlogit_i = q_i (g_i - gbar)             i in S, g_i = dD / dq_i
     dD / dlogit_i = (q_i / r) r (g_b - gbar)     i off S, g_b = dD / dr
     gbar = sum over S of q g + r g_b
 
-A constant added to all of g cancels, so constants are omitted below. At each id and at the bucket,
-with the mixture M as given:
+A constant added to all of g cancels, so constants are omitted. At each id and at the bucket:
 
 | divergence | summand                             | g                | from             |
 |------------|-------------------------------------|------------------|------------------|
@@ -19,12 +18,11 @@ with the mixture M as given:
 |            | s = loss.skew                       |                  |                  |
 | tvd        | abs(p - q) / 2                      | sign(q - p) / 2  | arXiv 2307.15190 |
 
-0 log 0 = 0. Each is a lower bound of the same divergence to the full distribution, since ids within
-the bucket are not distinguished; nothing is renormalised on S. On labels with draws, S is the head
-and the distinct draws, each with its own p, so the bound depends on the draws: biased, unlike
-``forward_kl``.
+0 log 0 = 0. Each is a lower bound of the same divergence on the full distribution, since the bucket
+merges its ids; nothing is renormalised on S. For labels with draws, S is the head plus the distinct
+draws, each with its own p, so the bound depends on the draws: biased, unlike ``forward_kl``.
 
-A new divergence is a function here, its entry in `DIVERGENCES`, and its name in
+To add a divergence, write a function here, enter it in `DIVERGENCES`, and add its name to
 `trainer.config.train.LossKind`.
 
 Shapes: T positions, E cached entries of all of them.
@@ -39,18 +37,18 @@ from torch import Tensor
 
 from trainer.config.train import LossConfig
 
-# Only reverse KL is unbounded where the teacher has no mass, and a bucket without mass is often
-# rounding: the mass left after the draws, or 1 - sum of weights at a temperature other than 1, is a
-# difference of float16 numbers.
+# Only reverse KL is unbounded where the teacher has no mass. A bucket without mass is often a
+# rounding artifact: the mass left after the draws, or 1 - sum of weights at a temperature other
+# than 1, is a difference of float16 numbers.
 SMALLEST_MASS = 1e-6
-"""Lower bound of the teacher's mass in reverse KL, at an id of S and in the bucket."""
+"""Lower bound of the teacher's mass in reverse KL, per id of S and for the bucket."""
 
 
 class Terms(NamedTuple):
-    """A divergence at the entries [E] or at the bucket [T].
+    """Summands of a divergence at the entries [E] or at the bucket [T].
 
     Attributes:
-        value: summands, nats.
+        value: nats.
         slope: g, without constants.
     """
 
@@ -78,16 +76,16 @@ class Masses(NamedTuple):
 
 
 def divergence_terms(masses: Masses, loss: LossConfig) -> Terms:
-    """Summands and slopes of the divergence that `loss` names; finite at masses of zero."""
+    """Summands and slopes of the divergence ``loss.kind``; finite where a mass is zero."""
     value, slope = DIVERGENCES[loss.kind](masses, loss)
-    # The gradient is q times the slope, and 0 * inf would be NaN.
+    # The gradient is q * slope, and 0 * inf would be NaN.
     return Terms(value, torch.where(masses.q > 0, slope, 0.0))
 
 
 def reverse_kl(masses: Masses, loss: LossConfig) -> Terms:
     """KL(q || p)."""
     log_ratio = masses.log_q - masses.log_p.clamp(min=math.log(SMALLEST_MASS))
-    return Terms(cross(masses.q, log_ratio), log_ratio)
+    return Terms(xlog_ratio(masses.q, log_ratio), log_ratio)
 
 
 def jsd(masses: Masses, loss: LossConfig) -> Terms:
@@ -95,15 +93,15 @@ def jsd(masses: Masses, loss: LossConfig) -> Terms:
     beta = loss.beta
     log_mixture = _log_mixture(masses, beta)
     log_ratio = masses.log_q - log_mixture
-    teacher_kl = cross(masses.p, masses.log_p - log_mixture)
-    student_kl = cross(masses.q, log_ratio)
+    teacher_kl = xlog_ratio(masses.p, masses.log_p - log_mixture)
+    student_kl = xlog_ratio(masses.q, log_ratio)
     return Terms(beta * teacher_kl + (1.0 - beta) * student_kl, (1.0 - beta) * log_ratio)
 
 
 def skew_kl(masses: Masses, loss: LossConfig) -> Terms:
     """KL(p || M), at most -log(skew)."""
     log_ratio = masses.log_p - _log_mixture(masses, loss.skew)
-    return Terms(cross(masses.p, log_ratio), (loss.skew - 1.0) * log_ratio.exp())
+    return Terms(xlog_ratio(masses.p, log_ratio), (loss.skew - 1.0) * log_ratio.exp())
 
 
 def tvd(masses: Masses, loss: LossConfig) -> Terms:
@@ -117,9 +115,9 @@ def _log_mixture(masses: Masses, share: float) -> Tensor:
     return torch.logaddexp(masses.log_p + math.log(share), masses.log_q + math.log1p(-share))
 
 
-def cross(weights: Tensor, log_ratio: Tensor) -> Tensor:
-    """weights * log_ratio, with 0 * log 0 = 0."""
-    return torch.where(weights > 0, weights * log_ratio, 0.0)
+def xlog_ratio(x: Tensor, log_ratio: Tensor) -> Tensor:
+    """x * log_ratio, with 0 * log 0 = 0."""
+    return torch.where(x > 0, x * log_ratio, 0.0)
 
 
 DIVERGENCES: dict[str, Callable[[Masses, LossConfig], Terms]] = {

@@ -1,17 +1,17 @@
-"""The training targets: the loss of each position and its gradient.
+"""The training objectives: loss and gradient of each position.
 
-A student's softmax q over V ids is reduced to the cached ids S of a position and one bucket for all
-other ids, r = 1 - sum of q over S. A target gives, per position, a loss and its gradient with
-respect to the student's logits in two parts: one number per entry of S, and one number c for the
-bucket, which is distributed over the ids off S in proportion to their share of r:
+The student's softmax q over V ids is reduced to the cached ids S of a position and one bucket for
+all other ids, r = 1 - sum of q over S. An objective gives a loss per position and its gradient with
+respect to the student's logits: one number per entry of S, and c, the bucket's gradient, which the
+ids off S receive in proportion to their share of r:
 
     dloss / dlogit_i = entry_gradient_i      i in S
     dloss / dlogit_i = (q_i / r) * c         i off S
 
-Shares of r, not q itself, keep this exact when r is as small as float32 can represent.
+Shares of r, rather than q itself, keep this exact down to the smallest r that float32 represents.
 With w the teacher's probabilities on S, m its mass off S and P = 1 - m:
 
-| target       | loss                                    | entry_gradient | c              |
+| objective    | loss                                    | entry_gradient | c              |
 |--------------|-----------------------------------------|----------------|----------------|
 | truncated    | sum w (log w - log q)                   | P q - w        | P r            |
 | renormalised | sum w/P (log w/P - log q)               | q - w/P        | r              |
@@ -19,16 +19,19 @@ With w the teacher's probabilities on S, m its mass off S and P = 1 - m:
 | forward_kl   | sum w (log p - log q), w from draws     | W q - w        | W r            |
 | divergences  | sum over S and the bucket               | q (g - gbar)   | r (g_b - gbar) |
 
-The last line is `trainer.losses.divergences`. forward_kl is the target of Random Sampling KD (arXiv
-2503.16870, section 3) with the weights of `trainer.losses.teacher_weights`: w estimates the
-teacher's p id by id, W = sum w has mean one, and loss and gradient (q W - w at every id) are, in
-expectation, those of the KL to the full distribution. On labels with draws, S of all other targets
-is the head and the distinct draws, each with its own p.
+`trainer.losses.divergences` defines the last line. ``hard``, cross-entropy without a teacher, is
+computed in ``trainer.head.fused_head._cross_entropy``.
 
-A mix of targets (``loss.mix``) is the weighted sum of their losses and gradients. All of them use
-the same softmax, so none needs another pass over the logits.
+forward_kl is the objective of Random Sampling KD (arXiv 2503.16870, section 3) with the weights of
+`trainer.losses.teacher_weights`: w estimates the teacher's p id by id, W = sum w has mean one, and
+the expectations of loss and gradient (q W - w at every id) are those of the KL on the full
+distribution. On labels with draws, for every other objective, S is the head plus the distinct
+draws, each with its own p.
 
-The truncated and forward_kl losses may be negative at a position; they are reported as they are.
+``loss.mix`` is a weighted sum of objectives and of their gradients. All share one softmax, so a mix
+needs no further pass over the logits.
+
+truncated and forward_kl may be negative at a position; they are reported as they are.
 
 Shapes: T positions, E cached entries of all of them, V vocabulary.
 """
@@ -41,7 +44,7 @@ from torch import Tensor
 
 from trainer.config.train import LossConfig
 from trainer.losses.compatibility import effective_kind
-from trainer.losses.divergences import DIVERGENCES, Masses, cross, divergence_terms
+from trainer.losses.divergences import DIVERGENCES, Masses, divergence_terms, xlog_ratio
 from trainer.losses.segments import Segments
 from trainer.losses.targets import SparseTargets
 from trainer.losses.teacher_weights import TeacherPartition, teacher_estimate, teacher_partition
@@ -54,7 +57,7 @@ class StudentPartition:
     Attributes:
         log_entries: [E], log of the full softmax at the entries of S, nats.
         log_tail: [T], log of its mass off S, nats, summed over the ids off S (never as 1 - Q).
-        segments: assigns the entries to the positions.
+        segments: assignment of entries to positions.
     """
 
     log_entries: Tensor
@@ -64,12 +67,12 @@ class StudentPartition:
 
 @dataclass(frozen=True)
 class LossAndGradient:
-    """A target at T positions.
+    """An objective at T positions.
 
     Attributes:
         loss: [T], nats.
         entry_gradient: [E], with respect to the logits of S.
-        tail_gradient: [T], the number c of the bucket.
+        tail_gradient: [T], c, the bucket's gradient.
     """
 
     loss: Tensor
@@ -80,18 +83,18 @@ class LossAndGradient:
 def evaluate_objective(
     targets: SparseTargets, loss: LossConfig, student: StudentPartition
 ) -> LossAndGradient:
-    """Evaluates the target that `loss` names, or its mix.
+    """Evaluates ``loss.kind``, mixed with the objectives in ``loss.mix``.
 
     Args:
         targets: labels of T positions.
-        loss: the target and its temperature.
-        student: at that temperature, on the entries of the labels.
+        loss: objective, mix and temperature.
+        student: at that temperature, on the labels' entries.
 
     Raises:
         ConfigError: the labels cannot serve it (`trainer.losses.compatibility.effective_kind`).
         RecordError: a position has no entries (`teacher_partition`).
     """
-    parts = [(share, _evaluate_one(targets, one, student)) for share, one in loss.targets()]
+    parts = [(share, _evaluate_one(targets, one, student)) for share, one in loss.objectives()]
     if len(parts) == 1:
         return parts[0][1]
     return LossAndGradient(
@@ -114,7 +117,7 @@ def _evaluate_one(
     partition = teacher_partition(targets, loss.temperature, segments, dtype)
     if kind in DIVERGENCES:
         return divergence(partition, student, loss)
-    return PARTITION_TARGETS[kind](partition, student)
+    return PARTITION_OBJECTIVES[kind](partition, student)
 
 
 def _weighted_kl(
@@ -126,10 +129,10 @@ def _weighted_kl(
         weights: [E], w.
         log_probs: [E], log p.
         student: q.
-        total: [T], W, the sum of the weights over all ids; None for one.
+        total: [T], W, the sum of the weights over all ids; None means 1.
     """
     segments = student.segments
-    loss = segments.sum(cross(weights, log_probs - student.log_entries))
+    loss = segments.sum(xlog_ratio(weights, log_probs - student.log_entries))
     entries, tail = student.log_entries.exp(), student.log_tail.exp()
     if total is not None:
         entries, tail = segments.spread(total) * entries, total * tail
@@ -154,7 +157,7 @@ def ghost(teacher: TeacherPartition, student: StudentPartition) -> LossAndGradie
     head = _weighted_kl(log_weights.exp(), log_weights, student)
     return replace(
         head,
-        loss=head.loss + cross(teacher.tail, teacher.log_tail - student.log_tail),
+        loss=head.loss + xlog_ratio(teacher.tail, teacher.log_tail - student.log_tail),
         tail_gradient=head.tail_gradient - teacher.tail,
     )
 
@@ -162,7 +165,7 @@ def ghost(teacher: TeacherPartition, student: StudentPartition) -> LossAndGradie
 def divergence(
     teacher: TeacherPartition, student: StudentPartition, loss: LossConfig
 ) -> LossAndGradient:
-    """The divergence of `trainer.losses.divergences` that `loss` names, on S and the bucket."""
+    """The divergence ``loss.kind`` of `trainer.losses.divergences`, on S and the bucket."""
     segments = student.segments
     entries = Masses.from_logs(teacher.log_weights(segments), student.log_entries)
     tail_q = student.log_tail.exp()
@@ -176,7 +179,7 @@ def divergence(
     )
 
 
-PARTITION_TARGETS: dict[str, Callable[[TeacherPartition, StudentPartition], LossAndGradient]] = {
+PARTITION_OBJECTIVES: dict[str, Callable[[TeacherPartition, StudentPartition], LossAndGradient]] = {
     "truncated": truncated,
     "renormalised": renormalised,
     "ghost": ghost,

@@ -1,9 +1,9 @@
-"""Ragged groups of cached entries: sums within a position, values of a position at its entries.
+"""Segment operations: reduces entries to their position, and spreads positions to their entries.
 
-Entries are stored in CSR layout: those of position p are ``offsets[p]:offsets[p + 1]``. Segment
-reductions read each group in order, so they give the same bits on every run, also on GPUs, where
-scattered adds do not. If all positions have the same number of entries, as in top-k labels, groups
-are the rows of a matrix, which is faster.
+Entries are stored in CSR layout: position p owns entries ``offsets[p]:offsets[p + 1]``. Segment
+reductions read each group in order, so unlike scattered adds they are bitwise reproducible on GPUs.
+If all positions have the same number of entries, as in top-k labels, groups are the rows of a
+matrix, which is faster.
 
 Shapes: T positions, E cached entries of all of them.
 """
@@ -34,7 +34,7 @@ class Segments:
 
         Args:
             offsets: [T + 1] int64, starting at 0.
-            bounds: the same values on the CPU, which avoids a synchronisation with the device.
+            bounds: the same values on the CPU, which avoids a device sync.
         """
         lengths = bounds.diff()
         num_positions, num_entries = lengths.numel(), int(bounds[-1])

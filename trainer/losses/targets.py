@@ -1,8 +1,8 @@
 """Cached labels of one packed micro-batch; `trainer.losses.teacher_weights` interprets them.
 
-Alignment: label j describes the distribution over the token at target index t_j, given the tokens
-before it, so its loss uses the student's hidden state at t_j - 1. `SparseTargets.positions` holds
-that hidden index already; nothing downstream shifts again.
+Alignment: label j describes the distribution over the token at index t_j given all tokens before
+it, so its loss uses the student's hidden state at t_j - 1. `SparseTargets.positions` already holds
+t_j - 1; nothing downstream shifts again.
 
 Shapes: T labelled positions, E cached entries of all of them, R rows, L tokens of a row.
 """
@@ -28,19 +28,19 @@ class SparseTargets:
 
     Attributes:
         positions: [T] int64, index into the flattened hidden states, t_j - 1.
-        token_ids: [T] int64, the token at t_j: the hard label.
+        token_ids: [T] int64, the token at t_j, which is the hard label.
         weights: [T] float32, weight of each position in the loss.
         entry_ids: [E] int32, cached vocabulary ids, each at most once per position.
         entry_logprobs: [E] float16, teacher log-probability at temperature 1, nats.
-        entry_bounds: [T + 1] int64, CSR offsets of the entries, always on the CPU, so that slicing
-            chunks needs no synchronisation with the device.
+        entry_bounds: [T + 1] int64, CSR offsets of the entries, kept on the CPU so that slicing
+            chunks needs no device sync.
         entry_offsets: [T + 1] int64, the same on the device of the other tensors.
-        entry_draws: [E] uint8, how often each entry was drawn, 0 for those of the exact head; None
-            if the record has no draws.
+        entry_draws: [E] uint8, how often each entry was drawn, 0 in the exact head; None if the
+            record has no draws.
         tail_logmass: [T] float16, log of the teacher's probability outside the head, nats; None if
-            the labels are tokens alone or the teacher's columns were not read.
+            the labels are tokens only or the teacher's columns were not read.
         lse: [T, num_temperatures] float16, log sum over the full vocabulary of p^(1/T).
-        record: kind of the labels, with the rule that draws were made by.
+        record: the labels' record, including how draws were made.
         num_ids: one more than the highest vocabulary id in these targets.
     """
 
@@ -71,7 +71,7 @@ class SparseTargets:
         return self.record.temperatures
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same targets on `device`; `entry_bounds` stays on the CPU."""
+        """Copies the targets to `device`; `entry_bounds` stays on the CPU."""
         moved: dict[str, Any] = {
             name: tensor.to(device, non_blocking=non_blocking)
             for name, tensor in self._tensors().items()
@@ -80,14 +80,14 @@ class SparseTargets:
         return replace(self, **moved)
 
     def pin_memory(self) -> Self:
-        """The same targets in page-locked memory, for copies that overlap with compute."""
+        """Copies the targets to page-locked memory, so that transfers overlap with compute."""
         pinned: dict[str, Any] = {
             name: tensor.pin_memory() for name, tensor in self._tensors().items()
         }
         return replace(self, **pinned)
 
     def chunk(self, start: int, stop: int) -> Self:
-        """The targets of the positions start:stop, entries included; tensors are views."""
+        """Slices positions start:stop with their entries; tensors are views."""
         first, last = int(self.entry_bounds[start]), int(self.entry_bounds[stop])
         return replace(
             self,
@@ -120,28 +120,28 @@ def build_targets(
 ) -> SparseTargets:
     """Converts packed label rows to the targets of their micro-batch.
 
-    A student with fewer padding ids than its teacher (equal tokenizers, other vocabulary sizes) has
-    no logit for some ids of the labels. The probability of such an exact entry moves to the tail
-    bucket, which represents all ids without an entry; no other entry changes. Such a draw is
-    removed with its weight, since its probability is in the tail already. The unbiased target is
-    then, in expectation, sum p (log p - log q) over the ids that the student has, and the position
-    counts by the teacher's probability of those instead of 1. Giving the weight to other draws, or
-    rescaling to 1, would bias both.
+    A student with fewer padding ids than its teacher (same tokenizer, smaller vocabulary size) has
+    no logit for some label ids. If such an entry is exact, its probability moves to the tail
+    bucket, which represents all ids without an entry; other entries do not change. If it is a draw,
+    it is dropped with its weight, since the tail already includes its probability. The expectation
+    of forward_kl is then sum p (log p - log q) over the student's ids, and a position weighs the
+    teacher's probability of these ids instead of 1. Redistributing the weight or rescaling to 1
+    would bias both.
 
     Args:
         rows: R label rows.
         row_starts: [R] int64, index of each row's first token in the flattened [B * L] token axis.
-        record: the record of the rows.
+        record: the rows' record.
         vocab_size: rows of the student's lm_head.
-        row_weights: [R] float32, weight of every position of a row; None for ones.
+        row_weights: [R] float32, weight of every position of a row; None means 1.
 
     Returns:
-        CPU tensors that share memory with `rows` if it is writeable.
+        CPU tensors that share memory with `rows` where it is writeable.
 
     Raises:
         RecordError: a position has no entries although the rows have a teacher; a token of the text
-            lies outside the student's vocabulary; the rows hold draws and the record does not, or
-            lack their counts.
+            is outside the student's vocabulary; the rows hold draws but the record does not; or
+            counts of draws were not read.
     """
     indices, label_offsets = target_positions(rows.label_spans, rows.span_offsets)
     num_labels = np.diff(label_offsets)
@@ -149,7 +149,7 @@ def build_targets(
     if len(token_ids) and token_ids.max() >= vocab_size:
         raise RecordError(
             f"the text has token id {token_ids.max()}, but the student has only {vocab_size} ids; "
-            "train a student with the vocabulary of the labels"
+            "train a student with the labels' vocabulary"
         )
     weights = np.ones(len(rows), np.float32) if row_weights is None else row_weights
     entries = _entries(rows, record, vocab_size, len(token_ids))
@@ -182,7 +182,7 @@ class _Entries:
 
 
 def _entries(rows: LabelRows, record: RecordSpec, vocab_size: int, num_labels: int) -> _Entries:
-    """The entries that the student has a logit for; none if the rows have no teacher."""
+    """Entries for which the student has a logit; none if the rows have no teacher."""
     ids, logprobs, offsets, tail = (
         rows.entry_ids, rows.entry_logprobs, rows.entry_offsets, rows.tail_logmass
     )  # fmt: skip
@@ -215,7 +215,7 @@ def _draws(rows: LabelRows, record: RecordSpec) -> NDArray[np.uint8] | None:
     if not record.has_draws:
         if rows.tail_len.any():
             raise RecordError(
-                f'label rows hold tail draws, which record.kind = "{record.kind}" does not have; '
+                f'label rows hold tail draws, but record.kind = "{record.kind}" has none; '
                 "`tutelage labels verify` names the damaged shard"
             )
         return None
@@ -230,17 +230,17 @@ def _draws(rows: LabelRows, record: RecordSpec) -> NDArray[np.uint8] | None:
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:
-    """A tensor that shares memory with `array`, or a copy if it is read-only (torch needs that)."""
+    """A tensor that shares memory with `array`; a copy if it is read-only, which torch rejects."""
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _fold_absent(entries: _Entries, vocab_size: int) -> _Entries:
-    """Removes the entries that the student has no logit for; see `build_targets`."""
+    """Removes entries for which the student has no logit; see `build_targets`."""
     assert entries.tail is not None
     kept = entries.ids < vocab_size
     num_labels = len(entries.tail)
     row = np.repeat(np.arange(num_labels), np.diff(entries.offsets))
-    # The tail includes the probability of draws already.
+    # The tail already includes the probability of draws.
     moved = ~kept if entries.draws is None else ~kept & (entries.draws == 0)
     absent = np.exp(entries.logprobs[moved].astype(np.float64))
     mass = np.exp(entries.tail.astype(np.float64)) + np.bincount(row[moved], absent, num_labels)

@@ -1,20 +1,21 @@
-"""The teacher's distribution as cached labels give it, at a distillation temperature.
+"""Reconstructs the teacher's distribution at a distillation temperature from cached labels.
 
-Two readings of the same entries:
+The same entries can be read in two ways:
 
-- `teacher_partition`: ids S with the teacher's own probabilities, and one bucket for all others.
-  Exact, but ids within the bucket are not distinguished.
+- `teacher_partition`: the teacher's own probabilities on the cached ids S, and one bucket for all
+  other ids. Exact, but blind within the bucket.
 - `teacher_estimate`: weights w on S whose expectation over the draws is the full distribution, id
-  by id (Horvitz and Thompson 1952). Anything linear in them is unbiased, so they are never rescaled
-  to sum to one: W = sum of w is random with mean one.
+  by id (Horvitz and Thompson 1952). Anything linear in w is unbiased, so w is never rescaled to sum
+  to one: W = sum of w is random with mean one.
 
-With s the temperature that draws were made at, p_s(i) = exp(lp_i / s - lse_s) and each draw
-representing a share a of p_s (``RecordSpec.draw_share``: tau of threshold labels, 1/n of n
-independent draws), the weight at temperature T of an id drawn c times is
+Let s be the temperature of the draws, p_s(i) = exp(lp_i / s - lse_s), and a the share of p_s that
+one draw represents (``RecordSpec.draw_share``: tau for threshold labels, 1/n for n independent
+draws). At temperature T, an id drawn c times has the weight
 
     w = c * a * p_T(i) / p_s(i) = c * a * exp(lp (1/T - 1/s) - lse_T + lse_s),      lse_1 = 0
 
-which is bounded for T <= s. Exact entries weigh p_T(i), at T = 1 rescaled to the exact head mass.
+which is bounded for T <= s. Exact entries have the weight p_T(i), at T = 1 rescaled to the exact
+head mass.
 
 Shapes: T labelled positions, E cached entries of all of them.
 """
@@ -36,7 +37,7 @@ class TeacherPartition:
 
     Attributes:
         scaled: [E], log-probability of each entry divided by the temperature, not normalised.
-        log_sum: [T], log of the sum of their exponentials.
+        log_sum: [T], log-sum-exp of ``scaled`` over S.
         log_head: [T], log of the probability of S.
         tail, log_tail: [T], probability of the bucket and its log; may be exactly 0 and -inf.
     """
@@ -48,11 +49,11 @@ class TeacherPartition:
     log_tail: Tensor
 
     def log_weights(self, segments: Segments) -> Tensor:
-        """[E], log-probability of each entry; probabilities of a position sum to 1 - tail."""
+        """[E], log-probability of each entry; probabilities at a position sum to 1 - tail."""
         return self.scaled + segments.spread(self.log_head - self.log_sum)
 
     def log_shares(self, segments: Segments) -> Tensor:
-        """[E], log of each entry's share of S; shares of a position sum to 1."""
+        """[E], log of each entry's share of S; shares at a position sum to 1."""
         return self.scaled - segments.spread(self.log_sum)
 
 
@@ -61,7 +62,7 @@ class TeacherEstimate:
     """An unbiased estimate of the teacher at one temperature.
 
     Attributes:
-        weights: [E], not negative; in expectation the teacher's probabilities of all V ids.
+        weights: [E], nonnegative; in expectation the teacher's probabilities of all V ids.
         log_probs: [E], the teacher's log-probability of each entry, nats.
     """
 
@@ -75,9 +76,9 @@ def teacher_partition(
     """The teacher's distribution at `temperature` on the cached ids and a bucket.
 
     At temperature 1 the head's mass is P = 1 - exp(tail_logmass). At other temperatures the weights
-    are exp(lp / T - lse_T), exact because lse_T was computed over the full vocabulary when the
-    labels were made. Draws are ids of S like any other, with their own probability, which is
-    subtracted from the bucket.
+    are exp(lp / T - lse_T), which is exact because the teacher computed lse_T over the full
+    vocabulary. Drawn ids belong to S with their own probability, which is subtracted from the
+    bucket.
 
     Args:
         targets: labels with a teacher.
@@ -86,7 +87,7 @@ def teacher_partition(
         dtype: of the result.
 
     Raises:
-        ConfigError: the teacher's columns were not read, or do not hold this temperature.
+        ConfigError: the teacher's columns were not read or do not hold this temperature.
         RecordError: a position has no entries left, so S is empty and the loss would be zero.
     """
     tail_logmass = _tail_logmass(targets, dtype)
@@ -98,11 +99,11 @@ def teacher_partition(
         if targets.entry_draws is not None:
             drawn = torch.where(targets.entry_draws > 0, scaled.exp(), 0.0)
             log_tail = (log_tail.exp() - segments.sum(drawn)).clamp(min=0.0).log()
-        # The entries are rescaled to sum to this: the sum of their rounded float16 probabilities
-        # may exceed 1, which would flip the sign of the bucket's gradient.
+        # Entries are rescaled to this mass: their float16 probabilities may sum to more than 1,
+        # which would flip the sign of the bucket's gradient.
         log_head = torch.log(-torch.expm1(log_tail))
         return TeacherPartition(scaled, log_sum, log_head, log_tail.exp(), log_tail)
-    # Rounding may lift the sum above 1; the bucket is empty then.
+    # Rounding may lift the sum above 1, which means an empty bucket.
     log_head = (log_sum - _lse(targets, temperature, dtype)).clamp(max=0.0)
     tail = -torch.expm1(log_head)
     return TeacherPartition(scaled, log_sum, log_head, tail, tail.log())
@@ -120,14 +121,14 @@ def teacher_estimate(
         dtype: of the result.
 
     Raises:
-        ConfigError: the teacher's columns were not read, or do not hold this temperature.
+        ConfigError: the teacher's columns were not read or do not hold this temperature.
     """
     tail_logmass, draws = _tail_logmass(targets, dtype), targets.entry_draws
     assert draws is not None, "check_loss admits only records with draws"
     logprobs = targets.entry_logprobs.to(dtype)
     drawn_at, is_draw = targets.record.drawn_at, draws > 0
     if temperature == 1.0:
-        # The head of sampled labels is empty: no entries share a mass of 0.
+        # Sampled labels have an empty head: its mass is 0 and nothing is rescaled.
         exact = torch.where(is_draw, 0.0, logprobs.exp())
         sums = segments.sum(exact)
         factor = torch.where(sums > 0, -torch.expm1(tail_logmass) / sums, 1.0)
@@ -161,11 +162,11 @@ def _lse(targets: SparseTargets, temperature: float, dtype: torch.dtype) -> Tens
 
 
 def _refuse_empty(targets: SparseTargets) -> None:
-    # Happens only if the student lacks every id of a position. Checked on the CPU: no device sync.
+    # Only possible if the student lacks every id of a position. On the CPU: no device sync.
     lengths = targets.entry_bounds.diff()
     if lengths.numel() and int(lengths.min()) == 0:
         raise RecordError(
-            f"label {int(lengths.argmin())} of a chunk has no entries that the student has a logit "
-            'for, so this target would ignore it; use loss.kind = "forward_kl", which stays '
-            "unbiased, or a student with the vocabulary of the teacher"
+            f"the student has no logit for any entry of label {int(lengths.argmin())} of a chunk, "
+            'so this objective would ignore the label; use loss.kind = "forward_kl", which stays '
+            "unbiased, or a student with the teacher's vocabulary"
         )

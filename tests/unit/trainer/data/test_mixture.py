@@ -111,5 +111,5 @@ def test_mixture_survives_its_file_and_needs_steps(config, tmp_path: Path) -> No
     (tmp_path / "train.toml").write_text(dump_toml(config))
     assert load_toml(tmp_path / "train.toml", TrainConfig) == config
     views = [part.model_dump() for part in config.view]
-    with pytest.raises(ConfigError, match="mixture of views, which end at different times"):
+    with pytest.raises(ConfigError, match="mixture, whose views end at different times"):
         make_config(tmp_path, views, "t", data={"steps": None, "epochs": 1})

@@ -139,7 +139,7 @@ def test_view_dataset_resumes_on_other_ranks(view):
         found = lanes[lane % 2][2 * step + lane // 2]
         assert torch.equal(found["input_ids"], batch["input_ids"])
     within = list(dataset(view, wanted))[3 * 4]["state"]
-    with pytest.raises(ConfigError, match=r"within step 5 .* on 1 ranks, and there are 2 now"):
+    with pytest.raises(ConfigError, match=r"within step 5 .* world_size = 1, but here it is 2"):
         rest[0].load_state_dict(within)
 
 
@@ -160,7 +160,7 @@ def test_view_dataset_refuses_what_does_not_fit(view):
     good = dataset(view, data())
     with pytest.raises(ConfigError, match=r"seed = 0, but here it is 1; .*same data\.seed"):
         dataset(view, data(seed=1)).load_state_dict(good.state_dict())
-    with pytest.raises(ConfigError, match=r"rank = 2 of world_size = 2"):
+    with pytest.raises(ConfigError, match=r"rank = 2 with world_size = 2"):
         dataset(view, data(), 2, 2)
     with pytest.raises(ConfigError, match=r"loss\.temperature"):
         ViewDataset(view.url, data(), LossConfig(kind="ghost", temperature=3.0), 40, None)

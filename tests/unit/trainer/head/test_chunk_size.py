@@ -115,5 +115,5 @@ def test_chunk_of_no_positions_has_one():
 
 
 def test_config_refuses_two_chunk_sizes():
-    with pytest.raises(ValueError, match="give one of them"):
+    with pytest.raises(ValueError, match="remove one of them"):
         LossConfig(chunk_tokens=5, head_memory_bytes=1 << 20)

@@ -13,7 +13,7 @@ from trainer.config.train import LossConfig, LossKind
 from trainer.head.fused_head import fused_distillation_loss
 from trainer.losses.compatibility import check_loss, effective_kind
 from trainer.losses.divergences import DIVERGENCES, SMALLEST_MASS, Masses, divergence_terms
-from trainer.losses.objectives import PARTITION_TARGETS
+from trainer.losses.objectives import PARTITION_OBJECTIVES
 
 T, V = 23, 40
 KINDS = tuple(DIVERGENCES)
@@ -39,9 +39,9 @@ def inputs(seed: int):
     return targets, torch.from_numpy(rng.normal(0, 1, (T, V)))
 
 
-def test_config_names_every_target_and_no_other():
-    targets = {"hard", "forward_kl", *PARTITION_TARGETS, *DIVERGENCES}
-    assert set(get_args(LossKind)) == targets
+def test_config_names_exactly_the_objectives():
+    objectives = {"hard", "forward_kl", *PARTITION_OBJECTIVES, *DIVERGENCES}
+    assert set(get_args(LossKind)) == objectives
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -129,7 +129,7 @@ def test_position_whose_draws_are_all_absent_counts_for_nothing_or_is_an_error()
     total.backward()
     assert not logits.grad[0].any()
     assert logits.grad[1].any()
-    with pytest.raises(RecordError, match="label 0 of a chunk has no entries"):
+    with pytest.raises(RecordError, match="no logit for any entry of label 0"):
         fused_distillation_loss(logits, torch.eye(9), None, targets, LossConfig(kind="ghost"))
 
 
@@ -147,11 +147,11 @@ def test_above_the_temperature_of_the_draws_only_the_bounded_approximation_is_gi
         for loss in (allowed, ghost)
     )
     assert found.item() == expected.item()
-    assert "ghost target" in approximation(allowed, record)
+    assert "ghost objective" in approximation(allowed, record)
     assert approximation(allowed, THRESHOLD) == ""
     config = make_config(Path("run"), "view", "tokenizer", loss=allowed.model_dump())
     card = model_card(config, ["f"], "v", 1, 1, 0.5, approximation(allowed, record))
-    assert "approximated by the ghost target" in card
+    assert "approximated by the ghost objective" in card
     assert effective_kind(allowed, THRESHOLD) == "forward_kl"
 
 

@@ -39,7 +39,7 @@ def test_mix_is_the_sum_of_its_targets(kind, mix, temperature, alpha):
     )
     hidden, weight, targets = inputs("forward_kl" in (kind, *mix))
     transform = LogitTransform(scale=1.3, softcap=3.0)
-    parts = loss.targets()
+    parts = loss.objectives()
     assert sum(share for share, _ in parts) == pytest.approx(1.0)
     expected = sum(
         share * dense_loss(hidden, weight, None, targets, one, transform) for share, one in parts
@@ -62,7 +62,7 @@ def test_every_target_of_a_mix_has_to_be_served():
         check_loss(LossConfig(**warm), cold)
     allowed = LossConfig(**warm, approximate_temperature=True)
     check_loss(allowed, cold)
-    assert "ghost target" in approximation(allowed, cold)
+    assert "ghost objective" in approximation(allowed, cold)
     assert approximation(allowed, DRAWN) == ""
 
 
@@ -71,9 +71,9 @@ def test_every_target_of_a_mix_has_to_be_served():
     [
         ({"kind": "hard", "mix": {"ghost": 0.5}}, r"1 - loss\.alpha"),
         ({"kind": "ghost", "mix": {"hard": 0.5}}, r"1 - loss\.alpha"),
-        ({"kind": "ghost", "mix": {"ghost": 0.5}}, "shares of other targets"),
+        ({"kind": "ghost", "mix": {"ghost": 0.5}}, "shares of other objectives"),
         ({"kind": "ghost", "mix": {"tvd": 1.0}}, "with a sum below 1"),
-        ({"kind": "ghost", "mix": {"tvd": 0.0}}, "above 0"),
+        ({"kind": "ghost", "mix": {"tvd": 0.0}}, "expected positive shares"),
         ({"kind": "ghost", "mix": {"tvd": 0.5}, "beta": 0.3}, r"loss\.beta"),
     ],
 )

@@ -156,7 +156,7 @@ def test_position_without_entries_is_an_error():
 
 
 def test_draws_that_the_record_does_not_have_are_refused():
-    with pytest.raises(RecordError, match='"topk" does not have'):
+    with pytest.raises(RecordError, match='"topk" has none'):
         build(two_rows(tail_len=np.array([0, 1, 0, 0], np.uint16)))
 
 
