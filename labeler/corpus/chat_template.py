@@ -1,11 +1,11 @@
-"""Conversations: the tokenizer's chat template, and which tokens are the assistant's.
+"""Renders conversations with the chat template and finds the assistant's tokens.
 
 If the template marks them with ``{% generation %}``, its own mask is used. Otherwise each assistant
 turn is located by rendering the conversation up to its start and up to its end: the first rendering
 must be a prefix of the second and the second of the full conversation, token by token, or the row
 is rejected. (Templates that rewrite earlier turns, for example by dropping their reasoning, fail
 this check: the student would be trained on misplaced tokens.) White space that a template puts
-after the end of a turn is not the assistant's.
+after the end of a turn does not belong to the assistant.
 """
 
 import re
@@ -18,7 +18,7 @@ import numpy as np
 from labeler.corpus.windows import Document
 from schemas.errors import ConfigError, RowFailure
 
-# A template may fail on the content of a message in any of these ways.
+# Errors that a template may raise on the content of a message.
 _TEMPLATE_ERRORS = (
     jinja2.TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError,
 )  # fmt: skip
@@ -31,7 +31,7 @@ class ChatTokenizer:
         """Reads the tokenizer's template.
 
         Raises:
-            ConfigError: The tokenizer has none.
+            ConfigError: The tokenizer has no chat template.
         """
         template = tokenizer.chat_template
         if isinstance(template, dict):
@@ -50,8 +50,8 @@ class ChatTokenizer:
 
         Args:
             messages: the value of the row, of any type.
-            as_prompt: the assistant is to continue the conversation: it ends with the opening of an
-                assistant turn and has no spans. Otherwise the spans are what the assistant said.
+            as_prompt: render a prompt that ends with the opening of an assistant turn and has no
+                spans. Otherwise the spans are the assistant's tokens.
         """
         failure = _check_shape(messages)
         if failure is None and as_prompt and messages[-1]["role"] == "assistant":
@@ -60,7 +60,7 @@ class ChatTokenizer:
             )
         if failure is not None:
             return failure
-        # Parquet fills in null for fields that only other messages have.
+        # Parquet fills in null for fields that exist only in other messages.
         messages = [{k: v for k, v in turn.items() if v is not None} for turn in messages]
         try:
             if as_prompt:
@@ -76,7 +76,7 @@ class ChatTokenizer:
         )
         ids = np.array(rendered["input_ids"], np.int32)
         mask = np.array(rendered["assistant_masks"], np.int8)
-        mask[:1] = 0  # the first token has no context to be predicted from
+        mask[:1] = 0  # the first token has no context
         edges = np.flatnonzero(np.diff(mask, prepend=0, append=0))
         return Document(ids, edges.astype(np.int32))
 
@@ -98,7 +98,7 @@ class ChatTokenizer:
         return Document(np.array(ids, np.int32), np.array(spans, np.int32))
 
     def _turn_end(self, ids: list[int], start: int, end: int) -> int:
-        """The end of a turn without the white space that follows its last special token."""
+        """Returns the end of a turn, excluding white space after its last special token."""
         last = end
         while last > start and ids[last - 1] not in self._special_ids:
             last -= 1

@@ -1,10 +1,10 @@
-"""Rows of the corpus as documents: token ids, and the spans of them to label.
+"""Turns corpus rows into documents: token ids and the spans to label.
 
 =====  =======================================  =============================================
 kind   a row                                    what is labelled
 =====  =======================================  =============================================
 text   a string                                 every token except the first
-chat   messages (or a JSON string of them)      what the assistant says
+chat   messages (or a JSON string of them)      the assistant's turns
 pair   a prompt and a response                  the response
 ids    token ids, optionally with spans         the spans, else every token except the first
 =====  =======================================  =============================================
@@ -12,7 +12,7 @@ ids    token ids, optionally with spans         the spans, else every token exce
 If responses are to be generated, a row is a prompt without spans: the text without EOS, the
 messages with the template's opening of an assistant turn, or the token ids.
 
-A row that does not give a document becomes a ``RowFailure`` and does not affect the others.
+A row that cannot become a document yields a ``RowFailure`` and does not affect the others.
 """
 
 import json
@@ -72,7 +72,7 @@ class RowTokenizer:
 
         Args:
             tokenizer: A transformers tokenizer.
-            corpus: Its kind and columns.
+            corpus: Kind and columns of the corpus.
             text: The BOS and EOS policy.
             vocab_size: Ids are in [0, vocab_size).
             prompts: Rows are prompts to generate from.
@@ -89,7 +89,7 @@ class RowTokenizer:
         self._chat = ChatTokenizer(tokenizer) if corpus.kind == "chat" else None
 
     def documents(self, rows: Sequence[SourceRow]) -> list[Document | RowFailure]:
-        """One document per row, or why there is none."""
+        """Returns one document per row, or the reason for its failure."""
         readable = [row.values for row in rows if row.failure is None]
         kind, text_column = self._corpus.kind, self._corpus.text_column()
         made: Iterable[Document | RowFailure]
@@ -105,7 +105,7 @@ class RowTokenizer:
         return [row.failure or self._check(next(documents)) for row in rows]
 
     def _check(self, document: Document | RowFailure) -> Document | RowFailure:
-        """The document, or why a teacher cannot label it."""
+        """Returns the document, or the reason why a teacher cannot label it."""
         if isinstance(document, RowFailure):
             return document
         ids = document.token_ids

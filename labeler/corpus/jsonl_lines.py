@@ -1,4 +1,4 @@
-"""Lines of a plain or compressed file, with the byte offsets at which they begin."""
+"""Reads lines of a plain or compressed file with their byte offsets."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
 def file_compression(name: str) -> str | None:
-    """pyarrow's name of a file's compression, by its suffix; None for plain files."""
+    """Returns pyarrow's name of a file's compression, by suffix; None for plain files."""
     return COMPRESSIONS.get(os.path.splitext(name)[1])
 
 

@@ -1,8 +1,8 @@
 """Lists the files of a corpus, checks them, and divides them into pieces.
 
-This runs on the driver before Ray starts, so that an unreadable corpus fails within a second and
-with one line. A *piece* is what one tokenising task reads (see ``readers``). A row is identified by
-its source (the path of its file, as the configuration names it) and its place in that source:
+Runs on the driver before Ray starts, so that an unreadable corpus fails within a second with a
+one-line error. A *piece* is the input of one tokenising task (see ``readers``). A row is identified
+by its source (the path of its file, as configured) and its place in that source:
 
 ========  =======================================  ==========================================
 format    place of a row                           piece
@@ -37,12 +37,12 @@ DEFAULT_GLOBS = {
     "jsonl": ("**/*.jsonl", "**/*.jsonl.gz", "**/*.jsonl.zst"),
     "text": ("**/*",),
 }
-HEAD_BYTES = 1 << 18  # of a JSONL file, in which the columns must appear
+HEAD_BYTES = 1 << 18  # start of a JSONL file in which the columns must appear
 
 
 @dataclass(frozen=True)
 class CorpusFile:
-    """One file: its URL, its name in rosters, its size."""
+    """A corpus file: its URL, its name in rosters, its size."""
 
     url: str
     source: str
@@ -194,10 +194,10 @@ def _cut_jsonl(file: CorpusFile, corpus: CorpusConfig) -> Iterator[Piece]:
 
 
 def _check_jsonl(file: CorpusFile, corpus: CorpusConfig) -> None:
-    """Checks that some row at the start of a file has each configured column.
+    """Checks that each configured column occurs in some row at the start of a file.
 
     Raises:
-        CorpusError: Rows were found, but none of them has one of the columns.
+        CorpusError: Rows were found, but a column occurs in none of them.
     """
     found: dict[str, None] = {}
     seen = 0
@@ -225,7 +225,7 @@ def _cut_parquet(file: CorpusFile, corpus: CorpusConfig) -> Iterator[Piece]:
 
 
 def _cut_hf(file: CorpusFile, corpus: CorpusConfig) -> Iterator[Piece]:
-    if not file.url.startswith("file://"):  # finding its batches would mean downloading it
+    if not file.url.startswith("file://"):  # listing its batches would download the file
         with fsspec.open(file.url, "rb") as stream:
             _check_columns(pa.ipc.open_stream(stream).schema, file.source, corpus)
         yield Piece((file,), file.size_bytes)
@@ -257,7 +257,7 @@ def _cut_at_rows(
 
 
 def required_columns(corpus: CorpusConfig) -> tuple[str, ...]:
-    """The columns without which a row is useless, by the kind of the corpus."""
+    """The columns that a row must have, by the kind of the corpus."""
     if corpus.kind == "pair":
         return (corpus.prompt_column, corpus.response_column)
     spans = (corpus.spans_column,) if corpus.spans_column else ()
@@ -265,7 +265,7 @@ def required_columns(corpus: CorpusConfig) -> tuple[str, ...]:
 
 
 def all_columns(corpus: CorpusConfig) -> tuple[str, ...]:
-    """The required columns and those to keep, each once."""
+    """The required and the kept columns, without duplicates."""
     return tuple(dict.fromkeys((*required_columns(corpus), *corpus.keep_columns)))
 
 

@@ -1,7 +1,7 @@
-"""One tokenising task: a piece of the corpus becomes the requests that are not labelled yet.
+"""One tokenising task: turns a corpus piece into requests for rows without labels.
 
-Every row read goes into the roster part of its piece, whatever becomes of it. Rows that give
-no document are quarantined at once, as a unit of their own, without a teacher.
+Every row read is recorded in the roster part of its piece, whatever its outcome. Rows that yield no
+document are quarantined immediately, as a separate unit, without a teacher.
 """
 
 import json
@@ -29,21 +29,21 @@ CHUNK_ROWS = 256
 """Rows tokenised in one call."""
 
 DETAIL_CHARACTERS = 300
-"""Length to which the detail of a bad row is cut, because it may quote the row."""
+"""Maximum length of the detail of a bad row, because it may quote the row."""
 
 Claim = Callable[[Keys], npt.NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
 class KeySnapshot:
-    """Keys of the label set at the start of the run, so that decisions do not change during it."""
+    """Keys of the label set at the start of the run; fixed, so that decisions are stable."""
 
     committed: SortedKeys
     quarantined: SortedKeys
     retry_quarantined: bool
 
     def missing(self, keys: Keys) -> npt.NDArray[np.bool_]:
-        """bool [R]: which of ``keys``, uint8 [R, 16], this run has to label."""
+        """Returns bool [R]: which of ``keys``, uint8 [R, 16], this run must label."""
         missing = ~contains(self.committed, keys)
         if not self.retry_quarantined:
             missing &= ~contains(self.quarantined, keys)
@@ -63,7 +63,7 @@ class RosterRow(NamedTuple):
 
 @dataclass
 class PieceResult:
-    """The outcome of a piece, complete once the piece has been read to its end."""
+    """The outcome of a piece; complete once the piece is fully read."""
 
     roster: list[RosterRow] = field(default_factory=list)
     quarantined: list[QuarantineRow] = field(default_factory=list)
@@ -74,7 +74,7 @@ class PieceResult:
         return pa.table(dict(zip(RosterRow._fields, zip(*self.roster, strict=True), strict=True)))
 
     def newly_quarantined(self, frozen: KeySnapshot) -> list[QuarantineRow]:
-        """The rows that no earlier run quarantined, each once."""
+        """Returns the rows that no earlier run quarantined, without duplicates."""
         rows = {row.row_key: row for row in self.quarantined}
         if not rows:
             return []
@@ -100,13 +100,13 @@ class PieceReader:
     def requests(
         self, piece: Piece, frozen: KeySnapshot, claim: Claim, result: PieceResult
     ) -> Iterator[list[Request]]:
-        """Yields the requests to label, and fills in ``result`` on the way.
+        """Yields the requests to label and fills in ``result``.
 
         Args:
             piece: The piece to read.
-            frozen: Keys that are labelled already.
-            claim: Decides for distinct keys which of them this piece labels.
-            result: Complete once the iteration is.
+            frozen: Keys that are already labelled.
+            claim: Returns which of some distinct keys this piece labels.
+            result: Complete once the iteration ends.
 
         Raises:
             CorpusError: A file cannot be read any further.
@@ -130,7 +130,7 @@ class PieceReader:
             columns = self._kept_columns(row)
             made = document if isinstance(document, RowFailure) else self._cut(document, row)
             if isinstance(made, RowFailure):
-                # By place, because there is no content to derive a key from.
+                # Keyed by place, because there is no content to derive a key from.
                 key = place_key(row.source, row.place, 0)
                 detail = _printable(made.detail)
                 result.quarantined.append(
@@ -172,17 +172,17 @@ def _chunks(rows: Iterable[SourceRow]) -> Iterator[list[SourceRow]]:
 
 
 def _printable(detail: str) -> str:
-    """A detail to store: cut, and without unpaired surrogates, which UTF-8 cannot encode."""
+    """Truncates a detail and escapes unpaired surrogates, which UTF-8 cannot encode."""
     return detail[:DETAIL_CHARACTERS].encode(errors="backslashreplace").decode()
 
 
 def _json_value(value: Any) -> Any:
-    """A JSON value for other types: arrays as lists, dates and the rest as text."""
+    """Converts other types to JSON: arrays to lists, dates and the rest to text."""
     return value.tolist() if isinstance(value, np.ndarray) else str(value)
 
 
 def _first_missing(requests: list[Request], frozen: KeySnapshot, seen: set[bytes]) -> list[Request]:
-    """The requests that are not labelled yet and occur for the first time in their piece."""
+    """Returns the unlabelled requests that occur for the first time in their piece."""
     found = []
     missing = frozen.missing(stack_keys([request.row_key for request in requests]))
     for request, is_missing in zip(requests, missing, strict=True):

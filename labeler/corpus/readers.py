@@ -1,8 +1,8 @@
 """Reads a piece of the corpus row by row.
 
-No library reader serves, because each input row must be accounted for by its place, and a bad row
+Library readers do not fit: each input row must be accounted for by its place, and a bad row
 (invalid UTF-8, bad JSON, a missing value) must become one quarantined row instead of failing the
-job. Damage to a file (it cannot be opened, a page is corrupt) does fail the job, with one line.
+job. A damaged file (it cannot be opened, a page is corrupt) does fail the job, with one line.
 """
 
 import itertools
@@ -27,7 +27,7 @@ BATCH_ROWS = 256
 
 @dataclass(frozen=True)
 class SourceRow:
-    """One row of the corpus, or why it cannot be read.
+    """One row of the corpus, or the reason why it cannot be read.
 
     Attributes:
         source, place: Where the row is; see ``listing``.
@@ -149,7 +149,7 @@ def _table_rows(
 
 
 def _values(column: pa.Array) -> Sequence[Any]:
-    """The values of a column as Python objects, ``RowFailure`` where one is not valid."""
+    """Returns a column as Python objects, with a ``RowFailure`` for each invalid value."""
     kind = column.type
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if lists and pa.types.is_integer(kind.value_type):

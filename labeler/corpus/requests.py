@@ -1,7 +1,7 @@
-"""Requests from the tokenising tasks to the teachers, as Arrow.
+"""Requests that the tokenising tasks send to the teachers, as Arrow.
 
-A request is one window to label, or one sample to generate and then label. Its key decides whether
-it is labelled already; its place identifies its row of the corpus.
+A request is one window to label, or one sample to generate and then label. Its key determines
+whether it is already labelled; its place identifies its corpus row.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class Request:
 
     Attributes:
         row_key: 16 bytes.
-        token_ids: int32 [L]; of the prompt alone until its response is generated.
+        token_ids: int32 [L]; only the prompt until its response is generated.
         label_spans: int32, flat [start, end) pairs of target indices; empty for a prompt.
         source, place, window: Its origin; see ``listing`` and ``windows``.
         sample: Index of the response to the prompt; -1 if nothing is generated.
@@ -54,7 +54,7 @@ class Request:
     sample: int = NOT_GENERATED
 
     def with_response(self, response: Int32Array) -> "Request":
-        """The request to label a response, after its prompt.
+        """Returns the request to label a response after its prompt.
 
         Args:
             response: int32 [at least 1], without the prompt.
@@ -68,7 +68,7 @@ class Request:
         return QuarantineRow(self.row_key, self.source, self.place, self.window, reason, detail)
 
     def seed(self) -> int:
-        """The seed of this sample: the same in every run, in [0, 2**31)."""
+        """The seed of this sample, in [0, 2**31); the same in every run."""
         return int.from_bytes(self.row_key[:4], "little") >> 1
 
 
@@ -82,7 +82,7 @@ def label_request(
 def sample_requests(
     prompt_ids: Int32Array, generation: GenerationSpec, source: str, place: int
 ) -> list[Request]:
-    """The requests for all samples of a prompt, keyed by how each is generated."""
+    """The requests for all samples of a prompt, keyed by their generation settings."""
     keys = [generated_row_key(prompt_ids, generation, n) for n in range(generation.n)]
     no_spans = np.empty(0, np.int32)
     return [
@@ -113,12 +113,12 @@ def from_table(table: pa.Table) -> list[Request]:
 
 
 def requests_unit_key(requests: Sequence[Request], salt: str = "") -> str:
-    """The key of the unit of these requests, whatever becomes of each of them.
+    """The key of the unit of these requests, independent of their outcomes.
 
     Args:
         requests: One or more.
-        salt: Not empty if the rows must form another unit than before: rows that are tried again
-            would otherwise find their unit committed, with them in quarantine.
+        salt: Set to retry quarantined rows: without it they would map to their old unit, which is
+            already committed with these rows in quarantine.
     """
     keys = [request.row_key for request in requests]
     return unit_key(stack_keys([*keys, place_key(salt, 0, 0)] if salt else keys))

@@ -1,8 +1,7 @@
 """Cuts documents longer than the teacher's context into windows.
 
-Every token of a document except the first is a target exactly once. Later windows repeat the last
-``overlap`` tokens before them as context, and at least one, because a label needs a token before
-it::
+Every token of a document except the first is a target exactly once. Later windows repeat the
+preceding ``overlap`` tokens as context, at least one, because a label needs a preceding token::
 
     document  0 1 2 3 4 5 6 7 8 9        max_tokens 5, overlap 2
     window 0  0[1 2 3 4]                 [..] are the targets
@@ -39,8 +38,7 @@ class Window:
     """Tokens [start, end) of a document.
 
     Attributes:
-        index: Number of the window in its document; with gaps, because windows without a target
-            are left out.
+        index: Number of the window in its document; windows without a target leave gaps.
         start, end: Half-open range in the document's tokens.
         spans: int32 [2 * spans], half-open [start, end) pairs of target indices **in the window**.
     """

@@ -1,7 +1,7 @@
-"""Measures how fast the real teacher labels and how many bytes its labels take.
+"""Measures the throughput of the real teacher and the bytes of its labels.
 
-A few units take the same path as those of a run, up to committed Parquet, but into a label set in a
-temporary folder of the teacher's machine.
+A few units take the same path as in a run, up to committed Parquet, but into a label set in a
+temporary folder on the teacher's machine.
 """
 
 import functools
@@ -27,13 +27,13 @@ from schemas.spec import LabelSetSpec, RecordSpec
 from schemas.storage.store import Store
 
 WARM_ROWS = 8
-"""Rows labelled first, untimed: engines compile and fill their caches over them."""
+"""Warm-up rows, untimed: engines compile and fill their caches on them."""
 
 TIMED_S = 30.0
-"""Seconds that the timed units take together, about."""
+"""Approximate total seconds of the timed units."""
 
 _TIMED_UNITS = 6
-_CALLS = 3  # units at the same time, as in a run
+_CALLS = 3  # concurrent units, as in a run
 
 MakeTeacher = Callable[[TeacherConfig, RecordSpec], Teacher]
 
@@ -44,9 +44,9 @@ class Calibration:
 
     Attributes:
         start_s: seconds until the first rows were labelled.
-        tokens_per_s: end to end, responses included.
-        rows, tokens, labels: of the timed units, responses included.
-        size_bytes: of the timed units in the label set: data, keys and manifests.
+        tokens_per_s: end-to-end throughput, responses included.
+        rows, tokens, labels: counts of the timed units, responses included.
+        size_bytes: bytes of the timed units in the label set: data, keys and manifests.
     """
 
     start_s: float = 0.0
@@ -60,7 +60,7 @@ class Calibration:
 class Calibrator:
     """A teacher and a temporary label set; runs as one Ray actor with the resources of a replica.
 
-    ``progress`` may be called while ``run`` is in work.
+    ``progress`` may be called while ``run`` is running.
     """
 
     def __init__(self, config: LabelConfig, spec: LabelSetSpec, make_teacher: MakeTeacher) -> None:
@@ -71,7 +71,7 @@ class Calibrator:
         self._rows_done: dict[str, tuple[int, int]] = {}
 
     def progress(self) -> tuple[int, int, int]:
-        """Rows finished, rows of all units so far, tokens finished."""
+        """Returns finished rows, rows of all units so far, and finished tokens."""
         rows, tokens = map(sum, zip((0, 0), *self._rows_done.values(), strict=True))
         return rows, self._rows_total, tokens
 
@@ -79,7 +79,7 @@ class Calibrator:
         """Labels some of the requests.
 
         Args:
-            requests: of ``labeler.corpus.requests.REQUEST_SCHEMA``, in random order; at least one.
+            requests: table of ``labeler.corpus.requests.REQUEST_SCHEMA``, shuffled; not empty.
 
         Raises:
             TeacherError: the teacher cannot be loaded or does not work.
@@ -98,11 +98,11 @@ class Calibrator:
                 )
             )
             done, start_s = self._label(units, [warm])
-            seconds = start_s  # of a corpus that has no more rows than these
+            seconds = start_s  # used if the corpus has no further rows
             if probe.num_rows:
                 done, seconds = self._label(units, [probe])
             if rest.num_rows:
-                # Units as large as a run's, unless those would take too long here.
+                # Units of the run's size, unless these would take too long here.
                 in_time = int(_tokens_per_s(done, seconds) * TIMED_S / _TIMED_UNITS)
                 unit_tokens = max(1, min(self._config.run.unit_tokens, in_time))
                 timed = cut_units(rest, unit_tokens, generated_tokens)[:_TIMED_UNITS]
@@ -136,7 +136,7 @@ class Calibrator:
     def _label(
         self, units: UnitLabeler, tables: Sequence[pa.Table]
     ) -> tuple[list[Manifest], float]:
-        """Labels units at the same time; returns their manifests and the seconds of all."""
+        """Labels units concurrently; returns their manifests and the total seconds."""
         self._rows_total += sum(table.num_rows for table in tables)
         started = time.monotonic()
 

@@ -1,4 +1,4 @@
-"""Counts rows and tokens of a corpus: of all of it where it is small, else of a random sample."""
+"""Counts rows and tokens of a corpus: exactly if it is small, else from a random sample."""
 
 import random
 import time
@@ -16,15 +16,15 @@ from schemas.keys import Keys
 from schemas.record.spans import span_targets
 
 WHOLE_BYTES = 32 * 2**20
-"""A corpus up to this size is read completely, so that its counts are exact."""
+"""A corpus of at most this size is read completely, so that its counts are exact."""
 
 SAMPLE_BYTES = 16 * 2**20
-"""Bytes read of a larger corpus, about; at least ``MIN_PIECES`` pieces."""
+"""Approximate bytes sampled from a larger corpus; at least ``MIN_PIECES`` pieces."""
 
 MIN_PIECES = 8
 
 KEPT_TOKENS = 2**20
-"""Tokens of the requests that are kept for the calibration."""
+"""Tokens of the requests kept for calibration."""
 
 COUNTS = ("rows_read", "rows", "tokens", "labels")
 
@@ -33,7 +33,7 @@ OnPiece = Callable[[int, int, int], None]
 
 
 class Range(StrictModel):
-    """An expected number and its stated range."""
+    """An expected value with its range."""
 
     expected: float
     low: float
@@ -45,13 +45,13 @@ class CorpusSample:
     """Counts of a corpus from a sample of its pieces.
 
     Attributes:
-        is_whole: the sample is the corpus, so that the counts are exact.
-        pieces_read, pieces: read for the sample, and in the corpus.
-        corpus_bytes: of all pieces.
-        counts: counts of the corpus by the names of ``COUNTS``: rows read, rows that a run would
-            label, and the tokens and labels of these. Samples of a prompt count as rows, with the
-            prompt's tokens and no labels.
-        requests: some of those that a run would label, in random order.
+        is_whole: whether the full corpus was read, so that the counts are exact.
+        pieces_read, pieces: number of pieces in the sample and in the corpus.
+        corpus_bytes: bytes of all pieces.
+        counts: counts of the corpus, keyed by ``COUNTS``: rows read, rows that a run would label,
+            and their tokens and labels. Each sample of a prompt counts as a row, with the prompt's
+            tokens and no labels.
+        requests: some of the requests that a run would label, shuffled.
         tokens_per_s: speed of reading and tokenising on one CPU.
     """
 
@@ -75,10 +75,10 @@ def sample_corpus(
 
     Args:
         pieces: all of them.
-        reader: of the corpus.
+        reader: reads the corpus.
         frozen: keys of rows that are already labelled.
-        seed: decides which pieces are read and which requests are kept.
-        on_piece: for progress.
+        seed: determines which pieces are read and which requests are kept.
+        on_piece: progress callback.
 
     Raises:
         CorpusError: a file cannot be read.
@@ -91,7 +91,7 @@ def sample_corpus(
     sizes = np.array([max(piece.size_bytes, 1) for piece in chosen], np.float64)
     corpus_bytes = sum(piece.size_bytes for piece in pieces)
     total = max(corpus_bytes, float(sizes.sum()))
-    # Shuffled, because requests of one piece are alike, and the calibration takes the first ones.
+    # Shuffled: requests of one piece are similar, and the calibration takes the first ones.
     draw.shuffle(requests)
     ends = np.cumsum([len(request.token_ids) for request in requests])
     return CorpusSample(
@@ -111,7 +111,7 @@ def _choose(pieces: list[Piece], draw: random.Random) -> list[Piece]:
     taken: list[Piece] = []
     size = 0
     for piece in draw.sample(pieces, len(pieces)):
-        # A few pieces at least, however large: one says nothing about the others.
+        # At least a few pieces, however large: one may not be representative.
         if len(taken) >= MIN_PIECES and size + piece.size_bytes > SAMPLE_BYTES:
             break
         taken.append(piece)
@@ -122,7 +122,7 @@ def _choose(pieces: list[Piece], draw: random.Random) -> list[Piece]:
 def _read(
     pieces: list[Piece], reader: PieceReader, frozen: KeySnapshot, on_piece: OnPiece
 ) -> tuple[list[Request], npt.NDArray[np.float64]]:
-    """The requests of pieces, and float64 [pieces, len(COUNTS)] counts of each."""
+    """Returns the requests of pieces, and their counts, float64 [pieces, len(COUNTS)]."""
     claimed: set[bytes] = set()
 
     def claim(keys: Keys) -> npt.NDArray[np.bool_]:
@@ -146,10 +146,10 @@ def _read(
 
 
 def scale_up(found: npt.NDArray[np.float64], sizes: npt.NDArray[np.float64], total: float) -> Range:
-    """A count of the corpus from those of some pieces, in proportion to their bytes.
+    """Extrapolates counts of some pieces to the corpus, in proportion to bytes.
 
-    The range reaches from "all of the rest is as sparse as the sparsest piece" to "as dense as the
-    densest"; it is a point where everything was read.
+    The range assumes that the rest is as sparse as the sparsest piece at the low end, and as dense
+    as the densest at the high end; it is a point if everything was read.
 
     Args:
         found: float64 [pieces read], the count of each piece.

@@ -1,4 +1,4 @@
-"""Scales a sample of the corpus and a calibration up to the job: ``tutelage label --plan``."""
+"""Extrapolates a corpus sample and a calibration to the job: ``tutelage label --plan``."""
 
 import math
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from schemas.config import StrictModel
 from schemas.console.text import duration_text, size_text
 
 SPEED_FACTOR = 1.5
-"""A job may label this many times faster or slower than the calibration did."""
+"""Factor by which a job may be faster or slower than the calibration."""
 
 OVERHEAD_S = 10.0
-"""Most seconds that Ray takes to start a job's tasks and the job to close its accounts."""
+"""Maximum seconds to start a job's Ray tasks and to close its accounts."""
 
 BYTES_FACTOR = 1.2
-"""Labels of a job may take this many times more or fewer bytes than those of the calibration."""
+"""Factor by which a job's bytes per label may differ from the calibration's."""
 
 
 class LabelPlan(StrictModel):
@@ -55,15 +55,15 @@ def make_plan(
     cluster: tuple[float, float],
     price_per_hour: float | None = None,
 ) -> LabelPlan:
-    """The plan of a job.
+    """Makes the plan of a job.
 
     Args:
-        config: of the run.
-        sample: of its corpus.
-        calibration: None where nothing is left to label.
-        resources: that the run would request from Ray.
+        config: configuration of the run.
+        sample: sample of its corpus.
+        calibration: measurements of the teacher; None if nothing is left to label.
+        resources: resources that the run would request from Ray.
         cluster: CPUs and GPUs of the cluster.
-        price_per_hour: of one replica, in any currency.
+        price_per_hour: price of one replica, in any currency.
     """
     counts = dict(sample.counts)
     measured = calibration or Calibration()
@@ -76,7 +76,7 @@ def make_plan(
         math.ceil(counts["rows"].expected / rows_gathered(config)),
     )
     replicas = _count_replicas(config, resources, cluster[1])
-    # Tokenising runs beside the teachers, so that only the slower of the two counts.
+    # Tokenising runs concurrently with the teachers, so only the slower of the two counts.
     spare_cpus = max(cluster[0] - replicas * resources.actor_cpus, resources.task_cpus)
     speeds = {
         "teachers": replicas * measured.tokens_per_s,
@@ -107,14 +107,14 @@ def _hours(tokens: Range, tokens_per_s: float, start_s: float) -> Range:
     seconds = Range(
         expected=working.expected + start_s,
         low=(working.low + start_s) / SPEED_FACTOR,
-        # Not in the expected value: it only matters for jobs of a few minutes.
+        # Not in the expected value, because it only matters for jobs of a few minutes.
         high=(working.high + start_s) * SPEED_FACTOR + (OVERHEAD_S if working.high else 0.0),
     )
     return _scaled(seconds, 1 / 3600)
 
 
 def _scaled(known: Range, rate: float, factor: float = 1.0) -> Range:
-    """A range times a rate that may be off by a factor either way."""
+    """Multiplies a range by a rate that may be off by a factor either way."""
     return Range(
         expected=known.expected * rate,
         low=known.low * rate / factor,
@@ -123,7 +123,7 @@ def _scaled(known: Range, rate: float, factor: float = 1.0) -> Range:
 
 
 def _count_replicas(config: LabelConfig, resources: Resources, gpus: float) -> int:
-    """As many replicas as the cluster has room for now, at most."""
+    """The number of replicas that fit on the cluster now, within the configured bounds."""
     if config.teacher.backend == "remote":
         return 1  # they would share one server
     each = resources.bundles or resources.actor_gpus
@@ -132,7 +132,7 @@ def _count_replicas(config: LabelConfig, resources: Resources, gpus: float) -> i
 
 
 def describe(plan: LabelPlan) -> list[str]:
-    """The lines that show a plan."""
+    """Renders a plan as lines of text."""
     counted = (
         "the whole corpus was read"
         if plan.exact_counts

@@ -1,4 +1,4 @@
-"""Plans a label job: samples the corpus here, calibrates the teacher where a replica would run."""
+"""Plans a label job: samples the corpus locally, calibrates the teacher where it would run."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ from schemas.spec import LabelSetSpec
 from schemas.storage.store import Store
 
 SEED = 0
-"""Decides which pieces of a corpus are read and which rows calibrate."""
+"""Determines which pieces of a corpus are read and which rows are used for calibration."""
 
 _POLL_S = 1.0
 
@@ -33,9 +33,9 @@ def plan_label_job(
     """Estimates a label job; writes nothing to the label set.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         progress: show progress and the plan on standard error.
-        price_per_hour: of one replica, in any currency.
+        price_per_hour: price of one replica, in any currency.
 
     Raises:
         ConfigError, CorpusError, TeacherError, VocabularyError, StoreError: as the run would.
@@ -45,7 +45,9 @@ def plan_label_job(
 
     spec, frozen = _label_set_state(config)
     with Progress("plan", enabled=progress) as shown:
-        sample = _sample(config, spec, frozen, shown)  # before Ray: it needs none and may fail
+        sample = _sample(
+            config, spec, frozen, shown
+        )  # before Ray starts, because it may fail and needs no Ray
     with ray_session(config.run), Progress("plan", enabled=progress) as shown:
         cpus, gpus = cluster_size()
         resources = plan_resources(config, cpus, gpus)
@@ -60,7 +62,7 @@ def plan_label_job(
 
 
 def _label_set_state(config: LabelConfig) -> tuple[LabelSetSpec, KeySnapshot]:
-    """Spec and keys of the label set; where none exists, the spec that it would get."""
+    """Returns spec and keys of the label set; for a new one, the spec that it would get."""
     spec, _ = label_set_spec(config)
     committed = quarantined = np.empty(0, "S16")
     if Store(config.labels).exists(LABEL_SET_FILE):
@@ -113,7 +115,7 @@ def _calibrate(
 
 
 def _watch(actor: Any, requests: Any, notice: StartupNotice, progress: Progress) -> Calibration:
-    """Runs the calibration and shows its progress; its start includes that of the process."""
+    """Runs the calibration and shows its progress; ``start_s`` includes the process start."""
     import ray
 
     started = time.monotonic()

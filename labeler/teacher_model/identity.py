@@ -1,7 +1,7 @@
 """Resolves a configured teacher: its folder, its tokenizer, and the digests of its identity.
 
-Identity is about what the teacher computes, not where it is: two copies of a model have the same
-identity, and a model that was trained further has another one even under the same name.
+Identity depends on what the teacher computes, not on its location: copies of a model share an
+identity; a model that was trained further gets a new one, even under the same name.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ _DIGEST_BYTES = 16
 # Files to download from a hub: everything except the same weights in other formats.
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
 
-# Keys of config.json without effect on what the model computes; the dtype has a field of its own.
+# Keys of config.json that do not affect the computation; the dtype has its own field.
 _NOT_IDENTITY = frozenset(
     {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
 )
 
-# Engine options that change what the model computes and have no field of their own.
+# Engine options that affect the computation and have no field of their own.
 _NUMERIC_OPTIONS = ("hf_overrides", "kv_cache_dtype", "rope_scaling", "rope_theta")
 
 
@@ -53,7 +53,7 @@ def teacher_identity(config: TeacherConfig) -> TeacherIdentity:
         )
     folder = model_folder(config)
     model_config = load_model_config(config)
-    declared = config.weights_digest  # of a server, whose weights may not be readable
+    declared = config.weights_digest  # for a server, whose weights may not be readable
     return TeacherIdentity(
         weights_digest=f"declared:{declared}" if declared else weights_digest(folder),
         config_digest=_config_digest(config),
@@ -73,8 +73,7 @@ def model_folder(config: TeacherConfig) -> Path:
     A remote teacher with declared weights needs only config and tokenizer.
 
     Raises:
-        TeacherError: there is no such folder or reachable hub model, or the folder does not hold a
-            model.
+        TeacherError: no such folder or reachable hub model exists, or the folder holds no model.
     """
     folder = _resolve(config.model, "teacher.model", not config.weights_digest)
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
@@ -151,23 +150,22 @@ def load_model_config(config: TeacherConfig) -> Any:
 
 
 def model_vocab_size(model_config: Any) -> int:
-    """The number of ids that the model gives probability to, padding rows included.
+    """The number of ids in the model's softmax, padding rows included.
 
-    Padding ids take part in the model's softmax; their probability is tiny, but leaving them out
-    would change every normaliser.
+    Padding ids have tiny probabilities, but leaving them out would change every normaliser.
     """
     return int(model_config.get_text_config().vocab_size)
 
 
 def context_tokens(config: TeacherConfig) -> int:
-    """The longest sequence the teacher may see, generated tokens included."""
+    """Maximum sequence length of the teacher, generated tokens included."""
     if config.max_model_len is not None:
         return config.max_model_len
     return int(load_model_config(config).get_text_config().max_position_embeddings)
 
 
 def load_tokenizer(config: TeacherConfig) -> Any:
-    """The tokenizer of the teacher, checked against its model.
+    """Loads the teacher's tokenizer and checks it against the model.
 
     Raises:
         TeacherError: the folder has no tokenizer.
@@ -230,8 +228,8 @@ def trusts_code(config: TeacherConfig) -> bool:
 def resolve_dtype(config: TeacherConfig) -> str:
     """The dtype of the model's body: as configured, or that of the checkpoint for ``auto``.
 
-    Engines have an ``auto`` of their own that may round a float32 checkpoint to 16 bits; labels
-    must not depend on it.
+    Engines have their own ``auto``, which may round a float32 checkpoint to 16 bits; labels must
+    not depend on it.
 
     Raises:
         TeacherError: the dtype is not supported.
@@ -270,7 +268,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def _config_digest(config: TeacherConfig) -> str:
-    """Digest of config.json itself: defaults that a library fills in change with its version."""
+    """Digest of the raw config.json, because library defaults change between versions."""
     content = json.loads((model_folder(config) / "config.json").read_text(encoding="utf-8"))
     fields = dict(_without(content, _NOT_IDENTITY))
     options = {name: config.engine[name] for name in _NUMERIC_OPTIONS if name in config.engine}

@@ -1,11 +1,11 @@
-"""Checks that a tokenizer belongs to a model. Sizes may agree where mappings do not."""
+"""Checks that a tokenizer belongs to a model; equal sizes do not imply equal mappings."""
 
 from typing import Any
 
 from schemas.errors import VocabularyError
 from schemas.vocabulary import vocabulary_differences
 
-# Embeddings are padded to round sizes: 128 to 465 rows in the models in use. What goes beyond is
+# Embeddings are padded to round sizes, by 128 to 465 rows in common models. A larger excess means
 # another vocabulary, not padding.
 _PADDING_IDS = 1024
 _PADDING_SHARE = 0.05
@@ -20,11 +20,11 @@ def vocabulary(tokenizer: Any) -> dict[str, int]:
 def check_vocabulary_fits(tokenizer: Any, vocab_size: int, where: str, model: str) -> None:
     """Checks a tokenizer against the size of a model's vocabulary.
 
-    Every id must be below ``vocab_size``, and at most 1,024 ids or 5% of the vocabulary, whichever
-    is more, may be left over: that is padding.
+    Every id must be below ``vocab_size``. Unused ids count as padding up to 1,024 or 5% of the
+    vocabulary, whichever is more.
 
     Raises:
-        VocabularyError: it names the first ids that the model does not have, or how many are left.
+        VocabularyError: ids are outside the model's vocabulary, or too many are unused.
     """
     mapping = vocabulary(tokenizer)
     outside = sorted((id_, token) for token, id_ in mapping.items() if id_ >= vocab_size)
@@ -44,14 +44,14 @@ def check_vocabulary_fits(tokenizer: Any, vocab_size: int, where: str, model: st
 
 
 def check_same_vocabulary(tokenizer: Any, own: Any, where: str, model: str) -> None:
-    """Checks that a tokenizer maps every token to the id that the model's own tokenizer gives it.
+    """Checks that a tokenizer has the same mapping as the model's own tokenizer.
 
     Raises:
-        VocabularyError: it names the first ids that differ.
+        VocabularyError: the mappings differ; the message names the first differences.
     """
     given, expected = vocabulary(tokenizer), vocabulary(own)
     count, shown = vocabulary_differences(expected, given, "the model", where)
-    if not count:  # tokens that only the given tokenizer has
+    if not count:  # tokens that exist only in the given tokenizer
         count, shown = vocabulary_differences(given, expected, where, "the model")
     if count:
         raise VocabularyError(

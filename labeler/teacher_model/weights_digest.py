@@ -1,8 +1,8 @@
 """A digest of a checkpoint's weights that reads only a sample of them.
 
-It hashes the name, dtype, shape and a few blocks of bytes of each tensor. Training changes every
-block of a tensor, so a model that was trained further has another digest; an edit of single numbers
-may go unnoticed.
+Hashes the name, dtype, shape and a few byte blocks of each tensor. Training changes every block of
+a tensor, so a model that was trained further gets a new digest; edits of single numbers may go
+unnoticed.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ _FLOAT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a folder, sorted; safetensors if there are any, else *.bin."""
+    """The weight files of a folder, sorted: *.safetensors if any exist, else *.bin."""
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
 
 

@@ -1,4 +1,4 @@
-"""Labels of kind ``topk`` from candidates, where the full distribution is out of reach.
+"""Labels of kind ``topk`` from candidates, when the full distribution is unavailable.
 
 vLLM returns for each position its k most probable ids and the position's own token, with
 log-probabilities and ranks. The rest of a ``topk`` label follows from these: the probability of the
@@ -18,7 +18,7 @@ TAIL_RESOLUTION = 2.0**-20
 # vLLM writes the logarithm of 0 like this in JSON, which has no infinity.
 _NO_PROBABILITY = -9999.0
 
-# Excess over 1 in the probabilities of a head from which they are taken for something else.
+# Excess over 1 in the mass of a head beyond which the values are not log-probabilities.
 _SLACK = 1e-3
 
 LIMITS = {

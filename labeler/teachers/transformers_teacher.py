@@ -1,4 +1,4 @@
-"""The reference teacher, plain transformers: slow and simple; others are checked against it."""
+"""The reference teacher in plain transformers: slow, simple, the baseline for the others."""
 
 import contextlib
 import importlib.metadata
@@ -31,7 +31,7 @@ from schemas.errors import RowFailure, TeacherError, first_line
 from schemas.record.spans import span_targets
 from schemas.spec import GenerationSpec, RecordSpec
 
-# Padded tokens of one forward pass, and logits that may exist at a time.
+# Limits: padded tokens of one forward pass, and logits in memory at once.
 _BATCH_TOKENS = 4096
 _LOGIT_ELEMENTS = 2**26
 
@@ -50,9 +50,9 @@ class TransformersTeacher:
         """Loads the model.
 
         Args:
-            config: of the model.
+            config: configuration of the model.
             record: what to compute.
-            device: of torch; None: a GPU if available.
+            device: torch device; None: a GPU if available.
 
         Raises:
             TeacherError: the model cannot be loaded.
@@ -76,7 +76,7 @@ class TransformersTeacher:
 
     @contextlib.contextmanager
     def _failing_as(self, what: str) -> Iterator[None]:
-        """Turns errors of torch into a ``TeacherError``, after which rows are tried one by one."""
+        """Converts torch errors to ``TeacherError``, after which rows are tried one by one."""
         try:
             yield
         except TeacherError:
@@ -85,7 +85,7 @@ class TransformersTeacher:
             advice = "check that the device works"
             if isinstance(error, torch.OutOfMemoryError | MemoryError):
                 advice = "lower text.max_tokens, or use a smaller teacher.dtype or a larger device"
-                # The frames of the traceback keep the tensors alive that took the memory.
+                # The traceback's frames keep the tensors that filled the memory alive.
                 traceback.clear_frames(error.__traceback__)
                 if self._device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -163,7 +163,7 @@ class TransformersTeacher:
     def _all_logits(
         self, padded: torch.Tensor, mask: torch.Tensor, targets: list[np.ndarray]
     ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        """Yields positions that precede a target of any row, and their logits, a part at a time."""
+        """Yields positions that precede a target of any row, with their logits, in parts."""
         wanted = np.unique(np.concatenate(targets)) - 1
         step = max(1, _LOGIT_ELEMENTS // (len(padded) * self._limits.vocab_size))
         for start in range(0, len(wanted), step):
@@ -246,7 +246,7 @@ def _load(config: TeacherConfig) -> Any:
     model_config = load_model_config(config)
     options = {name: value for name, value in config.engine.items() if name != "hf_overrides"}
     if getattr(model_config.get_text_config(), "attn_logit_softcapping", None) is not None:
-        # transformers' fused attention silently ignores the cap.
+        # The fused attention of transformers silently ignores the cap.
         options.setdefault("attn_implementation", "eager")
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -328,7 +328,7 @@ class _RowState:
     def add(
         self, logits: torch.Tensor, next_ids: torch.Tensor, here: np.ndarray, record: RecordSpec
     ) -> None:
-        """Makes the labels ``here`` from their logits."""
+        """Computes the labels ``here`` from their logits."""
         numbers = None if self.uniforms is None else self.uniforms[here]
         labels = label_logits(logits, next_ids, record, numbers)
         self.parts.append(labels)

@@ -1,8 +1,8 @@
-"""HTTP client of a vLLM server, which retries a request as long as a retry can succeed.
+"""HTTP client of a vLLM server; retries a request while a retry can succeed.
 
-A request ends with an answer, or with a refusal that no retry would change. While the server is
-overloaded, restarting or unreachable, the request is sent again with growing pauses until the
-patience is exhausted; after an internal error of the server, only a few times.
+A request ends with a response or a permanent refusal. While the server is overloaded, restarting or
+unreachable, the request is retried with exponential backoff for ``patience_s``; after an internal
+server error, only a few times.
 """
 
 import asyncio
@@ -16,12 +16,12 @@ import aiohttp
 from labeler.config import RemoteConfig
 from schemas.errors import TeacherError, TeacherGoneError
 
-# Statuses about the state of the server, not about the request.
+# Statuses caused by the state of the server, not by the request.
 _BUSY = frozenset({408, 425, 429, 502, 503, 504})
 _NOT_ALLOWED = frozenset({401, 403})
 
 MAX_INTERNAL_ERRORS = 3
-"""Internal errors (HTTP 500) on one request before the request is taken for the cause."""
+"""Internal errors (HTTP 500) on one request before the request itself is blamed."""
 
 _FIRST_PAUSE_S = 0.125
 _LONGEST_PAUSE_S = 20.0
@@ -37,7 +37,7 @@ class Refusal:
 
     @property
     def is_internal(self) -> bool:
-        """Whether the server failed on the request rather than rejected it."""
+        """Whether the server failed on the request instead of rejecting it."""
         return self.status >= 500
 
 
@@ -48,7 +48,7 @@ class VllmClient:
         """Prepares the connection pool; nothing is sent yet.
 
         Args:
-            url: Of the server, with or without a path.
+            url: URL of the server, with or without a path.
             api_key: Sent as a bearer token; empty: none.
             config: Time-outs, patience, concurrent requests.
         """
@@ -64,12 +64,12 @@ class VllmClient:
     async def request(
         self, path: str, payload: dict[str, Any] | None = None, patience_s: float | None = None
     ) -> dict[str, Any] | Refusal:
-        """Sends a request until it is answered or refused.
+        """Sends a request and retries it until it is answered or refused.
 
         Args:
             path: From the server's root, ``/v1/completions``.
             payload: JSON to POST; None: GET.
-            patience_s: Instead of the configured one.
+            patience_s: Overrides the configured retry time.
 
         Raises:
             TeacherGoneError: No answer within the patience.
@@ -97,7 +97,7 @@ class VllmClient:
     async def _attempt(
         self, path: str, payload: dict[str, Any] | None
     ) -> tuple[dict[str, Any] | Refusal, float]:
-        """One attempt: the answer, or status 0 without one; and the Retry-After, in seconds."""
+        """Makes one attempt; returns the response (status 0: none) and Retry-After in seconds."""
         method = "GET" if payload is None else "POST"
         try:
             async with self._session.request(method, self._url + path, json=payload) as response:

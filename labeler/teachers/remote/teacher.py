@@ -1,6 +1,6 @@
 """A teacher behind a vLLM server, through its OpenAI-compatible HTTP API.
 
-For teachers too large to be started by each job. The API returns the most probable ids of each
+For teachers too large to start in each job. The API returns the most probable ids of each
 position of a prompt, so such a teacher serves records of kind ``topk`` without entropy; draws and
 normalisers at other temperatures need the full distribution, which no server sends.
 
@@ -32,7 +32,7 @@ from schemas.spec import GenerationSpec, RecordSpec
 _Result = TypeVar("_Result")
 _Answer = dict[str, Any]
 
-# At the start, a wrong URL is more likely than a server that is about to return.
+# At startup, a wrong URL is more likely than a server that is about to come back.
 _START_PATIENCE_S = 20.0
 _COMPLETIONS = "/v1/completions"
 
@@ -52,10 +52,10 @@ class RemoteTeacher:
     shareable: ClassVar[bool] = True
 
     def __init__(self, config: TeacherConfig, record: RecordSpec) -> None:
-        """Connects, and checks that the server can give what the record requests.
+        """Connects, and checks that the server can serve the record.
 
         Raises:
-            TeacherError: It cannot, or serves another model.
+            TeacherError: The server cannot serve it, or serves another model.
             TeacherGoneError: No server answers.
         """
         _check_served(config, record)
@@ -83,7 +83,7 @@ class RemoteTeacher:
         return self._open_client
 
     async def _connect(self) -> tuple[str, dict[str, object]]:
-        """The server's name for the model, and facts for the provenance."""
+        """Returns the server's name for the model, and facts for the provenance."""
         remote = self._config.remote
         self._open_client = VllmClient(self._config.url, _api_key(self._config), remote)
         answer = await self._client.request("/v1/models", patience_s=_START_PATIENCE_S)
@@ -108,10 +108,10 @@ class RemoteTeacher:
         return self._model, {"server": f"vllm {version}", "server_max_model_len": max_len}
 
     async def _check_canary(self, payload: _Answer, patience_s: float | None = None) -> _Answer:
-        """The answer to a request for a row of two tokens instead of its own.
+        """Resends a request with a two-token prompt; returns the response.
 
-        A server that refuses this row too does not object to the other one: it was restarted with
-        another name or other limits, or is a proxy without its server.
+        If the server refuses this row too, the original row is not to blame: the server was
+        restarted with another name or other limits, or is a proxy without a backend.
 
         Raises:
             TeacherGoneError: The server refuses the row, or does not answer.
@@ -149,7 +149,7 @@ class RemoteTeacher:
             answer = await self._complete(self._label_payload(tokens))
             if isinstance(answer, RowFailure):
                 return answer
-            # In a thread, because parsing a long row would hold up the answers to others.
+            # In a thread, because parsing a long row would block other responses.
             labels = await asyncio.to_thread(self._parse_labels, answer, tokens, spans)
             on_row(row)
             return usable_or_failure(labels)
@@ -170,7 +170,7 @@ class RemoteTeacher:
         found = _choice(answer).get("prompt_logprobs")
         if found is None:
             raise TeacherError(
-                f"{self._config.url} gives no prompt_logprobs; it has to be a vLLM server"
+                f"{self._config.url} gives no prompt_logprobs; expected a vLLM server"
             )
         return row_labels(found, token_ids, spans, self._record.k, self._limits.vocab_size)
 
@@ -220,7 +220,7 @@ class RemoteTeacher:
         }
 
     async def _complete(self, payload: dict[str, Any]) -> _Answer | RowFailure:
-        """The answer to the request of one row, or why the server refuses the row.
+        """Returns the response for one row, or the reason why the server refuses the row.
 
         Raises:
             TeacherGoneError: The server no longer answers, or refuses every row.
@@ -229,7 +229,7 @@ class RemoteTeacher:
         try:
             answer = await self._client.request(_COMPLETIONS, payload)
         except TeacherGoneError as error:
-            # The row may crash a server that restarts by itself: then rows are tried one by one.
+            # The row may crash a server that restarts itself; rows are then tried one by one.
             await self._check_canary(payload, 0.0)
             raise TeacherError(f"the server answers other rows, but: {error}") from error
         if not isinstance(answer, Refusal):
@@ -271,7 +271,7 @@ class RemoteTeacher:
 
 
 async def _all(work: Sequence[Coroutine[Any, Any, _Result]]) -> list[_Result]:
-    """Runs coroutines concurrently; their results in order. The first failure cancels the rest."""
+    """Runs coroutines concurrently; returns results in order. A failure cancels the rest."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one) for one in work]
@@ -281,7 +281,7 @@ async def _all(work: Sequence[Coroutine[Any, Any, _Result]]) -> list[_Result]:
 
 
 def _first(errors: BaseExceptionGroup) -> BaseException:
-    """The most telling of concurrent errors: that the server is gone, else the first."""
+    """Picks one of concurrent errors: ``TeacherGoneError`` if present, else the first."""
     single = [e for e in errors.exceptions if not isinstance(e, BaseExceptionGroup)]
     gone = [error for error in single if isinstance(error, TeacherGoneError)]
     return (gone or single or [_first(errors.exceptions[0])])[0]  # type: ignore[arg-type]

@@ -38,7 +38,7 @@ def prepare_environment() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if not torch.cuda.is_available():
-        # An engine in a process of its own would compete with this one for the same cores.
+        # An out-of-process engine would compete with this process for the same cores.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
@@ -46,9 +46,9 @@ def engine_options(config: TeacherConfig, context: int, record: RecordSpec) -> d
     """The arguments of ``vllm.LLM``.
 
     Args:
-        config: of the teacher.
-        context: tokens of the longest row.
-        record: what is kept; may need more candidates than vLLM allows by default.
+        config: configuration of the teacher.
+        context: maximum row length in tokens.
+        record: what to keep; may need more candidates than vLLM allows by default.
 
     Raises:
         TeacherError: ``teacher.engine`` sets an option that another key sets.

@@ -1,4 +1,4 @@
-"""The thread that owns an engine and runs the calls of all other threads on it.
+"""The thread that owns an engine and runs other threads' calls on it.
 
 An engine in this process is not thread-safe, and its OpenMP threads belong to the thread that
 started it. Therefore one thread owns it: it takes calls from a queue, adds all of their requests to
@@ -21,7 +21,7 @@ _Result = TypeVar("_Result")
 
 
 class Engine(Protocol):
-    """The part of ``vllm.LLM.llm_engine`` that is used."""
+    """The subset of ``vllm.LLM.llm_engine`` used here."""
 
     def add_request(self, request_id: str, prompt: Any, params: Any) -> str:
         """Adds a request; raises ValueError if it is invalid."""
@@ -69,8 +69,7 @@ class _Alone:
 class EngineThread:
     """Runs one engine for calls from any number of threads.
 
-    When the engine fails, all calls in flight and all later ones fail: its state is unknown from
-    then on.
+    When the engine fails, its state is unknown, so all in-flight and later calls fail.
     """
 
     def __init__(self) -> None:

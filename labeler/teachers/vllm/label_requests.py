@@ -13,7 +13,7 @@ computes them, which makes labels from the hidden states:
 
 Requests without these ``extra_args`` go through vLLM's own step, even in the same batch.
 Written against vLLM 0.32. ``install`` and ``keep_arrays`` check every vLLM name used, so that
-another vLLM means an error at the start or a fallback to ``stock_logprobs``, never a wrong label.
+another vLLM leads to a startup error or a fallback to ``stock_logprobs``, never a wrong label.
 Can be removed when vLLM offers a hook for prompt hidden states.
 """
 

@@ -92,7 +92,7 @@ def unpack(packed: Packed, record: RecordSpec, audited: npt.NDArray[np.int64]) -
             start += columns or 1
     fields["target_rank"] = ranks[:count]
     used = int((fields["head_len"] + fields["tail_len"]).max(initial=0))
-    # With a small tau, the labels of a unit would take a hundred times the size of their content.
+    # With a small tau, mostly empty slots would take a hundred times the memory of the content.
     if 2 * used <= width:
         for name in ("entry_ids", "entry_logprobs", "entry_counts"):
             fields[name] = None if fields[name] is None else fields[name][:, :used]

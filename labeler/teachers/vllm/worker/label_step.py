@@ -1,4 +1,4 @@
-"""One engine step: hidden states become logits, and logits labels."""
+"""Labels one engine step: hidden states to logits to labels."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,14 +14,14 @@ from labeler.teachers.vllm.worker.request_state import Chunk, RequestState, gath
 from labeler.teachers.vllm.worker.tensor_parallel import VocabParallelLogits
 from schemas.spec import RecordSpec
 
-# Logits that exist at a time: enough rows for an efficient product with the head at any vocabulary
+# Logits in memory at once: enough rows for an efficient product with the head at any vocabulary
 # size, few enough to stay in the cache of a CPU if the vocabulary is small.
 _MIN_ROWS = 256
 _LOGIT_ELEMENTS = 2**22
 
 
 def rows_at_once(vocab_size: int) -> int:
-    """Positions whose logits [rows, V] exist at a time."""
+    """Number of positions whose logits [rows, V] are in memory at once."""
     return max(_MIN_ROWS, _LOGIT_ELEMENTS // vocab_size)
 
 
@@ -39,8 +39,8 @@ class StepLabeler:
         Args:
             record: what to keep; may be replaced between steps.
             vocab_size: V.
-            device: of the logits.
-            parallel: the logits, if divided among workers by vocabulary; None: not used.
+            device: device of the logits.
+            parallel: logits divided among workers by vocabulary; None: not divided.
         """
         self.record = record
         self._vocab_size = vocab_size

@@ -1,7 +1,7 @@
 """Labels under tensor parallelism, where each worker has the logits of a part of the vocabulary.
 
-If the logits were gathered, every worker would get those of all positions and make the same labels
-of them. Instead, an all-to-all gives each of G workers the full vocabulary for its share of the
+If the logits were gathered, every worker would hold those of all positions and compute the same
+labels. Instead, an all-to-all gives each of G workers the full vocabulary for its share of the
 positions: a G-th of the traffic, memory and work. Each labels its share as a single worker would,
 so that every kind of record is served and labels are the same; only labels are gathered.
 """
@@ -121,7 +121,7 @@ def vocab_parallel_logits(model: Any) -> VocabParallelLogits | None:
 
 
 def _plain_head(model: Any) -> Any:
-    """The output head of a model that does nothing else to its logits; None if it may."""
+    """The output head of a model that does not modify its logits; None if it might."""
     try:
         source = inspect.getsource(type(model).compute_logits)
         forward = inspect.signature(model.logits_processor.forward).parameters
