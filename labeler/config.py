@@ -1,7 +1,6 @@
-"""The model behind ``label.toml``; every default of the labeler is on a field here.
+"""The model of ``label.toml``; all defaults of the labeler are on its fields.
 
-Importing this module costs pydantic and nothing else, so that help and configuration errors are
-instant.
+Imports nothing heavier than pydantic, so that help and configuration errors are instant.
 """
 
 from typing import Any, Literal, Self
@@ -13,7 +12,7 @@ from schemas.spec import GenerationSpec, RecordSpec
 
 
 class CorpusConfig(StrictModel):
-    """Where the corpus is and what one row of it holds."""
+    """Location of the corpus and content of its rows."""
 
     path: str = Field(description="file, folder or glob pattern, as a path or any fsspec URL")
     format: Literal["parquet", "jsonl", "text", "hf"] = Field(
@@ -45,7 +44,7 @@ class CorpusConfig(StrictModel):
         default=(), description="further columns to keep in the roster, for filters of views"
     )
     piece_bytes: int = Field(
-        default=4 * 2**20, ge=1, description="bytes that one tokenising task reads, about"
+        default=4 * 2**20, ge=1, description="approximate bytes per tokenising task"
     )
 
     @model_validator(mode="after")
@@ -75,7 +74,7 @@ class TextConfig(StrictModel):
     )
     add_bos: bool | None = Field(
         default=None,
-        description="put BOS before each document; unset: as the tokenizer does by default",
+        description="put BOS before each document; unset: the tokenizer's default",
     )
     add_eos: bool = Field(
         default=True, description="kinds text and pair: put EOS after each document"
@@ -95,7 +94,7 @@ class TextConfig(StrictModel):
 
 
 class RemoteConfig(StrictModel):
-    """How requests are sent to a running vLLM server; none of it changes a label."""
+    """How requests are sent to a running vLLM server; does not affect labels."""
 
     served_model: str = Field(
         default="",
@@ -106,7 +105,7 @@ class RemoteConfig(StrictModel):
         description="environment variable, in the teacher's processes, that holds the API key; the "
         "key itself is in no file; empty: no key is sent",
     )
-    requests_in_flight: int = Field(default=64, ge=1, description="rows in flight at the same time")
+    requests_in_flight: int = Field(default=64, ge=1, description="maximum rows in flight")
     timeout_s: float = Field(default=600.0, gt=0, description="seconds to wait for one response")
     patience_s: float = Field(
         default=300.0,
@@ -189,7 +188,7 @@ class TeacherConfig(StrictModel):
 
     @property
     def gpus_of_replica(self) -> int:
-        """GPUs that one engine shares."""
+        """GPUs of one engine."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     def _check_remote(self) -> None:
@@ -213,12 +212,12 @@ class TeacherConfig(StrictModel):
 
 
 class RunConfig(StrictModel):
-    """How the job runs; none of it changes a label."""
+    """How the job runs; does not affect labels."""
 
     unit_tokens: int = Field(
-        default=2**17, ge=1, description="tokens per commit, and per shard, about"
+        default=2**17, ge=1, description="approximate tokens per commit and per shard"
     )
-    unit_rows: int = Field(default=4096, ge=1, description="rows per commit, at most")
+    unit_rows: int = Field(default=4096, ge=1, description="maximum rows per commit")
     address: str = Field(
         default="",
         description="address of a Ray cluster; empty: RAY_ADDRESS, or else a Ray started here",
@@ -246,7 +245,7 @@ class RunConfig(StrictModel):
     waiting_bytes: int = Field(
         default=2**30,
         ge=2**24,
-        description="bytes of token ids that may wait for a teacher in Ray's object store, about",
+        description="bytes of token ids queued for teachers in Ray's object store, approximately",
     )
     max_restarts: int = Field(
         default=30,
@@ -263,8 +262,8 @@ class RunConfig(StrictModel):
     stall_s: float = Field(
         default=1800.0,
         gt=0.0,
-        description="seconds without a result after which an engine, also one that is starting, is "
-        "ended and counts as crashed",
+        description="seconds without a result after which an engine, even while starting, is ended "
+        "and counts as crashed",
     )
     drain_s: float = Field(
         default=300.0,
@@ -280,7 +279,7 @@ class RunConfig(StrictModel):
 
 
 class GatesConfig(StrictModel):
-    """Checks that labels pass before they are published; none of it changes a label."""
+    """Checks that labels pass before they are published; does not affect labels."""
 
     audit_rate: float = Field(
         default=1 / 256,

@@ -1,4 +1,4 @@
 """Logits to labels, batched and in reused memory, with torch or numpy kernels.
 
-Knows tensors and the record spec only: no teacher, no tokens, no files.
+Depends only on tensors and the record spec: no teacher, no tokens, no files.
 """

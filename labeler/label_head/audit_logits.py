@@ -1,6 +1,6 @@
-"""The full distribution of a few positions, in float64, beside the labels made from it.
+"""Audits a few positions against their full distribution, in float64.
 
-Computed where the logits are, independently of the labels: no blockwise selection, no fixed point,
+Computed on the logits' device, independently of the labels: no blockwise selection, no fixed point,
 no shared buffer, twice the precision. ``labeler.quality.fidelity`` compares the result with the
 labels as stored, after rounding.
 """
@@ -11,10 +11,10 @@ import torch
 def audit_logits(
     logits: torch.Tensor, entry_ids: torch.Tensor, head_len: torch.Tensor
 ) -> torch.Tensor:
-    """The full distribution at A positions, seen through the entries that their labels keep.
+    """Evaluates the full distribution at A positions on the entries that their labels keep.
 
     Args:
-        logits: floating [A, V], as ``label_logits`` gets them.
+        logits: floating [A, V], as for ``label_logits``.
         entry_ids: integer [A, K].
         head_len: integer [A].
 

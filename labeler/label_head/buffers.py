@@ -12,8 +12,7 @@ from schemas.spec import RecordSpec
 class SliceBuffers:
     """Scratch memory for a slice of logits, reused from slice to slice and from call to call.
 
-    On a CPU, allocating memory of this size costs more than the arithmetic done in it. For one
-    thread at a time.
+    On a CPU, allocating memory of this size costs more than the arithmetic in it. Not thread-safe.
 
     Attributes:
         probs: float32 [rows, V].
@@ -28,7 +27,7 @@ class SliceBuffers:
         self._rows = 0
 
     def fit(self, rows: int, logits: torch.Tensor, record: RecordSpec) -> None:
-        """Allocates room for ``rows`` rows of these logits, unless the present memory has it."""
+        """Allocates memory for ``rows`` rows of these logits, if not already allocated."""
         vocab_size, device = logits.shape[1], logits.device
         layout = (vocab_size, device, logits.dtype, record.has_draws)
         if layout == self._layout and rows <= self._rows:

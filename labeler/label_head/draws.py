@@ -2,13 +2,12 @@
 
 Probabilities are summed in fixed point (int64, one is 2^50): integer sums do not depend on the
 order in which a device adds, so the last bits of the logits matter only where a draw falls on the
-boundary of two ids. float32 probabilities need not sum to exactly one; nothing here
-relies on it.
+boundary of two ids. float32 probabilities need not sum to exactly one; nothing here relies on it.
 
-In two levels, because a running sum over the vocabulary is expensive: ids lie in blocks of
-neighbours, the running sum is over blocks, and only blocks that contain a draw are searched.
+Two levels, because a cumulative sum over the vocabulary is expensive: ids form blocks of
+neighbours, the cumulative sum is over blocks, and only blocks that contain a draw are searched.
 
-Shapes: T positions, V vocabulary, B blocks of D neighbouring ids, P draws of a position at most.
+Shapes: T positions, V vocabulary, B blocks of D neighbouring ids, at most P draws per position.
 """
 
 import math
@@ -22,7 +21,7 @@ from labeler.label_head.topk import key_ids, sort_keys
 ONE = 2**50
 """The probability 1 in fixed point."""
 
-# The running sum takes V / D steps, searching blocks about 16 D; the block depth minimises both.
+# The cumulative sum takes V / D steps, searching blocks about 16 D; D minimises their sum.
 _BLOCKS_SEARCHED = 16
 _MIN_DEPTH = 8
 
@@ -58,7 +57,7 @@ def block_depth(vocab_size: int) -> int:
 
 
 class FixedPointBuffer(NamedTuple):
-    """Memory for the conversion of some rows at a time; few on a CPU, to stay in its cache.
+    """Memory to convert some rows at a time; few on a CPU, to stay in cache.
 
     Attributes:
         scaled: float32 [rows, V].
@@ -175,7 +174,7 @@ class FixedPoint:
 
     def _find_head(self, logits: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows, rising, and ids, int64 [n] each: probabilities >= ``unit``, else the top id."""
-        # A block with a smaller sum holds none.
+        # A block with a smaller sum cannot contain one.
         row, block = true_positions(self._sums >= unit)
         found, place = true_positions(self._blocks(row, block) >= unit)
         row, ids = row[found], block[found] * self._depth + place

@@ -1,8 +1,8 @@
-"""From full logits to sparse labels: the arithmetic that every teacher shares.
+"""Turns full logits into sparse labels; shared by all teachers.
 
 ``label_logits`` takes the teacher's logits over the full vocabulary and keeps what the record
-requests. It is plain torch, runs on any device, and works through its input in slices of rows, so
-that its own buffers stay small beside the logits.
+requests. It runs on any device and processes its input in slices of rows, so that its own buffers
+stay small compared to the logits.
 
 Shapes: T positions, V vocabulary, K kept entries at most, H of them in a head, S temperatures.
 """
@@ -22,8 +22,8 @@ from labeler.label_head.thread_pool import SlicePool
 from labeler.label_head.topk import ordered_topk
 from schemas.spec import RecordSpec
 
-# Elements of one slice of logits. On a CPU the passes over a slice should find it in the cache; on
-# a GPU fewer, larger kernels are better.
+# Elements of one slice of logits. On a CPU a slice should fit in the cache; on a GPU fewer, larger
+# kernels are better.
 _SLICE_ELEMENTS_CPU = 2**20
 _SLICE_ELEMENTS_GPU = 2**27
 _SLICES_PER_THREAD = 2
@@ -91,7 +91,7 @@ def label_logits(
         The labels, on the device of the logits. A NaN in a row of logits makes its labels NaN.
     """
     if len(logits) == 0:
-        # One row of anything, cut off again, has every column in its shape and dtype.
+        # Label one dummy row and drop it: every column then has its shape and dtype.
         numbers = None if uniforms is None else np.zeros((1, uniforms.shape[1]))
         zeros = logits.new_zeros(1, logits.shape[1])
         one = label_logits(zeros, target_ids.new_zeros(1), record, numbers)
@@ -127,7 +127,7 @@ def row_slices(logits: torch.Tensor, num_threads: int) -> Iterator[slice]:
     num_rows, vocab_size = logits.shape
     elements = _SLICE_ELEMENTS_CPU if logits.device.type == "cpu" else _SLICE_ELEMENTS_GPU
     step = max(1, elements // vocab_size)
-    if num_threads > 1:  # several a thread, so that others can take over from a busy core
+    if num_threads > 1:  # several per thread, so that other threads can take over from a busy core
         step = max(1, min(step, num_rows // (_SLICES_PER_THREAD * num_threads)))
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
@@ -144,7 +144,7 @@ def _label_slice(
     assert buffers.probs is not None
     probs = buffers.probs[: len(logits)]
     entries, tops = _select(logits, record, uniforms, probs, buffers.fixed)
-    # log Z = top logit - log p(top): the softmax has already paid for the sum.
+    # log Z = top logit - log p(top), which reuses the sum of the softmax.
     normaliser = logits.gather(1, tops.ids) - probs.gather(1, tops.ids).log()
     target_logits = logits.gather(1, target_ids[:, None])
     head = None if record.kind == "sampled" else _head(logits, entries, record)
@@ -156,7 +156,7 @@ def _label_slice(
     else:
         head_probs = _take_head(probs, head)
         tail_logmass = _tail_logmass(logits, probs, head.ids, normaliser)
-    # The probabilities are no longer needed from here on; their buffer is overwritten.
+    # The probabilities are no longer needed; their buffer is reused below.
     entropy = _entropy(logits, probs, head, head_probs, normaliser) if record.entropy else None
     lse = _lse_at(logits, tops, normaliser, record.temperatures, probs)
     return PositionLabels(

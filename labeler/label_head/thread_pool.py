@@ -1,9 +1,9 @@
 """CPU threads that share the slices of a batch, each with one torch thread and its own memory.
 
-torch itself divides every small operation among all cores and waits for the slowest of them each
-time. If some cores also write earlier units or serve other programs, that wait is many times longer
-than the operation. Here the slices are queued, a busy core takes fewer of them, and the only wait
-is for the last slice.
+torch splits every small operation across all cores and each time waits for the slowest. If some
+cores also write earlier units or run other programs, that wait is many times longer than the
+operation. Here slices are queued, busy cores take fewer of them, and the only wait is for the last
+slice.
 """
 
 import threading
@@ -33,12 +33,12 @@ class SlicePool:
     def map(
         self, function: Callable[[slice, SliceBuffers], _Result], slices: Sequence[slice]
     ) -> list[_Result]:
-        """The results of a function for all slices, in order; raises what it raises."""
+        """Applies a function to all slices; returns results in order, propagates its errors."""
         if self.num_threads == 1 or len(slices) == 1:
             return [function(one, self._buffers) for one in slices]
         if self._pool is None:
             self._pool = self._start()
-        # Inference mode belongs to a thread.
+        # Inference mode is thread-local.
         inference = torch.is_inference_mode_enabled()
 
         def run(one: slice) -> _Result:
@@ -59,6 +59,6 @@ class SlicePool:
         for _ in range(self.num_threads):
             pool.submit(int)
         ready.wait()
-        # set_num_threads acts on its own thread, but also sets the default of later threads.
+        # set_num_threads acts on the calling thread, but also sets the default of later threads.
         torch.set_num_threads(self.num_threads)
         return pool

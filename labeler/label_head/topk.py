@@ -11,7 +11,7 @@ import torch
 
 from labeler.label_head.numpy_kernels import is_for_numpy, true_positions
 
-# Blocks of fewer ids are not worth a separate round of selection.
+# Smaller blocks do not justify a separate round of selection.
 _MIN_BLOCK_DEPTH = 4
 
 # Candidates of a row, as a multiple of k, above which selecting from the full row is faster.
@@ -41,7 +41,7 @@ def ordered_topk(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tens
         return ids, logits.gather(1, ids)
     ids = _topk_by_blocks(logits, k + 1, depth)
     values = logits.gather(1, ids)
-    # Blocks are chosen regardless of id, so equals at the boundary may lie in other blocks.
+    # Blocks are chosen regardless of id, so ties at the boundary may lie in other blocks.
     tied = (values[:, k - 1] == values[:, k]).nonzero().squeeze(1)
     ids, values = ids[:, :k], values[:, :k]
     if len(tied):
@@ -81,7 +81,7 @@ def _block_depth(vocab_size: int, k: int) -> int:
 
 
 def _topk_by_blocks(logits: torch.Tensor, k: int, depth: int) -> torch.Tensor:
-    """Ids [T, k] of the largest logits, exact up to ties, for devices where numpy does not serve.
+    """Ids [T, k] of the largest logits, exact up to ties, for tensors that numpy does not handle.
 
     The k largest values lie in the k blocks with the largest maxima, so only those are searched. A
     row is read once, with a vectorised maximum.
@@ -124,7 +124,7 @@ def _topk_above_bound(logits: torch.Tensor, k: int, depth: int) -> torch.Tensor:
     row = places // vocab_size
     ends = np.searchsorted(row, np.arange(num_rows + 1))
     counts = np.diff(ends)
-    # NaN exceeds nothing, and ties may be many: such rows need selection over all their ids.
+    # Rows with NaN (which exceeds nothing) or many ties need selection over all ids.
     is_plain = (counts >= k) & (counts <= _MOST_EQUALS * k)
     if not is_plain.all():
         return _topk_by_row_kind(logits, k, depth, is_plain)

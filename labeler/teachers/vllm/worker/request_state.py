@@ -1,4 +1,4 @@
-"""Labelling state of a request: a long prompt takes several engine steps (chunked prefill)."""
+"""Labelling state of a request across engine steps (chunked prefill of long prompts)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from schemas.spec import RecordSpec
 
 @dataclass(frozen=True)
 class RequestState:
-    """A request that is being labelled; a preempted one is labelled again from its start.
+    """A request that is being labelled; after preemption it is relabelled from its start.
 
     Attributes:
         targets: int64 [N], target indices, rising.
@@ -59,7 +59,7 @@ class RequestState:
         )
 
     def chunk(self, start: int, end: int, query_start: int) -> "Chunk | None":
-        """The part of the request that a step labels; None if it has no target there.
+        """Returns the part of the request that a step labels; None if it has no target.
 
         Args:
             start, end: positions [start, end) of the prompt that the step computed.
@@ -96,7 +96,7 @@ class Chunk:
         return self.targets - 1 + self.row_offset
 
     def store_audits(self, columns: torch.Tensor) -> int:
-        """Stores the first rows of float32 [A, K + 2], as many as belong here; returns how many."""
+        """Stores this chunk's audits, the first rows of float32 [A, K + 2]; returns how many."""
         flags = self.state.is_audited
         start, end = (len(flags) + int(flags[:at].sum()) for at in (self.first, self.last))
         self.state.packed.floats[start:end, : columns.shape[1]] = columns[: end - start]
@@ -104,7 +104,7 @@ class Chunk:
 
 
 def gather(chunks: Sequence[Chunk], name: str) -> np.ndarray:
-    """An array of the requests' states, concatenated over their chunks."""
+    """Concatenates an array of the requests' states over their chunks."""
     parts = [getattr(chunk.state, name)[chunk.first : chunk.last] for chunk in chunks]
     return np.concatenate(parts)
 

@@ -103,7 +103,7 @@ class _LabelHead:
         complete: list[str] = []
         for name in ours:
             if name not in num_scheduled_tokens:
-                continue  # preempted; it starts again from its first token
+                continue  # preempted; it restarts from its first token
             request = self._runner.requests[name]
             start = request.num_computed_tokens
             end = start + num_scheduled_tokens[name]
@@ -132,7 +132,7 @@ class _LabelHead:
         hidden_states: torch.Tensor,
         num_scheduled_tokens: dict[str, int],
     ) -> dict[str, Any]:
-        """vLLM's own step, for the requests that the label head does not serve."""
+        """Runs vLLM's own step for the requests that the label head does not serve."""
         if len(ours) == len(pending):
             return {}
         hidden = {name: pending.pop(name) for name in ours}
@@ -141,7 +141,7 @@ class _LabelHead:
         return finished
 
     def _state(self, name: str) -> RequestState:
-        # Kept where vLLM keeps its own, with the request. A preempted one fills it again.
+        # Stored with the request, like vLLM's own state. A preempted request refills it.
         request = self._runner.requests[name]
         if request.in_progress_prompt_logprobs_cpu is None:
             request.in_progress_prompt_logprobs_cpu = self.labeler.new_state(self._extra_args(name))

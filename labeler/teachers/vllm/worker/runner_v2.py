@@ -1,9 +1,9 @@
 """The label head inside vLLM's V2 model runner; see ``labeler.teachers.vllm.label_requests``.
 
-The V2 runner keeps prompt log-probabilities in a worker object of its own, three of whose methods
-are replaced: ``add_request`` notes what a request wants, ``compute_prompt_logprobs`` labels what a
-step computed, ``remove_request`` drops the state. Labels stay on the device until their prompt is
-complete; the runner then copies them to the host asynchronously, as it does its own.
+The V2 runner keeps prompt log-probabilities in a separate worker object. Three of its methods are
+replaced: ``add_request`` records the labelling arguments, ``compute_prompt_logprobs`` labels the
+positions of a step, ``remove_request`` drops the state. Labels stay on the device until their
+prompt is complete; the runner then copies them to the host asynchronously, like its own.
 
 Written from the source of vLLM 0.32 (``vllm/v1/worker/gpu``) and never run inside that runner,
 which needs a GPU. Tests run the bookkeeping on a CPU with the runner's own data structures, and
@@ -85,7 +85,7 @@ def incompatibility(worker: Any) -> str:
 
 
 class LabelHeadV2:
-    """Takes the place of the methods of one ``PromptLogprobsWorker``."""
+    """Replaces methods of one ``PromptLogprobsWorker``."""
 
     def __init__(self, worker: Any, labeler: StepLabeler) -> None:
         self.labeler = labeler
@@ -103,7 +103,7 @@ class LabelHeadV2:
         self._worker.compute_prompt_logprobs = self.compute_prompt_logprobs
 
     def add_request(self, req_id: str, req_idx: int, sampling_params: Any) -> None:
-        """Notes what a request wants; hides labelling requests from the runner's own step."""
+        """Records labelling arguments; hides labelling requests from the runner's own step."""
         self._forget(req_id)
         self._stock_add(req_id, req_idx, sampling_params)
         arguments = sampling_params.extra_args or {}
@@ -113,7 +113,7 @@ class LabelHeadV2:
             self._worker.in_progress_prompt_logprobs.pop(req_id, None)
 
     def remove_request(self, req_id: str) -> None:
-        """Forgets a finished request, or a preempted one, which starts again from the beginning."""
+        """Drops the state of a finished request, or of a preempted one, which restarts."""
         self._forget(req_id)
         self._stock_remove(req_id)
 
@@ -147,7 +147,7 @@ class LabelHeadV2:
             slot = int(input_batch.idx_mapping_np[row])
             start = int(input_batch.num_computed_prefill_tokens_np[row])
             length = int(prompt_lens[slot])
-            # A request preempted while it generated prefills its output too, but has its labels.
+            # A request preempted while generating prefills its output too, but has its labels.
             resumed = length < int(input_batch.prefill_len_np[row])
             if name not in self._wanted or start >= length or resumed:
                 continue
