@@ -1,4 +1,4 @@
-"""Maintenance of label sets: verify, list, sample, collect garbage.
+"""Maintenance of label sets: verifies, lists, samples, collects garbage.
 
-For the command line only; labeler and trainer never import it.
+Only the command line uses it; labeler and trainer never import it.
 """

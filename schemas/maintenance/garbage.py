@@ -1,8 +1,8 @@
-"""Garbage: files that no manifest names, left by lost or dead attempts and by dropped units.
+"""Garbage: files that no manifest names, left by failed attempts and dropped units.
 
-Considers only files of kinds that a label set creates, and only those older than any unit takes: a
-unit being written has no manifest yet either. A run may last for days and needs the first part of
-its roster at the end, so files of runs count as old only if nothing was committed to the set for
+Considers only kinds of files that label sets create, and only files older than any unit takes to
+write, because a unit in progress has no manifest yet. A run may last for days and needs all parts
+of its roster at the end, so files of runs count as old only if nothing was committed to the set for
 that long.
 """
 
@@ -25,8 +25,8 @@ class GarbageFile(StrictModel):
 
     Attributes:
         file: path in the label set.
-        why: reason in a few words.
-        age_hours: hours since it was written.
+        why: why nothing needs it, in a few words.
+        age_hours: hours since it was last written.
     """
 
     file: str
@@ -39,7 +39,7 @@ class Garbage(StrictModel):
     """Result of a collection.
 
     Attributes:
-        too_young: number of unnamed files that may belong to a unit being written.
+        too_young: number of unnamed files that may belong to a unit in progress.
         deleted: whether `files` were deleted.
     """
 
@@ -51,7 +51,7 @@ class Garbage(StrictModel):
 
     @property
     def size_bytes(self) -> int:
-        """Total size of the files."""
+        """Total size of `files`."""
         return sum(file.size_bytes for file in self.files)
 
 
@@ -65,14 +65,14 @@ def collect_garbage(
     """Finds, and optionally deletes, files that no manifest names.
 
     Args:
-        url: of the label set.
+        url: URL of the label set.
         older_than_hours: keeps younger files; must exceed the time a unit takes.
-        delete: delete the files.
-        now: for tests.
-        progress: called with the files deleted so far, and all to delete.
+        delete: whether to delete the files.
+        now: current time; for tests.
+        progress: called with the number of files deleted so far, and to delete in all.
 
     Raises:
-        ConfigError: a negative age.
+        ConfigError: the age is negative.
         StoreError: the label set does not exist.
         DamagedError: a manifest cannot be read, so the files it names are unknown.
     """
@@ -80,7 +80,7 @@ def collect_garbage(
         raise ConfigError(f"--older-than is {older_than_hours}; expected hours, 0 or more")
     label_set = LabelSet.open(url)
     now = now or datetime.now(UTC)
-    # List files before manifests, so that a unit committed in between is found named.
+    # Files first, then manifests: the files of a unit committed in between are then seen as named.
     stored = list(_files(label_set.store))
     named = _named(label_set)
     unnamed = [(file, _why(file.rel)) for file in stored if file.rel not in named]
@@ -124,7 +124,7 @@ def _files(store: Store) -> Iterator[StoredFile]:
 
 
 def _last_run_activity(stored: list[StoredFile]) -> datetime:
-    """Last activity of any run: a committed unit, a part of a roster, an attempt at a row."""
+    """Time of the last activity of any run: a commit, a roster part, an attempt at a row."""
     times = [
         file.modified
         for file in stored

@@ -1,4 +1,4 @@
-"""Label sets below a URL, with totals from their manifests."""
+"""Lists label sets below a URL, with totals from their manifests."""
 
 from collections.abc import Iterator
 
@@ -12,19 +12,19 @@ from schemas.storage.store import Store
 from schemas.views.view import VIEW_FILE
 
 MAX_DEPTH = 6
-"""Levels of folders that are searched."""
+"""Maximum depth of the folders searched."""
 
 
 class LabelSetEntry(StrictModel):
     """A label set and its totals.
 
     Attributes:
-        url: its location.
+        url: where the label set is.
         teacher: path or name of the teacher's model from provenance, else its type and digest.
-        record: kind and its parameters, for example ``threshold tau=0.033``.
-        rows, tokens, labels: of all units; a row that two units hold is counted twice.
-        bytes: of shards.
-        problem: why the set cannot be read; other fields are empty then.
+        record: kind and parameters, for example ``threshold tau=0.033``.
+        rows, tokens, labels: totals of all units; a row in two units counts twice.
+        bytes: total size of the shards.
+        problem: why the set cannot be read; all other fields are then empty.
     """
 
     url: str
@@ -41,10 +41,10 @@ class LabelSetEntry(StrictModel):
 
 
 def list_label_sets(url: str) -> list[LabelSetEntry]:
-    """The label sets at a URL or in folders below it, by path.
+    """Finds the label sets at a URL or in folders below it, sorted by path.
 
     Raises:
-        StoreError: no file system for the URL, or the URL does not exist.
+        StoreError: no file system supports the URL, or the URL does not exist.
     """
     store = Store(url)
     if not store.exists():
@@ -53,7 +53,7 @@ def list_label_sets(url: str) -> list[LabelSetEntry]:
 
 
 def record_text(record: RecordSpec) -> str:
-    """The kind of a record and its parameters."""
+    """Formats the kind of a record and its parameters."""
     own = record.identity()
     shown = {name: own[name] for name in ("k", "top_p", "max_head", "tau", "draws") if name in own}
     words = [record.kind, *(f"{name}={_short(value)}" for name, value in shown.items())]
@@ -63,7 +63,7 @@ def record_text(record: RecordSpec) -> str:
 
 
 def teacher_text(label_set: LabelSet, manifests: list[Manifest]) -> str:
-    """The name of the teacher's model if a manifest has it, else its type and digest."""
+    """The name of the teacher's model if a manifest records it, else its type and digest."""
     models = {str(m.provenance["model"]) for m in manifests if m.provenance.get("model")}
     if models:
         return ", ".join(sorted(models))

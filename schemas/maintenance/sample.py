@@ -1,4 +1,4 @@
-"""A seeded sample of row groups of a label set, and distributions of the labels in it."""
+"""Samples row groups of a label set, and computes distributions of their labels."""
 
 from dataclasses import dataclass
 
@@ -29,20 +29,20 @@ def sample_groups(
     seed: int,
     progress: ProgressCallback | None = None,
 ) -> list[SampledGroup]:
-    """Draws at most `count` row groups without replacement; a function of the set and the seed.
+    """Samples row groups without replacement, deterministically for a set and seed.
 
     Args:
-        label_set: the set to draw from.
-        count: how many row groups, if the set has as many.
-        seed: of the draw.
-        progress: called with the row groups read so far, and all of the sample.
+        label_set: the label set to sample.
+        count: number of row groups; all if the set has fewer.
+        seed: random seed.
+        progress: called with the number of row groups read so far, and in the sample.
 
     Raises:
         DamagedError: a manifest or a shard is damaged.
     """
     places = [
         (manifest.shard, index)
-        for manifest in label_set.manifests()  # by unit key, in the same order every time
+        for manifest in label_set.manifests()  # sorted by unit key, so the order is stable
         for index in range(len(manifest.row_groups))
     ]
     order = sorted(np.random.default_rng(seed).permutation(len(places))[:count])
@@ -56,11 +56,11 @@ def sample_groups(
 
 
 def distributions(groups: list[SampledGroup]) -> dict[str, Floats]:
-    """Values of the sampled labels by name, one per row or one per label.
+    """Values in the sample by name, one per row or one per label.
 
-    By row: ``tokens a row``, ``labels a row``. By label: ``entropy`` (nats), ``covered mass`` (of
+    Per row: ``tokens a row``, ``labels a row``. Per label: ``entropy`` (nats), ``covered mass`` (of
     the exact head), ``entries a label``, ``of the head``, ``of draws`` (counts), ``target logprob``
-    (nats), ``target rank``. Values that the record does not have are left out.
+    (nats), ``target rank``. Omits values that the record does not have.
     """
     rows = [group.rows for group in groups]
     found = {
@@ -91,12 +91,12 @@ def distributions(groups: list[SampledGroup]) -> dict[str, Floats]:
 
 @dataclass(frozen=True)
 class LabelledPosition:
-    """A label of a row, for people.
+    """A label of a row, for display.
 
     Attributes:
-        target: index in the row of the token that the distribution is over.
+        target: target index: the token in the row that the distribution is over.
         token: id of that token.
-        logprob, rank: of that token, by the teacher.
+        logprob, rank: the teacher's log-probability and rank of that token.
         head: (id, log-probability) of the exact entries, most probable first.
         draws: (id, log-probability, count) of the tail draws; count 1 if none is stored.
     """

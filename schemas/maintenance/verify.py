@@ -1,8 +1,8 @@
 """`verify`: compares a label set with its manifests and lists every difference.
 
-Reads every byte: digests of shards and vocabulary, checksums of pages, invariants of the record,
-identities of rows, key files against shards, quarantine, rosters. It continues after a problem, so
-that one pass reports everything there is to fix.
+Reads every byte and checks digests of shards and vocabulary, page checksums, invariants of the
+record, row keys, key files against shards, quarantine, and rosters. Continues after a problem, so
+that one pass reports all of them.
 """
 
 from collections.abc import Iterator
@@ -27,20 +27,19 @@ from schemas.maintenance.verify_shard import ShardCheck
 from schemas.storage.store import Store
 
 WORKERS = 4
-"""Units checked concurrently; decoding and hashing release Python's global lock."""
+"""Units checked concurrently; decoding and hashing release the GIL."""
 
 
 class Problem(StrictModel):
     """A difference between a label set and its manifests.
 
     Attributes:
-        what: one word to count by: set, manifest, missing, bytes, pages, record, keys, quarantine,
-            roster.
+        what: category: set, manifest, missing, bytes, pages, record, keys, quarantine or roster.
         file: path in the label set.
-        unit_key: of the unit; empty if none is concerned.
-        row_group: index in the shard; None if none is concerned.
-        row: index in its row group; None if unknown.
-        row_key: of that row, hexadecimal.
+        unit_key: affected unit; empty if none.
+        row_group: index of the affected row group in the shard; None if none.
+        row: index of the affected row in its row group; None if unknown.
+        row_key: key of that row, hexadecimal.
         column: damaged column, if known.
         found: what was found and what was expected.
         repair: what to do.
@@ -57,7 +56,7 @@ class Problem(StrictModel):
     repair: str
 
     def line(self) -> str:
-        """Place and finding, for people."""
+        """Formats place and finding."""
         place = [f"unit {self.unit_key}", self.file] if self.unit_key else [self.file]
         if self.row_group is not None:
             place.append(f"row group {self.row_group}")
@@ -74,8 +73,8 @@ class Verified(StrictModel):
     """Result of `verify`.
 
     Attributes:
-        bytes: size of all verified shards.
-        garbage: shards that no manifest names; harmless, `labels gc` deletes them.
+        bytes: total size of the verified shards.
+        garbage: number of shards that no manifest names; harmless, `labels gc` deletes them.
     """
 
     url: str
@@ -99,8 +98,8 @@ def verify(url: str, progress: ProgressCallback | None = None) -> Verified:
     """Verifies everything in a label set.
 
     Args:
-        url: of the label set.
-        progress: called with the bytes of shards verified so far, and of all shards.
+        url: URL of the label set.
+        progress: called with the bytes of shards verified so far, and in all.
 
     Raises:
         StoreError: the label set does not exist, or its store cannot be read.
@@ -177,7 +176,7 @@ def _manifest_problem(store: Store, rel: str, error: StoreError) -> Problem:
 
 
 def _check_unit(label_set: LabelSet, manifest: Manifest) -> list[Problem]:
-    """All problems of a unit with a readable manifest."""
+    """Finds all problems of a unit whose manifest is readable."""
     check = _UnitCheck(label_set, manifest)
     check.manifest()
     keys = None
@@ -204,7 +203,7 @@ class _UnitCheck:
         self.problems.append(Problem.model_validate(fields | place))
 
     def manifest(self) -> None:
-        """Checks that a manifest is consistent."""
+        """Checks that the manifest is consistent."""
         unit, rel = self.unit, manifest_path(self.unit.unit_key)
         if sum(unit.row_groups) != unit.num_rows:
             found = f"row_groups sum to {sum(unit.row_groups)} rows, num_rows is {unit.num_rows}"
@@ -219,7 +218,7 @@ class _UnitCheck:
                 self.report("manifest", rel, found)
 
     def table(self, rel: str, what: str, schema: object, num_rows: int) -> object:
-        """A small table of the unit; None if it is missing or damaged."""
+        """Reads a small table of the unit; None if it is missing or damaged."""
         try:
             table = parse_table(self.store.read_bytes(rel), schema)
         except MissingError:

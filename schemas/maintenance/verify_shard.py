@@ -1,4 +1,4 @@
-"""Verifies a shard against its manifest and key file: bytes, pages, schema, rows, invariants."""
+"""Verifies bytes, pages, schema, rows and invariants of a shard against manifest and key file."""
 
 from collections.abc import Iterator
 from typing import IO, Any, Protocol
@@ -20,26 +20,26 @@ from schemas.storage.driver_errors import refuse_unreadable
 from schemas.storage.local_files import digest_stream
 
 SHOWN_ROWS = 20
-"""Invalid rows of a row group that are reported by name; the others are counted."""
+"""Invalid rows reported individually per row group; the rest are only counted."""
 MAX_BUFFER_BYTES = 256 * 2**20
-"""Shards up to this size are read once, into memory."""
+"""Shards up to this size are read into memory once; larger ones are read twice."""
 
 
 class Report(Protocol):
-    """Records a problem of the unit; `place` is row_group, row, row_key, column."""
+    """Records a problem of the unit; `place` may have row_group, row, row_key and column."""
 
     def __call__(self, what: str, file: str, found: str, **place: object) -> None: ...
 
 
 class ShardCheck:
-    """Verifies a shard to its end, whatever problems it finds."""
+    """Verifies an entire shard, without stopping at the first problem."""
 
     def __init__(self, label_set: LabelSet, manifest: Manifest, keys: Any, report: Report) -> None:
         """
         Args:
-            label_set: of the shard.
-            manifest: of its unit.
-            keys: table of the unit's key file; None if that is damaged.
+            label_set: the label set.
+            manifest: manifest of the shard's unit.
+            keys: table in the unit's key file; None if the file is damaged.
             report: called for every problem.
         """
         self._store = label_set.store
@@ -53,7 +53,7 @@ class ShardCheck:
         """Reads the entire shard and reports its problems.
 
         Raises:
-            StoreError: the store cannot be read now, which says nothing about the shard.
+            StoreError: the store cannot be read; the shard may be intact.
         """
         rel = self._unit.shard
         try:
@@ -122,7 +122,7 @@ class ShardCheck:
             self._report("record", unit.shard, found)
 
     def _decode(self, file: pq.ParquetFile, index: int) -> LabelRows | None:
-        """The rows of a row group; None after its damage was reported, column by column."""
+        """Reads a row group; if it is damaged, reports each damaged column and returns None."""
         rel, names = self._unit.shard, self._spec.record.columns
         try:
             table = file.read_row_group(index, columns=names, use_threads=False)
@@ -139,7 +139,7 @@ class ShardCheck:
             return None
 
     def _invariants(self, rows: LabelRows, index: int) -> None:
-        """Validates a row group; if that fails, row by row, to report every invalid row."""
+        """Validates a row group; on failure, validates row by row to report each invalid row."""
         record, vocab_size = self._spec.record, self._spec.teacher.vocab_size
         try:
             validate(rows, record, vocab_size)
@@ -157,7 +157,7 @@ class ShardCheck:
         self._report_rows(rows, index, invalid, "more rows violate an invariant of the record")
 
     def _identities(self, rows: LabelRows, index: int) -> None:
-        """Keys are the hashes of their rows (generated rows are keyed by their prompts)."""
+        """Checks that keys are the hashes of their rows (generated rows are keyed by prompt)."""
         wrong = []
         for row in range(len(rows)):
             ids = rows.token_ids[rows.token_offsets[row] : rows.token_offsets[row + 1]]
@@ -182,12 +182,12 @@ class ShardCheck:
             self._report("record", shard, found, row_group=index)
 
     def _against_keys(self, rows: LabelRows, index: int, first: int) -> None:
-        """The key file agrees with a row group, whose first row is its row `first`."""
+        """Checks a row group, whose first row is row `first` of the unit, against the key file."""
         if self._keys is None:
             return
         found, expected = self._keys.slice(first, len(rows)), unit_keys_table(rows, [len(rows)])
         if len(found) != len(rows):
-            return  # numbers of rows differ, which is reported elsewhere
+            return  # differing row counts are reported elsewhere
         groups = pa.array(np.full(len(rows), index, np.int32))
         expected = expected.set_column(1, KEYS.field("row_group"), groups)
         for name in KEYS.names:

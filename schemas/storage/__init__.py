@@ -1,4 +1,4 @@
-"""Files behind one fsspec URL: atomic writes, retries, and one form for the errors of drivers.
+"""Files behind one fsspec URL: atomic writes, retries, and uniform driver errors.
 
-Knows bytes and paths only; the meaning of files belongs to other rooms.
+Knows only bytes and paths; other rooms give files their meaning.
 """

@@ -1,8 +1,8 @@
-"""Errors of store drivers: which ones are transient, and which ones indicate damaged data.
+"""Classifies errors of store drivers: transient ones, and ones that indicate damaged data.
 
-Drivers raise classes of their own, and Python's without an errno (s3fs: PermissionError for
-AccessDenied and ExpiredToken). None of those says anything about the stored bytes, so none may be
-handled by dropping labels.
+Drivers raise their own classes, and Python's without an errno (s3fs: PermissionError for
+AccessDenied and ExpiredToken). None of these implies damaged bytes, so none may lead to dropped
+labels.
 """
 
 import contextlib
@@ -12,9 +12,9 @@ from typing import IO, Any, Self
 
 from schemas.errors import StoreError, TutelageError, first_line
 
-# Answers about a path rather than failures; callers handle each of them.
+# These describe the path and are not failures; callers handle each of them.
 _ANSWERS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-# Exceptions defined in these packages are bugs or errors of this program, not of a driver.
+# Exceptions defined in these packages come from this program, not from a driver.
 _OURS = frozenset(("builtins", "schemas", "labeler", "trainer", "cluster"))
 
 _TRANSIENT_ERRNO = frozenset(
@@ -40,7 +40,7 @@ _TRANSIENT_ERRNO = frozenset(
     )
 )
 _TRANSIENT_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504, 507))
-# Failed or lost connections, in libraries of drivers that are not imported here.
+# Failed or lost connections, by class name: the libraries of drivers are not imported here.
 _TRANSIENT_NAMES = frozenset(
     (
         "EndpointConnectionError",
@@ -73,13 +73,13 @@ def is_transient(error: BaseException) -> bool:
 
 
 def refuse_unreadable(error: BaseException, where: str) -> None:
-    """Raises if a read failed without showing that the stored bytes are damaged.
+    """Raises unless the error of a read indicates damaged bytes.
 
-    Returns if bytes were read that make no sense, which Arrow reports by its own errors or by an
-    OSError without an errno.
+    Arrow reports bytes that it cannot decode with its own exceptions or an OSError without an
+    errno; for these the function returns.
 
     Args:
-        error: raised by Arrow or a driver during a read.
+        error: exception that Arrow or a driver raised during a read.
         where: the file.
 
     Raises:
@@ -87,20 +87,20 @@ def refuse_unreadable(error: BaseException, where: str) -> None:
     """
     if isinstance(error, StoreError):
         raise error
-    # EINVAL: damaged bytes gave an impossible file offset.
-    is_senseless = not isinstance(error, OSError) or (
+    # EINVAL: damaged bytes were decoded as an impossible file offset.
+    is_undecodable = not isinstance(error, OSError) or (
         type(error) is OSError and error.errno in (None, errno.EINVAL)
     )
-    if is_senseless and not is_transient(error):
+    if is_undecodable and not is_transient(error):
         return
     raise store_failure(error, where, "cannot be read") from error
 
 
 @contextlib.contextmanager
 def store_errors(where: str) -> Iterator[None]:
-    """Turns driver errors into a StoreError of one line: where, why, and what to do.
+    """Converts driver errors to a StoreError of one line: where, why, and what to do.
 
-    Answers about a path (it does not exist, it is a folder) and bugs of this program pass through.
+    Errors that describe a path (missing, a folder) and bugs of this program pass through.
 
     Args:
         where: URL of the file or folder.
@@ -117,12 +117,12 @@ def store_errors(where: str) -> Iterator[None]:
 
 
 def _is_driver_error(error: Exception) -> bool:
-    """Whether the operating system or a third-party library raised it."""
+    """Whether the operating system or a third-party library raised the error."""
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] not in _OURS
 
 
 def store_failure(error: BaseException, where: str, what: str) -> StoreError:
-    """A StoreError that says where, `what` failed, why, and what to do."""
+    """Builds a StoreError that states where `what` failed, why, and what to do."""
     advice = "check credentials, bucket and permissions, then"
     if is_transient(error):
         advice = "this may be temporary:"
@@ -130,9 +130,9 @@ def store_failure(error: BaseException, where: str, what: str) -> StoreError:
 
 
 class GuardedFile:
-    """A driver's file whose reads and writes raise the same StoreErrors as its opening.
+    """Wraps a driver's file so that reads and writes raise StoreErrors too.
 
-    Covers the methods of `IO` that this project and Arrow call.
+    Covers the `IO` methods that this project and Arrow call.
     """
 
     def __init__(self, file: IO[bytes], where: str) -> None:

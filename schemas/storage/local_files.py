@@ -1,4 +1,4 @@
-"""Files of this machine that a crash cannot tear, and SHA-256 digests of streams."""
+"""Crash-safe writes of local files, and SHA-256 digests of streams."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ _BLOCK_BYTES = 2**22
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Writes or replaces a file: readers, also after a crash, see the old content or the new.
+    """Atomically writes or replaces a file: even after a crash, readers see the old or new content.
 
     Raises:
         StoreError: the file cannot be written.
@@ -29,7 +29,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def write_temporary(final: Path, data: bytes) -> Path:
-    """Writes a durable file beside `final`, to be renamed or linked to it.
+    """Durably writes a temporary file beside `final`, to be renamed or linked to it.
 
     Raises:
         StoreError: the file cannot be written.
@@ -47,7 +47,7 @@ def write_temporary(final: Path, data: bytes) -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes new, renamed and deleted names in a folder durable."""
+    """Makes created, renamed and deleted names in a folder durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -56,10 +56,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def digest_stream(source: IO[bytes], copy_to: IO[bytes] | None = None) -> tuple[str, int]:
-    """Reads a stream to its end, and copies it on the way.
+    """Reads a stream to its end and optionally copies it.
 
     Returns:
-        SHA-256, hexadecimal, and the number of bytes.
+        The SHA-256 digest, hexadecimal, and the number of bytes.
     """
     sha256, size = hashlib.sha256(), 0
     while block := source.read(_BLOCK_BYTES):
@@ -71,10 +71,10 @@ def digest_stream(source: IO[bytes], copy_to: IO[bytes] | None = None) -> tuple[
 
 
 class HashingWriter:
-    """A file, written front to back, that hashes and counts its bytes.
+    """Wraps a file that is written sequentially; hashes and counts its bytes.
 
     Attributes:
-        size_bytes: written so far.
+        size_bytes: bytes written so far.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -85,7 +85,7 @@ class HashingWriter:
 
     @property
     def sha256(self) -> str:
-        """Digest of what was written so far, hexadecimal."""
+        """Digest of the bytes written so far, hexadecimal."""
         return self._sha256.hexdigest()
 
     def write(self, data: Any) -> int:

@@ -1,7 +1,7 @@
-"""Retries of transient store failures: for how long, and who hears about them.
+"""Retries of transient store failures.
 
-A full disk is freed and a store that answers 503 recovers; a job that has run for days should
-wait for that. Every other failure is raised at once.
+Disks get freed and stores that answer 503 recover; a job that has run for days should wait for
+that. All other failures are raised immediately.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ def _print_to_stderr(text: str) -> None:
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How a process treats transient store failures.
+    """How a process retries transient store failures.
 
     Attributes:
-        timeout_s: Seconds to retry one operation on one file; 0: no retries.
-        report: Called with one line before each pause.
+        timeout_s: seconds to retry one operation on one file; 0: no retries.
+        report: called with one line before each pause.
     """
 
     timeout_s: float = 0.0
@@ -57,7 +57,7 @@ def set_retry_policy(policy: RetryPolicy) -> None:
 
 @contextlib.contextmanager
 def retrying(policy: RetryPolicy) -> Iterator[None]:
-    """Applies a policy to this process, in all threads, within a ``with`` block."""
+    """Applies a policy to this process, in all threads, for a ``with`` block."""
     before = _policy
     set_retry_policy(policy)
     try:
@@ -67,17 +67,17 @@ def retrying(policy: RetryPolicy) -> Iterator[None]:
 
 
 def retry(action: Callable[[], T], where: str) -> T:
-    """Runs a store operation, and repeats it while it fails transiently.
+    """Runs a store operation and retries it on transient failures.
 
     Args:
-        action: Can be restarted from the beginning, whatever it left behind.
-        where: The file or folder, for messages.
+        action: an operation that can be restarted after failing at any point.
+        where: file or folder, for messages.
 
     Raises:
-        StoreError: It failed for longer than the timeout of this process.
-        Exception: Whatever else `action` raises.
+        StoreError: it kept failing for longer than the policy's timeout.
+        Exception: any other error that `action` raises.
     """
-    # Only the outermost operation of a thread retries, or the timeouts of nested ones would add up.
+    # Only the outermost operation of a thread retries; otherwise nested timeouts would add up.
     if _policy.timeout_s <= 0 or _thread.is_retrying:
         return action()
     _thread.is_retrying = True
@@ -90,8 +90,8 @@ def retry(action: Callable[[], T], where: str) -> T:
 def retried(method: Callable[P, T]) -> Callable[P, T]:
     """Decorates a store method whose first argument is a path in the store.
 
-    The method is retried by `retry`; a permanent failure, or one that outlasts the timeout, becomes
-    a StoreError.
+    The method is run by `retry`; permanent failures, and those that outlast the timeout, become a
+    StoreError.
     """
 
     @functools.wraps(method)
@@ -115,7 +115,7 @@ def _repeat(action: Callable[[], T], where: str, policy: RetryPolicy) -> T:
             if not is_transient(error):
                 raise
             waited_s = time.monotonic() - start
-            # A StoreError raised on the way already gives advice; its cause is the plain failure.
+            # A nested StoreError already includes advice; its cause is the plain failure.
             cause = error.__cause__ if isinstance(error, StoreError) else None
             problem = f"{where}: {first_line(cause or error)}"
             if waited_s >= policy.timeout_s:
@@ -123,7 +123,7 @@ def _repeat(action: Callable[[], T], where: str, policy: RetryPolicy) -> T:
                     f"{problem}; retried for {waited_s:.0f}s. Committed units are kept: free space "
                     "or wait for the store to recover, then run the same command again to resume"
                 ) from error
-        # Jitter keeps the many workers that wait for one store from returning all at once.
+        # Jitter keeps many workers from hitting the store again at the same moment.
         pause_s = min(delay_s * random.uniform(0.5, 1.0), max(0.0, policy.timeout_s - waited_s))
         policy.report(
             f"{problem}; retrying in {pause_s:.1f}s ({waited_s:.0f} of {policy.timeout_s:.0f}s)"

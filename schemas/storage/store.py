@@ -1,10 +1,10 @@
-"""Files behind one URL, through fsspec, with two atomic ways to write one.
+"""Files behind one fsspec URL, with two kinds of atomic writes.
 
-`Store.write_bytes` replaces a file atomically. `Store.create_exclusive` creates a file atomically,
-for exactly one of any number of concurrent writers: units of labels are committed by it.
+`Store.write_bytes` replaces a file atomically. `Store.create_exclusive` creates a file atomically
+and succeeds for exactly one of any number of concurrent writers; it commits units of labels.
 
-A local path and its ``file://`` URL are the same store. Transient failures are retried as
-`schemas.storage.retry` is configured; every other failure of a driver becomes a `StoreError`.
+A local path and its ``file://`` URL are the same store. Transient failures are retried by the
+policy of `schemas.storage.retry`; all other driver failures become a `StoreError`.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ from schemas.storage.local_files import (
 )
 from schemas.storage.retry import retried
 
-# Stores whose fsspec driver turns mode "create" into one conditional request (`memory` lives in one
-# process). Others check and then write, so that two writers can both succeed.
+# Stores whose fsspec driver implements mode "create" as one conditional request (`memory` lives in
+# one process). Other drivers check and then write, so two writers could both succeed.
 EXCLUSIVE_PROTOCOLS = frozenset(
     {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "azure", "memory"}
 )
@@ -57,10 +57,10 @@ class StoredFile:
 
 
 class Store:
-    """A folder on any file system that fsspec knows; `rel` paths in it use forward slashes.
+    """A folder on any file system that fsspec supports; `rel` is a path in it, with slashes.
 
     Attributes:
-        url: as given.
+        url: URL as given.
         fs: the fsspec file system.
         root: the folder, in the form that `fs` expects.
     """
@@ -94,12 +94,12 @@ class Store:
 
     @retried
     def exists(self, rel: str = "") -> bool:
-        """Whether a file or folder exists; without a path, whether the root does."""
+        """Whether a file or folder exists; by default, whether the root does."""
         return bool(self.fs.exists(self.path(rel) if rel else self.root))
 
     @retried
     def size(self, rel: str) -> int:
-        """The length of a file in bytes.
+        """The size of a file in bytes.
 
         Raises:
             MissingError: it does not exist.
@@ -109,7 +109,7 @@ class Store:
 
     @retried
     def read_bytes(self, rel: str) -> bytes:
-        """The content of a file.
+        """Reads a file.
 
         Raises:
             MissingError: it does not exist.
@@ -119,7 +119,7 @@ class Store:
 
     @retried
     def open(self, rel: str, mode: str = "rb") -> IO[bytes]:
-        """Opens a file; for writing, creates its folder. Call `sync` once it is written and closed.
+        """Opens a file; creates its folder for writing. Call `sync` after writing and closing it.
 
         Raises:
             MissingError: it is opened for reading and does not exist.
@@ -135,7 +135,7 @@ class Store:
 
     @retried
     def sync(self, rel: str) -> None:
-        """Makes a file that was just written, and its name, durable."""
+        """Makes a written file and its name durable."""
         if self.is_local:
             with open(self.path(rel), "rb") as file:
                 os.fsync(file.fileno())
@@ -143,7 +143,7 @@ class Store:
 
     @retried
     def write_bytes(self, rel: str, data: bytes) -> None:
-        """Writes or replaces a file atomically: readers see the old content or the new."""
+        """Atomically writes or replaces a file: readers see the old or the new content."""
         self._make_folder(rel)
         if not self.is_local:
             self.fs.pipe_file(self.path(rel), data)
@@ -152,14 +152,14 @@ class Store:
 
     @retried
     def create_exclusive(self, rel: str, data: bytes) -> bool:
-        """Creates a file atomically unless it exists. Of all writers, exactly one gets True.
+        """Atomically creates a file unless it exists. Exactly one of all writers gets True.
 
-        Writers have to differ in `data`, for example by an attempt id: on an object store a request
-        that is repeated after a lost response may find its own success, which only reading back
-        shows.
+        Writers must pass different `data`, for example by including an attempt id: on an object
+        store, a request retried after a lost response may find the file that it created itself,
+        which only its content reveals.
 
         Returns:
-            True: this call created the file. False: it existed and is untouched.
+            True if this call created the file; False if it existed and is unchanged.
 
         Raises:
             StoreError: the store cannot create exclusively, or the write failed.
@@ -182,7 +182,7 @@ class Store:
         """Tests that an object store honours conditional writes.
 
         Raises:
-            StoreError: the same file could be created twice, or nothing can be written.
+            StoreError: the same file could be created twice, or the store cannot be written.
         """
         if self.is_local:
             return
@@ -199,9 +199,9 @@ class Store:
 
     @retried
     def walk(self, rel: str) -> list[StoredFile]:
-        """Every file below a folder, temporary ones included, by path; none if it does not exist.
+        """Lists all files below a folder, including temporary ones, sorted by path.
 
-        Files that are deleted meanwhile may be missing.
+        Files deleted concurrently may be missing; a folder that does not exist is empty.
         """
         found = []
         for path, entry in self.fs.find(self.path(rel), detail=True).items():
@@ -213,7 +213,7 @@ class Store:
 
     @retried
     def folders(self, rel: str) -> list[str]:
-        """Relative paths of the folders directly in a folder, sorted."""
+        """Relative paths of a folder's direct subfolders, sorted."""
         folder = self.path(rel) if rel else self.root
         try:
             entries = self.fs.ls(folder, detail=True)
@@ -228,7 +228,7 @@ class Store:
 
     @retried
     def list(self, rel: str, suffix: str = "") -> list[str]:
-        """Relative paths of the files directly in a folder, sorted; none if it does not exist."""
+        """Relative paths of a folder's direct files, sorted; empty if it does not exist."""
         folder = self.path(rel)
         try:
             entries = os.listdir(folder) if self.is_local else self.fs.ls(folder, detail=False)
@@ -240,7 +240,7 @@ class Store:
 
     @retried
     def delete(self, rel: str) -> None:
-        """Deletes a file, or a folder with its content; does nothing if it does not exist."""
+        """Deletes a file, or a folder and its content, if it exists."""
         path = self.path(rel)
         with contextlib.suppress(FileNotFoundError):
             if not self.is_local:
@@ -268,9 +268,9 @@ class Store:
     def _refuse_unconditional(self) -> None:
         if not self._protocols & EXCLUSIVE_PROTOCOLS:
             raise StoreError(
-                f"{self.url}: {'/'.join(sorted(self._protocols))} has no exclusive creation of "
-                "files, so label sets there can be read but not written; use a local path, s3, gs "
-                "or abfs"
+                f"{self.url}: {'/'.join(sorted(self._protocols))} cannot create files "
+                "exclusively, so label sets there can be read but not written; use a local path, "
+                "s3, gs or abfs"
             )
 
     @contextlib.contextmanager
@@ -282,7 +282,7 @@ class Store:
 
 
 def _modified(fs: Any, path: str, entry: dict[str, Any]) -> datetime:
-    """From the listing, in which drivers use different keys; else by another request."""
+    """Takes the time from the listing, whose keys differ by driver, else from another request."""
     names = ("LastModified", "mtime", "updated", "last_modified", "modified")
     value = next((entry[name] for name in names if entry.get(name)), None)
     if value is None:
@@ -296,7 +296,7 @@ def _modified(fs: Any, path: str, entry: dict[str, Any]) -> datetime:
 
 
 def _link_exclusive(final: Path, data: bytes) -> bool:
-    """Creates a file by a hard link, which puts complete content in place or fails if it exists.
+    """Creates a file by hard-linking a complete one, which fails if the name exists.
 
     Opening with O_EXCL and then writing could leave a torn file after a crash.
     """
@@ -307,7 +307,7 @@ def _link_exclusive(final: Path, data: bytes) -> bool:
         fault_point("after_link")
         created = True
     except OSError as error:
-        # Over NFS the response to a successful link can be lost; the repeated call then fails.
+        # Over NFS the response to a successful link can be lost; the retransmitted call then fails.
         created = os.stat(temporary).st_nlink == 2
         if not created and error.errno != errno.EEXIST:
             raise StoreError(

@@ -1,6 +1,6 @@
-"""Candidate rows of a view: roster, place in the label set, kept source columns.
+"""Candidate rows of a view, with their places and kept source columns.
 
-Read from rosters and key files; no shard is opened.
+Reads rosters and key files; opens no shard.
 """
 
 import json
@@ -29,13 +29,13 @@ ROWS = pa.schema(
         ),
     ]
 )
-"""VIEW, and: document, the row key of its first window; place, window and sample in the source;
-columns, the kept source columns as JSON."""
+"""VIEW, and: document (row key of the document's first window); place, window and sample in the
+source; columns (the kept source columns as JSON)."""
 
 FILTER_COLUMNS = (
     "source", "place", "window", "sample", "num_tokens", "num_labels", "label_set", "run", "shard",
 )  # fmt: skip
-"""Columns that `--where` can always use, besides kept source columns."""
+"""Columns that `--where` can use in addition to kept source columns."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class SourceRun:
     Attributes:
         label_set: the label set.
         run: identity of the run.
-        given: index of the `--from` that named it.
+        given: index of the `--from` argument that named it.
     """
 
     label_set: LabelSet
@@ -54,7 +54,7 @@ class SourceRun:
 
 
 def open_sources(names: list[str]) -> list[SourceRun]:
-    """The runs that `URL` (all its closed runs) and `URL:RUN` name, in order.
+    """Opens the runs named by `URL:RUN`, or by `URL` for all closed runs, in order.
 
     Raises:
         StoreError: a label set or run does not exist, or a set has no closed run.
@@ -67,18 +67,18 @@ def open_sources(names: list[str]) -> list[SourceRun]:
         if run and run not in runs:
             raise StoreError(f"{url}: no finished run {run}; finished runs: {', '.join(runs)}")
         if not runs:
-            raise StoreError(f"{url}: no finished run, so no roster to select rows from")
+            raise StoreError(f"{url}: no finished run, hence no roster to select rows from")
         found.extend(SourceRun(label_set, one, given) for one in ([run] if run else runs))
     return found
 
 
 def candidate_rows(number: int, source: SourceRun, index: pa.Table) -> pa.Table:
-    """ROWS of a run, by place in the label set.
+    """The ROWS table of a run, sorted by place in the label set.
 
     Args:
         number: value of the column `label_set`.
         source: the run.
-        index: of its label set.
+        index: index of its label set.
 
     Raises:
         StoreError: a row of the run is no longer in the label set.
@@ -89,7 +89,7 @@ def candidate_rows(number: int, source: SourceRun, index: pa.Table) -> pa.Table:
 
 
 def filter_table(rows: pa.Table, sources: list[SourceRun], names: set[str]) -> pa.Table:
-    """The columns of a filter; kept source columns are parsed only if it uses others."""
+    """The columns for a filter; parses kept source columns only if `names` needs them."""
     runs = pa.array([source.run for source in sources], pa.string())
     urls = pa.array([source.label_set.url for source in sources], pa.string())
     number = rows.column("label_set")
@@ -104,16 +104,16 @@ def filter_table(rows: pa.Table, sources: list[SourceRun], names: set[str]) -> p
 
 
 def _split(name: str) -> tuple[str, str]:
-    """URL and run; a colon that a slash follows belongs to the URL."""
+    """Splits URL:RUN; a colon before a slash belongs to the URL."""
     url, colon, run = name.rpartition(":")
     return (url, run) if colon and url and "/" not in run else (name, "")
 
 
 def _documents(roster: pa.Table) -> pa.Array:
-    """The row key of the first window (or response) of each row's document.
+    """For each row, the row key of its document's first window or response.
 
-    Identifies documents by content, not by place, so that a document stays on its side of a split
-    when the corpus is shuffled or its files are renamed. Rosters are ordered by place.
+    Identifies documents by content instead of place, so that a document stays on its side of a
+    split when the corpus is shuffled or files are renamed. Relies on rosters being sorted by place.
     """
     keys = key_array(roster, "row_key")
     if not len(keys):
@@ -129,7 +129,7 @@ def _documents(roster: pa.Table) -> pa.Array:
 
 
 def _kept_columns(packed: pa.ChunkedArray) -> dict[str, pa.Array]:
-    """Typed columns from JSON objects; values without a common type become JSON text."""
+    """Parses JSON objects into typed columns; values without a common type become JSON text."""
     rows = [json.loads(text) if text else {} for text in packed.to_pylist()]
     names = sorted({name for row in rows for name in row})
     columns = {}

@@ -1,7 +1,7 @@
-"""Selection of rows for views: filter, hold out, mix, sample, as a function of row keys and a seed.
+"""Selects the rows of views: filters, holds out, mixes and samples by row key and seed.
 
-Whether a row is selected depends on its own key (for splits, on its document's) and not on the
-order or number of other rows, except for mixtures and samples of a given number of rows.
+Whether a row is selected depends only on its own key (in splits, on its document's), not on the
+order or number of other rows; mixtures and samples of a given number of rows are exceptions.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from schemas.views.candidate_rows import (
 from schemas.views.view import VIEW, View, write_view
 from schemas.views.where import names_in, parse_filter
 
-_SAMPLE, _HOLD_OUT, _MIX = 1, 2, 3  # hash streams, so that choices are independent
+_SAMPLE, _HOLD_OUT, _MIX = 1, 2, 3  # separate hash streams keep the choices independent
 
 
 class Selection(StrictModel):
@@ -35,11 +35,11 @@ class Selection(StrictModel):
 
     Attributes:
         sources: `URL` or `URL:RUN` of each label set; a row in several is taken from the first.
-        where: a filter, see `schemas.views.where`; empty: every row.
-        holdout: share of the documents for the held-out view; 0: no such view.
-        weights: shares of rows of each source; empty: all rows.
+        where: filter expression, see `schemas.views.where`; empty: every row.
+        holdout: share of documents in the held-out view; 0: no held-out view.
+        weights: relative number of rows from each source; empty: all rows.
         sample: share of rows (below 1) or number of rows to keep; 0: all.
-        seed: of all choices.
+        seed: random seed of the selection.
     """
 
     sources: tuple[str, ...]
@@ -50,7 +50,11 @@ class Selection(StrictModel):
     seed: int = 0
 
     def check(self) -> None:
-        """Raises a ConfigError if a value is invalid."""
+        """Validates the values.
+
+        Raises:
+            ConfigError: a value is invalid.
+        """
         if not 0.0 <= self.holdout < 1.0:
             raise ConfigError(f"--holdout is {self.holdout}; expected a share between 0 and 1")
         if self.weights and len(self.weights) != len(self.sources):
@@ -75,8 +79,8 @@ def make_views(
     Args:
         out: URL of the view.
         heldout: URL of the held-out view.
-        selection: which rows.
-        progress: called with the units read so far of one label set, and all units of it.
+        selection: how to select rows.
+        progress: called with the number of units read and of all units, per label set.
 
     Raises:
         ConfigError: the selection is invalid or leaves no rows.
@@ -101,7 +105,7 @@ def make_views(
     chosen = [(url, _sampled(_mixed(side, sources, selection), selection)) for url, side in sides]
     for url, side in chosen:
         if not len(side):
-            raise ConfigError(f"{url}: none of {total} rows is left; loosen the selection")
+            raise ConfigError(f"{url}: the selection leaves none of {total} rows; loosen it")
     return [_write(url, side, sources, selection) for url, side in chosen]
 
 
@@ -121,7 +125,7 @@ def _filtered(rows: pa.Table, sources: Sequence[SourceRun], where: str) -> pa.Ta
 
 
 def _mixed(rows: pa.Table, sources: Sequence[SourceRun], selection: Selection) -> pa.Table:
-    """The most rows that have the requested shares, selected by key."""
+    """Keeps as many rows as the requested shares allow, selected by key."""
     if not selection.weights:
         return rows
     given = np.array([source.given for source in sources])[rows.column("label_set").to_numpy()]
@@ -147,9 +151,9 @@ def _sampled(rows: pa.Table, selection: Selection) -> pa.Table:
 
 
 def _share(keys: Keys, seed: int, stream: int) -> npt.NDArray[np.float64]:
-    """float64 [R] in [0, 1): a hash of each key, uint8 [R, 16], with seed and stream.
+    """float64 [R] in [0, 1): hashes each key, uint8 [R, 16], with seed and stream.
 
-    splitmix64's finaliser (Steele et al. 2014) over both halves of a key, which is a hash itself.
+    Applies splitmix64's finaliser (Steele et al. 2014) to both halves of the key, itself a hash.
     """
     halves = np.ascontiguousarray(keys).view("<u8").reshape(-1, 2)
     start = np.array([(seed * 4 + stream) % 2**64], np.uint64)
@@ -165,7 +169,7 @@ def _finalised(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def _write(url: str, rows: pa.Table, sources: Sequence[SourceRun], selection: Selection) -> View:
-    """Writes a view; leaves out sources without rows, so that trainers do not open them."""
+    """Writes a view without the sources that have no rows, so that trainers do not open them."""
     numbers = rows.column("label_set").to_numpy()
     used = np.unique(numbers)
     renumbered = pa.array(np.searchsorted(used, numbers).astype(np.int16))

@@ -52,12 +52,12 @@ VIEW = pa.schema(
     )
 )
 """Columns: row_key; label_set, index into the view's list; shard, row_group and row in it; lengths;
-source; weight, a factor on the loss of the row. Ordered by label set, unit, row group and row: rows
-of a shard are contiguous, and relabelling the same units gives the same order."""
+source; weight, a factor on the row's loss. Sorted by label set, unit, row group and row, so that
+rows of a shard are contiguous and relabelling the same units gives the same order."""
 
 
 class PinnedShard(StrictModel):
-    """A shard with rows of a view."""
+    """A shard that contains rows of a view."""
 
     shard: str
     unit_key: str
@@ -68,9 +68,9 @@ class ViewSource(StrictModel):
     """A label set of a view, and the run whose rows were selected.
 
     Attributes:
-        url: of the label set; relative to the view if both are local, so that a folder with both
-            can be moved.
-        record: what rows are reduced to for readers of the view; None: the label set's record.
+        url: URL of the label set; relative to the view if both are local, so that they can be moved
+            together.
+        record: record that readers of the view reduce rows to; None: the label set's.
     """
 
     url: str
@@ -86,7 +86,7 @@ class ViewFile(StrictModel):
     """Content of view.json, which is written last.
 
     Attributes:
-        selection: how rows were selected; empty if all rows of the runs were.
+        selection: how rows were selected; empty: all rows of the runs.
     """
 
     view_hash: str
@@ -101,12 +101,12 @@ class View:
     """An existing view; see `build_view` and `View.open`.
 
     Attributes:
-        url: its location.
-        view_hash: of fingerprints, and of rows with weights in order.
+        url: where the view is.
+        view_hash: hash of the fingerprints and of the ordered rows and weights.
         table: the rows, in the schema VIEW.
-        label_sets: the label sets that the column `label_set` indexes.
-        sources: their descriptions in view.json.
-        records: the records that readers get of each; see `schemas.record.reduce`.
+        label_sets: label sets, indexed by the column `label_set`.
+        sources: descriptions of the label sets in view.json.
+        records: record that readers get from each label set; see `schemas.record.reduce`.
     """
 
     def __init__(self, url: str, file: ViewFile, table: pa.Table) -> None:
@@ -122,11 +122,11 @@ class View:
 
     @staticmethod
     def open(url: str) -> "View":
-        """The view at `url`.
+        """Opens the view at `url`.
 
         Raises:
-            StoreError: it, or one of its label sets, does not exist.
-            DamagedError: its two files are damaged or do not match.
+            StoreError: the view or one of its label sets does not exist.
+            DamagedError: the view's files are damaged or do not match each other.
         """
         store = Store(url)
         if not store.exists(VIEW_FILE):
@@ -135,7 +135,7 @@ class View:
             file = ViewFile.model_validate_json(store.read_bytes(VIEW_FILE))
         except pydantic.ValidationError as error:
             what = str(error).replace("\n", " ")
-            raise DamagedError(f"{store.path(VIEW_FILE)}: not a view ({what})") from error
+            raise DamagedError(f"{store.path(VIEW_FILE)}: not a valid view ({what})") from error
         try:
             table = parse_table(store.read_bytes(VIEW_ROWS), VIEW)
         except (MissingError, DamagedError) as error:
@@ -149,7 +149,7 @@ class View:
         return View(url, file, table)
 
     def __str__(self) -> str:
-        """Location and size in one line."""
+        """Describes location and size on one line."""
         counts = f"{self.num_rows:,} rows, {self.num_tokens:,} tokens, {self.num_labels:,} labels"
         return f"{self.url}: {counts} (view {self.view_hash})"
 
@@ -157,8 +157,8 @@ class View:
         """Checks that every pinned shard exists and has its recorded size.
 
         Raises:
-            StoreError: a shard is missing because its unit was dropped; names both.
-            DamagedError: a shard has another size; names shard, unit and repair.
+            StoreError: a shard is missing because its unit was dropped; the message names both.
+            DamagedError: a shard has another size; the message names shard, unit and repair.
         """
         for source, label_set in zip(self.sources, self.label_sets, strict=True):
             for pinned in source.shards:
@@ -173,12 +173,12 @@ def build_view(
     A row that occurs in several runs is taken from the first.
 
     Args:
-        url: where to write it; replaces an existing view.
-        label_sets: label sets, each with the closed run whose rows to take.
-        record: to reduce rows to for readers; None: the records of the label sets.
+        url: where to write the view; an existing view is replaced.
+        label_sets: label sets, each with the finished run to take rows from.
+        record: record that readers reduce rows to; None: each label set's own.
 
     Raises:
-        StoreError: a run has no closed roster; a row of it is no longer in the label set; or a
+        StoreError: a run has no closed roster; a row of a run is no longer in the label set; or a
             label set cannot be reduced to `record`.
     """
     indices = [label_set.index() for label_set, _ in label_sets]
@@ -199,13 +199,13 @@ def write_view(
     record: RecordSpec | None = None,
     selection: Mapping[str, Any] | None = None,
 ) -> View:
-    """Writes a view of selected rows; replaces an existing view.
+    """Writes a view of selected rows; an existing view is replaced.
 
     Args:
-        url: where to write it.
-        label_sets: label sets, each with the closed run that its rows are from.
-        table: the rows, in the schema and the order of VIEW.
-        record: to reduce rows to for readers; None: the records of the label sets.
+        url: where to write the view.
+        label_sets: label sets, each with the finished run that its rows come from.
+        table: the rows, in the schema and order of VIEW.
+        record: record that readers reduce rows to; None: each label set's own.
         selection: how rows were selected, as plain JSON values.
 
     Raises:
@@ -232,7 +232,7 @@ def write_view(
         sources=sources,
         selection=dict(selection or {}),
     )
-    # While files are replaced there is no view, rather than a mix of the old and the new one.
+    # Deleted first and written last, so that a crash never leaves a mix of the old and new view.
     store.delete(VIEW_FILE)
     store.write_bytes(VIEW_ROWS, table_bytes(table))
     store.write_bytes(VIEW_FILE, file.model_dump_json(indent=1).encode())
@@ -240,14 +240,14 @@ def write_view(
 
 
 def _reduced_record(label_set: LabelSet, record: RecordSpec | None) -> RecordSpec | None:
-    """The record, or None if it is that of the label set."""
+    """The record, or None if it equals the label set's."""
     if record is None or record.identity() == label_set.spec.record.identity():
         return None
     conflicts = record_conflicts(label_set.spec.record, record)
     if conflicts:
         raise StoreError(
-            f"{label_set.url}: cannot serve the record requested for the view "
-            f"({'; '.join(conflicts)}); request less, or label again"
+            f"{label_set.url}: cannot be reduced to the record requested for the view "
+            f"({'; '.join(conflicts)}); request a smaller record, or label again"
         )
     return record
 
@@ -265,10 +265,10 @@ def labelled_rows(
     Args:
         number: value of the column `label_set`.
         label_set: the label set.
-        run: for messages.
-        roster: of the run; may have further columns.
-        index: of the label set.
-        schema: of the result: VIEW, perhaps with columns of the roster.
+        run: name of the run, for messages.
+        roster: roster of the run; may have additional columns.
+        index: index of the label set.
+        schema: schema of the result: VIEW, optionally with columns of the roster.
 
     Raises:
         StoreError: a row of the run is no longer in the label set.
@@ -278,8 +278,8 @@ def labelled_rows(
     gone = int((places < 0).sum())
     if gone:
         raise StoreError(
-            f"{label_set.url}: {gone} rows of run {run} no longer have labels, since units were "
-            "dropped; label the corpus again"
+            f"{label_set.url}: {gone} rows of run {run} have lost their labels, because units "
+            "were dropped; label the corpus again"
         )
     order = np.argsort(places)
     rows, chosen = index.take(pa.array(places[order])), chosen.take(pa.array(order))
@@ -291,7 +291,7 @@ def labelled_rows(
 
 
 def _pinned(label_set: LabelSet, table: pa.Table) -> list[PinnedShard]:
-    """The shards of the rows in `table`, by unit key."""
+    """The shards that contain rows of `table`, sorted by unit key."""
     wanted = set(pc.unique(pc.cast(table.column("shard"), pa.string())).to_pylist())
     return [
         PinnedShard(
@@ -303,7 +303,7 @@ def _pinned(label_set: LabelSet, table: pa.Table) -> list[PinnedShard]:
 
 
 def _view_hash(sources: Sequence[ViewSource], table: pa.Table) -> str:
-    """32 hexadecimal digits; covers places, but not the names of shards, which are random."""
+    """32 hexadecimal digits; covers places, but not shard names, which are random."""
     hasher = hashlib.sha256()
     made_from: list[Any] = [source.fingerprint for source in sources]
     made_from += [source.record.identity() for source in sources if source.record is not None]

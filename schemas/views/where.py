@@ -1,9 +1,9 @@
 """The `--where` filter language, parsed to an Arrow expression and never evaluated as Python.
 
-Its syntax is that of Python: comparisons, ``and``, ``or``, ``not``, ``in``, arithmetic, and for
-text ``startswith``, ``endswith``, ``contains`` and ``like`` (``%`` any text, ``_`` one character),
-each as a method or a function: ``source.endswith('.py') and num_labels / num_tokens > 0.5``. A
-column whose name is not an identifier is ``col('its name')``.
+Uses Python's syntax: comparisons, ``and``, ``or``, ``not``, ``in``, arithmetic, and for text
+``startswith``, ``endswith``, ``contains`` and ``like`` (``%`` any text, ``_`` one character), each
+as a method or a function: ``source.endswith('.py') and num_labels / num_tokens > 0.5``. Columns
+whose names are not identifiers are written ``col('its name')``.
 """
 
 import ast
@@ -43,7 +43,7 @@ def names_in(text: str) -> set[str]:
     """The columns that an expression uses.
 
     Raises:
-        ConfigError: it is not an expression.
+        ConfigError: the text is not an expression.
     """
     tree = _parse(text)
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
@@ -57,11 +57,11 @@ def names_in(text: str) -> set[str]:
 
 
 def parse_filter(text: str, columns: Iterable[str]) -> Expression:
-    """The expression over the given columns, for `pyarrow.Table.filter`.
+    """Parses an expression over the given columns, for `pyarrow.Table.filter`.
 
     Raises:
-        ConfigError: it is not an expression, is outside of the language, or uses an unknown column;
-            names the known ones.
+        ConfigError: the text is not an expression, is not allowed in the language, or uses an
+            unknown column; the message lists the known ones.
     """
     try:
         expression = _Filter(text, sorted(columns)).build(_parse(text))
@@ -79,7 +79,7 @@ def _parse(text: str) -> ast.expr:
 
 
 class _Filter:
-    """Builds an expression from its syntax tree."""
+    """Builds an Arrow expression from a syntax tree."""
 
     def __init__(self, text: str, columns: list[str]) -> None:
         self._text = text
@@ -167,7 +167,7 @@ class _Filter:
             return self._column(column if isinstance(column, str) else str(column))
         if name not in _TEXT or len(arguments) != 2 or node.keywords:
             raise self._refusal(
-                node, "startswith, endswith, contains or like of a column and a text"
+                node, "startswith, endswith, contains or like with a column and a text"
             )
         pattern = self.build(arguments[1])
         if not isinstance(pattern, str):

@@ -251,7 +251,7 @@ class TestView:
     def test_rows_without_labels_any_more(self, label_set: LabelSet, tmp_path: Path) -> None:
         self.view(label_set)
         label_set.store.delete(f"manifests/{label_set.manifests()[0].unit_key}.json")
-        with pytest.raises(StoreError, match="6 rows of run r no longer have labels"):
+        with pytest.raises(StoreError, match="6 rows of run r have lost their labels"):
             build_view(str(tmp_path / "again"), [(label_set, "r")])
 
     def test_files_that_do_not_agree(self, label_set: LabelSet, tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ class TestView:
         with pytest.raises(DamagedError, match="rebuild the view"):
             View.open(view.url)
         (store / "view.json").write_text("{")
-        with pytest.raises(DamagedError, match=r"view\.json: not a view"):
+        with pytest.raises(DamagedError, match=r"view\.json: not a valid view"):
             View.open(view.url)
         (store / "view.json").unlink()
         with pytest.raises(StoreError, match="no view there"):

@@ -94,7 +94,7 @@ def test_filters_over_roster_and_kept_columns(tmp_path: Path) -> None:
     again.check_shards()
     with pytest.raises(ConfigError, match=r"no column nothing.*id, label_set, lang, num_labels"):
         one(tmp_path, "x", url, where="nothing == 1")
-    with pytest.raises(ConfigError, match="none of 90 rows is left"):
+    with pytest.raises(ConfigError, match="leaves none of 90 rows"):
         one(tmp_path, "x", url, where="num_labels > 100000")
     with pytest.raises(ConfigError, match=r"columns: .*lang string"):
         one(tmp_path, "x", url, where="lang > 1")
