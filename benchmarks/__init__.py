@@ -1,1 +1,1 @@
-"""One module a claim: each prints a table and, with ``--json PATH``, leaves the figures as JSON."""
+"""One module per claim. Each prints a table and, with ``--json PATH``, writes JSON."""

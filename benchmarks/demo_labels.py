@@ -1,6 +1,6 @@
-"""Labels of the demo's teacher on real text, for the benchmarks that want real labels.
+"""The demo teacher's labels of real text, for benchmarks that need real labels.
 
-Shapes: R rows, L tokens of a row.
+Shapes: R rows, L tokens per row.
 """
 
 import tempfile
@@ -30,7 +30,7 @@ OVERLAP = 64
 
 @dataclass(frozen=True)
 class TokenRows:
-    """R windows of text, as a label job cuts them.
+    """R windows of text, split as in a label job.
 
     Attributes:
         token_ids: int32 [L] for each row.
@@ -53,7 +53,7 @@ class TokenRows:
         return stack_keys(list(map(row_key, self.token_ids, self.label_spans)))
 
     def assembled(self, labels: Sequence[RowLabels], record: RecordSpec) -> LabelRows:
-        """The rows with their labels, rounded as they are stored."""
+        """The rows with their labels, rounded as in a label set."""
         content = stack_keys(list(map(content_key, self.token_ids, self.label_spans)))
         return assemble_rows(
             self.row_keys, content, self.token_ids, self.label_spans, labels, record
@@ -68,7 +68,7 @@ def teacher_config() -> TeacherConfig:
 
 
 def real_rows(num_labels: int) -> TokenRows:
-    """Windows of the demo's held-out files with at least this many labels."""
+    """Windows of the demo's held-out files, with at least this many labels in all."""
     tokenizer: Any = load_tokenizer(teacher_config())
     rows = TokenRows([], [])
     with tempfile.TemporaryDirectory() as folder:
@@ -95,6 +95,6 @@ def label(rows: TokenRows, record: RecordSpec) -> Sequence[RowLabels]:
 
 
 def ids_per_label(labels: Sequence[RowLabels]) -> float:
-    """Mean number of entries of a label."""
+    """Mean number of entries per label."""
     entries = sum(int((row.head_len + row.tail_len).sum()) for row in labels)
     return entries / sum(row.num_labels for row in labels)

@@ -1,4 +1,4 @@
-"""The demo teacher's distributions at positions of the text that the demo labels."""
+"""The demo teacher's distributions at positions of the demo's corpus."""
 
 import hashlib
 from typing import Any, NamedTuple
@@ -9,15 +9,15 @@ from benchmarks.demo_labels import TEACHER
 from cluster.demo.corpus import corpus_part, library_files
 
 WINDOW = 256
-"""Tokens of one sequence."""
+"""Tokens per sequence."""
 PER_WINDOW = 8
-"""Positions sampled from one sequence; neighbours are too similar to add information."""
+"""Positions sampled per sequence; neighbours are too similar to add information."""
 FIRST = 32
-"""First position sampled: earlier ones have too little context to be typical."""
+"""First position sampled; earlier ones have too little context to be typical."""
 
 
 class Positions(NamedTuple):
-    """A teacher at T positions, V vocabulary, H hidden size.
+    """A teacher's output at T positions; vocabulary size V, hidden size H.
 
     Attributes:
         logits: float32 [T, V].
@@ -31,7 +31,7 @@ class Positions(NamedTuple):
 
 
 def teacher_positions(num_positions: int, seed: int = 0) -> Positions:
-    """Positions of the students' half of the demo's corpus, which the teacher was not trained on.
+    """Samples positions of the students' part of the corpus, which the teacher never saw.
 
     Args:
         num_positions: T; a few from each of as many files as needed.
@@ -59,7 +59,7 @@ def teacher_positions(num_positions: int, seed: int = 0) -> Positions:
 
 
 def _windows(tokenizer: Any, count: int) -> list[list[int]]:
-    """One window from the middle of each of `count` files."""
+    """Returns a window from the middle of each of `count` files."""
     files = [
         (hashlib.sha256(name.encode()).hexdigest(), path)
         for name, path in library_files()

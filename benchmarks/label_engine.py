@@ -1,7 +1,7 @@
-"""One engine and everything measured on it: the child processes of `benchmarks.label`.
+"""Measurements on one engine: the child processes of `benchmarks.label`.
 
-A process holds one engine only, and compared runs must share a process: prefill, the stock paths,
-ours and the floor take turns, so that a slow phase of the machine affects all of them.
+A process can hold only one engine, and compared runs must share a process: prefill, the stock
+paths, ours and the floor take turns, so that a slow phase of the machine affects all of them.
 """
 
 import functools
@@ -39,16 +39,16 @@ from schemas.errors import RowFailure
 from schemas.spec import RecordSpec
 
 _CALLS = 3
-"""Units in work at a time, as in a label job's teacher actor."""
+"""Units in flight, as in a label job's teacher actor."""
 
 _GATES = GatesConfig(parity_rows=0)
-"""Audits as in any job; parity is checked once a label set, not once a unit."""
+"""Audits as in any job, but no parity check, which runs once per label set, not per unit."""
 
 
 def measure_engine(
     model: str, num_tokens: int, row_tokens: int, unit_rows: int, repeats: int
 ) -> tuple[dict[str, Any], TokenRows, dict[str, list[RowLabels]], int]:
-    """Figures of one model, its rows, their labels by kind of record, and its vocabulary size."""
+    """Figures of one model, its rows, their labels by record, and its vocabulary size."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         config = teacher_config(make_folder(model, folder / "model"))
@@ -63,7 +63,7 @@ def measure_engine(
 
 
 class EngineBenchmark:
-    """An engine with one model, the rows for it, and the ways to run them."""
+    """An engine with one model, rows to label, and the ways to run them."""
 
     def __init__(self, teacher: VllmTeacher, rows: TokenRows, folder: Path, unit_rows: int) -> None:
         self.teacher = teacher
@@ -74,9 +74,9 @@ class EngineBenchmark:
     def measure(
         self, kinds: dict[str, RecordSpec], repeats: int, hidden_size: int
     ) -> dict[str, Any]:
-        """Medians over repeats in which everything takes its turn.
+        """Medians over repeats in which all ways take turns.
 
-        Ratios are taken within a repeat before their median.
+        Ratios are computed within each repeat, then their median is taken.
         """
         ways: dict[str, Callable[[], float]] = {
             "plain": self._prefill,
@@ -118,7 +118,7 @@ class EngineBenchmark:
         }
 
     def labels(self, record: RecordSpec) -> list[RowLabels]:
-        """Labels of all rows before rounding."""
+        """Labels all rows, without rounding."""
         self._use_record(record)
         rows = self.rows
         results = self.teacher.label(rows.token_ids, rows.label_spans, rows.row_keys)
@@ -127,12 +127,12 @@ class EngineBenchmark:
         return labels
 
     def _use_record(self, record: RecordSpec) -> None:
-        """Labels by another record; a new engine would take long to start."""
+        """Switches the record in place, because starting a new engine takes long."""
         self.teacher._record = record
         self.teacher._engine.alone(self.teacher._install_label_path)
 
     def _prefill(self, flat: bool | None = None) -> float:
-        """Seconds of prefill: plain (None), or with K candidates in flat lists or dictionaries."""
+        """Seconds of prefill: plain (None), or with K candidates, flat or as dictionaries."""
         from vllm import SamplingParams
 
         params = SamplingParams(
@@ -143,7 +143,7 @@ class EngineBenchmark:
             prompt_logprobs=None if flat is None else K,
             flat_logprobs=bool(flat),
         )
-        # The engine is driven as the teacher drives it, on the thread that owns its cores.
+        # Drives the engine as the teacher does, on the thread that owns its cores.
         started = time.perf_counter()
         requests = [engine_request(tokens, params) for tokens in self.rows.token_ids]
         outputs = self.teacher._engine.outputs(requests)
@@ -170,7 +170,7 @@ class EngineBenchmark:
         return seconds
 
     def _floor(self, hidden_size: int) -> float:
-        """Seconds that no labeller can avoid; see ``label_floor``."""
+        """Seconds that no labeller can avoid; see `label_floor`."""
         floor = functools.partial(
             floor_seconds, num_labels=self.rows.num_labels, hidden_size=hidden_size
         )

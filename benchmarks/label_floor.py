@@ -1,4 +1,4 @@
-"""The time that no labeller can avoid: the head's product and a logsumexp at every label."""
+"""The time that no labeller can avoid: the head's matmul and a logsumexp for every label."""
 
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from labeler.teachers.vllm.worker.label_step import rows_at_once
 from schemas.spec import RecordSpec
 
 _BARE = RecordSpec(kind="topk", k=1, entropy=False)
-"""A record that needs only the memory of the softmax."""
+"""A record whose only buffer is the softmax."""
 
 
 def floor_seconds(model: Any, num_labels: int, hidden_size: int) -> float:

@@ -1,4 +1,4 @@
-"""CPU time of the host from the engine's arrays to the manifest."""
+"""CPU time on the host, from the engine's arrays to the manifest."""
 
 import tempfile
 from collections.abc import Sequence
@@ -29,15 +29,15 @@ def host_us_per_label(
     unit_rows: int,
     repeats: int,
 ) -> dict[str, float]:
-    """Microseconds of CPU time a label, all threads counted, in the fastest of some repeats.
+    """Microseconds of CPU time per label, over all threads, in the fastest of several repeats.
 
     Args:
         rows: the labelled rows.
-        labels: of the rows, as the teacher gave them; they are packed as the engine ships them.
-        record: of the labels.
+        labels: labels of the rows, as returned by the teacher; packed as the engine does.
+        record: record of the labels.
         vocab_size: V.
-        unit_rows: rows of a unit.
-        repeats: how often everything is done.
+        unit_rows: rows per unit.
+        repeats: number of repeats.
 
     Returns:
         ``total``, and its parts ``assemble`` (unpacking the arrays, rounding them, joining rows),
@@ -74,7 +74,7 @@ def host_us_per_label(
 
 
 def _packed(labels: RowLabels, record: RecordSpec) -> Packed:
-    """The arrays that the engine shipped for a row, without its audits."""
+    """Packs a row's labels as the engine does, without audits."""
 
     def tensor(values: np.ndarray | None) -> torch.Tensor | None:
         return None if values is None else torch.from_numpy(np.ascontiguousarray(values))

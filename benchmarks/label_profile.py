@@ -1,4 +1,4 @@
-"""Time of labelling by kind of work, on the thread that drives an engine of this process."""
+"""Labelling time by kind of work, on the thread that drives an engine in this process."""
 
 import time
 from collections import defaultdict
@@ -14,7 +14,7 @@ from labeler.teachers.vllm.worker import label_step
 def profile_us(
     teacher: VllmTeacher, run: Callable[[], object], num_tokens: int
 ) -> dict[str, float]:
-    """Microseconds a token of one run, by kind of work on the engine's thread.
+    """Microseconds per token of one run, by kind of work on the engine's thread.
 
     Returns:
         ``idle``, between steps of the engine; ``forward``, its steps without the label head, so

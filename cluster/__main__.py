@@ -102,7 +102,7 @@ def _evaluate(args: argparse.Namespace) -> Result:
     from trainer.config.evaluate import EvaluateConfig
 
     config = load_toml(args.config, EvaluateConfig, args.overrides)
-    # Imports torch, which takes seconds: a wrong configuration is reported before.
+    # Imports torch, which takes seconds, so an invalid configuration is reported first.
     from trainer.evaluation.compare import run_evaluate
 
     return run_evaluate(config).model_dump_json(indent=2), 0
@@ -140,7 +140,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Result]] = {
 
 
 def quiet_libraries() -> None:
-    """Turns down what the libraries log, which would drown the command's own output."""
+    """Lowers the log levels of libraries, which would drown the command's own output."""
     for name, value in (
         ("RAY_USAGE_STATS_ENABLED", "0"),
         ("RAY_BACKEND_LOG_LEVEL", "fatal"),
@@ -152,7 +152,7 @@ def quiet_libraries() -> None:
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
         ("TQDM_DISABLE", "1"),
     ):
-        os.environ.setdefault(name, value)  # what the user has set wins
+        os.environ.setdefault(name, value)  # the user's settings win
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TutelageError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR
-    except PermissionError as error:  # of a file outside of any Store, such as a run folder's
+    except PermissionError as error:  # on a file outside any Store, such as in a run folder
         print(f"error: {first_line(error)}; check the permissions", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt as stopped:

@@ -1,4 +1,4 @@
-"""`tutelage submit`: runs a command as a job of a Ray cluster, through `ray job submit`."""
+"""`tutelage submit`: runs a command as a job on a Ray cluster, with `ray job submit`."""
 
 import subprocess
 import sys
@@ -9,20 +9,20 @@ from schemas.errors import ConfigError
 
 
 def submit(command: Sequence[str], address: str | None, working_dir: str, wait: bool) -> int:
-    """Submits a command and, with `wait`, follows its output to the end.
+    """Submits a command and optionally follows its output.
 
     Args:
         command: job (label, train or evaluate), path of its config, overrides.
-        address: of the job server; None: Ray's default.
-        working_dir: folder that Ray uploads, except what .gitignore lists, so that this project
-            need not be installed on the cluster; the config has to be inside it.
-        wait: follow the output to the end.
+        address: URL of the job server; None: Ray's default.
+        working_dir: folder that Ray uploads, except files in .gitignore, so that this project need
+            not be installed on the cluster; must contain the config.
+        wait: whether to follow the output to the end.
 
     Returns:
         The exit code of `ray job submit`, non-zero if the job failed.
 
     Raises:
-        ConfigError: the config is outside of the working directory, so the job could not read it.
+        ConfigError: the config is outside the uploaded folder, so the job could not read it.
     """
     job, config, *overrides = command
     root = Path(working_dir).resolve()
@@ -31,7 +31,7 @@ def submit(command: Sequence[str], address: str | None, working_dir: str, wait: 
         raise ConfigError(f"{config}: no such file; expected the job's TOML configuration")
     if not path.is_relative_to(root):
         raise ConfigError(
-            f"{config}: outside of the folder uploaded to the cluster ({root}); move it there, or "
+            f"{config}: outside the folder uploaded to the cluster ({root}); move it there, or "
             "choose another folder with --working-dir"
         )
     # The CLI of this interpreter's environment, which need not be on PATH.

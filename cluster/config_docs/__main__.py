@@ -12,7 +12,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def generated() -> dict[Path, str]:
-    """Content of each generated file."""
+    """The content of each generated file."""
     schemas = {
         DOCS / "schemas" / f"{command}.schema.json": json.dumps(json_schema(command), indent=2)
         for command in COMMANDS
@@ -21,7 +21,7 @@ def generated() -> dict[Path, str]:
 
 
 def main() -> int:
-    """Writes the files, or with --check reports those that are stale; returns the exit code."""
+    """Writes the files, or with --check reports stale ones; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m cluster.config_docs", description=__doc__)
     parser.add_argument("--check", action="store_true", help="only report files that are stale")
     check = parser.parse_args().check

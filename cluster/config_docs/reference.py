@@ -1,4 +1,4 @@
-"""docs/config.md, rendered from the JSON Schemas."""
+"""Renders docs/config.md from the JSON Schemas."""
 
 import json
 import math
@@ -36,7 +36,7 @@ if the file starts with the schema's path or URL:
 
 
 def reference() -> str:
-    """The page: a section per file, and in it one per table."""
+    """Renders the page: a section per file, with a subsection per table."""
     files = "\n".join(
         f"| [`{command}.toml`](#{_anchor(f'{command}.toml')}) | `tutelage {command}` | {content} |"
         for command, (_, content) in COMMANDS.items()
@@ -52,7 +52,7 @@ def reference() -> str:
 
 
 def _tables(node: Schema, root: Schema, prefix: str) -> Iterator[tuple[str, Schema]]:
-    """TOML headers, such as [teacher.remote] or [[view]], and schemas of the tables in a table."""
+    """Yields the header, such as [teacher.remote] or [[view]], and schema of each nested table."""
     for key, field in node["properties"].items():
         for option in _options(field):
             if "$ref" in option:
@@ -74,7 +74,7 @@ def _table(node: Schema, root: Schema, prefix: str) -> str:
 
 
 def _type(field: Schema, table: str) -> str:
-    """The type of a key for people; `table` is the text for tables with a section of their own."""
+    """Formats the type of a key; `table` is the text for tables with their own section."""
     options = _options(field)
     if len(options) > 1:
         return " or ".join(_type(option, table) for option in options)

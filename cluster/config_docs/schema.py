@@ -1,4 +1,4 @@
-"""JSON Schemas of the three configuration files, for editors of TOML."""
+"""JSON Schemas of the three configuration files, for TOML editors."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ COMMANDS: dict[str, tuple[type[StrictModel], str]] = {
     "train": (TrainConfig, "a view of labels, a student, and how to train it"),
     "evaluate": (EvaluateConfig, "students to compare with their teacher on held-out rows"),
 }
-"""Each command that reads a configuration file: the file's model, and what the file describes."""
+"""Commands that read a configuration file, each with the file's model and description."""
 
 
 class _TomlJsonSchema(GenerateJsonSchema):
-    """Schemas for editors of TOML.
+    """Generates schemas for TOML editors.
 
-    They never allow null, which TOML cannot express: optional keys are left out instead. The
-    dialect is draft-07, the newest that taplo's validator knows.
+    They never allow null, which TOML cannot express; optional keys are simply absent. The dialect
+    is draft-07, the newest that taplo's validator supports.
     """
 
     schema_dialect = "http://json-schema.org/draft-07/schema#"
@@ -33,17 +33,17 @@ class _TomlJsonSchema(GenerateJsonSchema):
     def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
         generated = super().default_schema(schema)
         if generated.get("default") is None or isinstance(generated["default"], dict):
-            generated.pop("default", None)  # of tables: each of their keys has its own
+            generated.pop("default", None)  # a table's keys have their own defaults
         return generated
 
     def tuple_schema(self, schema: core_schema.TupleSchema) -> JsonSchemaValue:
         generated = super().tuple_schema(schema)
         if "prefixItems" in generated:
-            generated["items"] = generated.pop("prefixItems")  # as draft-07 spells it
+            generated["items"] = generated.pop("prefixItems")  # the name in draft-07
         return generated
 
     def field_title_should_be_set(self, schema: Any) -> bool:
-        return False  # a title such as "Max Tokens" says nothing that max_tokens does not
+        return False  # a title such as "Max Tokens" only repeats the key
 
 
 def json_schema(command: str) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def json_schema(command: str) -> dict[str, Any]:
 
 
 def undescribed(command: str) -> list[str]:
-    """Keys, such as ``optimizer.eps``, whose meaning neither a field nor a model states."""
+    """Keys, such as ``optimizer.eps``, that neither a field nor a model describes."""
     schema = json_schema(command)
     defs = schema.get("$defs", {})
     return [

@@ -15,7 +15,7 @@ def plot_curves(out: Path, path: Path) -> None:
     """Plots the training cross-entropy of each student against the tokens it has seen."""
     import matplotlib
 
-    matplotlib.use("Agg")  # draws to files without a display
+    matplotlib.use("Agg")  # renders to files, without a display
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
@@ -24,7 +24,7 @@ def plot_curves(out: Path, path: Path) -> None:
         points = [point for point in map(json.loads, lines) if point["kind"] == "train"]
         axes.plot([p["tokens"] / 1e3 for p in points], [p["ce"] for p in points], label=label)
     axes.set_xlabel("training tokens (thousands)")
-    axes.set_ylabel("cross-entropy to the real token (nats)")
+    axes.set_ylabel("cross-entropy of the real token (nats)")
     axes.set_title("The same student, weights, tokens, order and schedule")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -53,7 +53,7 @@ def show_completions(out: Path) -> None:
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=COMPLETION_TOKENS,
                 do_sample=False,
-                repetition_penalty=1.2,  # greedy decoding of a model this small loops without
+                repetition_penalty=1.2,  # without it, greedy decoding of a small model loops
                 pad_token_id=tokenizer.eos_token_id,
             )
         text = tokenizer.decode(full[0, ids.shape[1] :], skip_special_tokens=True)

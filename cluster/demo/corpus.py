@@ -1,7 +1,7 @@
-"""The demo's corpus: the source of the running Python's standard library, in three parts.
+"""The demo's corpus: the running Python's standard library, in three parts.
 
-A hash of the top-level module or package decides the part of a file, so that no package is split
-between parts, and every version of Python puts a file in the same part.
+A hash of the top-level module or package selects the part of a file, so that no package is split
+between parts and every Python version puts a file in the same part.
 """
 
 import ast
@@ -36,7 +36,7 @@ def corpus_part(top_level: str) -> Part:
 
 
 def library_files() -> Iterator[tuple[str, Path]]:
-    """Yields each source file, sorted: its path relative to the library, and where it is."""
+    """Yields each source file, sorted, as its path relative to the library and its full path."""
     root = Path(sysconfig.get_path("stdlib"))
     for file in sorted(root.rglob("*.py")):
         relative = file.relative_to(root)
@@ -50,9 +50,8 @@ def write_corpus(folder: Path, limits: dict[Part, int]) -> dict[Part, int]:
 
     Args:
         folder: parent of the parts; existing files are overwritten.
-        limits: the parts to write, each with its size in bytes at which copying stops; 0: no limit.
-            Files are copied in the order of a hash of their paths, which makes a limited part a
-            fair sample.
+        limits: the parts to write, each with the size in bytes at which to stop; 0: no limit. Files
+            are copied in the order of a hash of their paths, so a limited part is a fair sample.
 
     Returns:
         Size of each part in bytes.
@@ -91,7 +90,7 @@ def function_headers(folder: Path, limit: int) -> Iterator[str]:
             if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and len(node.body) > 1:
                 header = "".join(lines[node.lineno - 1 : node.body[0].end_lineno])
                 if len(header) <= 600:  # leaves room in text.max_tokens for the completion
-                    # Sorted by a hash, the first prompts are not all from the same module.
+                    # Sorting by a hash keeps the first prompts from all being from one module.
                     order = hashlib.sha256(header.encode()).hexdigest()
                     headers.append((order, header))
     for _, header in sorted(headers)[:limit]:

@@ -1,7 +1,7 @@
 """Trains the demo's teacher: `python -m cluster.demo.make_teacher` (half an hour on two cores).
 
-A byte-level BPE tokenizer and a small Llama, both trained on the teacher's part of the corpus only;
-the model by this project's trainer, on hard labels. The repository ships the result as
+Trains a byte-level BPE tokenizer and a small Llama on the teacher's part of the corpus only, the
+model with this project's trainer on hard labels. The repository ships the result as
 examples/teacher.
 """
 
@@ -39,7 +39,7 @@ def make_tokenizer(corpus: Path, folder: Path) -> None:
 
 
 def keep_model(student: Path, folder: Path) -> None:
-    """Copies an exported student to `folder` in bfloat16, half the size of float32."""
+    """Copies an exported student to `folder` in bfloat16, which halves its size."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,7 @@
-"""`tutelage demo`: corpus, labels, two students, comparison, all with the real commands' code."""
+"""`tutelage demo`: labels a corpus, trains two students and compares them.
+
+Every stage runs the code of the real command.
+"""
 
 import os
 import time
@@ -23,7 +26,7 @@ STUDENT_BYTES = 1_800_000
 HELDOUT_BYTES = 340_000
 NUM_PROMPTS = 100
 
-# Of both label jobs together.
+# Fields of the label jobs' summaries that are added up.
 _SUMMED = (
     "rows_read",
     "rows_labelled",
@@ -40,9 +43,9 @@ class DemoSummary(BaseModel):
     """Content of runs/demo/summary.json.
 
     Attributes:
-        label: accounts of both label jobs together, with the backend and bytes per label.
-        train: per student: world_size, zero_stage, steps, tokens.
-        evaluate: per model: perplexity, kl_to_teacher (nats a token), top1_agreement, ece and more.
+        label: accounts of both label jobs combined, with the backend and bytes per label.
+        train: world_size, zero_stage, steps and tokens by student.
+        evaluate: perplexity, kl_to_teacher (nats a token), top1_agreement, ece and more by model.
         seconds: wall-clock seconds of each stage.
     """
 
@@ -54,7 +57,7 @@ class DemoSummary(BaseModel):
 
 @contextmanager
 def _stage(seconds: dict[str, float], name: str, text: str) -> Iterator[None]:
-    """Announces a stage, and records its wall-clock seconds when it ends."""
+    """Announces a stage and records its wall-clock seconds."""
     print(f"\n== {name}: {text}", flush=True)
     started = time.perf_counter()
     yield
@@ -67,12 +70,12 @@ def run_demo(out: Path) -> DemoSummary:
     A second run reuses the labels and the students of the first.
 
     Raises:
-        ConfigError: the repository's examples are not beside the package.
+        ConfigError: the package was installed without the repository's examples.
     """
     if not EXAMPLES.is_dir():
         raise ConfigError(
-            f"{EXAMPLES}: no such folder; the demo needs the examples of the repository: clone it "
-            "and install with `pip install --editable`"
+            f"{EXAMPLES}: no such folder; the demo needs the repository's examples: clone it and "
+            "install it with `pip install --editable`"
         )
     seconds: dict[str, float] = {}
     _write_configs(out)
@@ -93,7 +96,7 @@ def run_demo(out: Path) -> DemoSummary:
 
 
 def _write_configs(out: Path) -> None:
-    """Writes the shipped configs with the paths of this run, for the user to read and to edit."""
+    """Writes the shipped configs with this run's paths, for the user to read and edit."""
     out.mkdir(parents=True, exist_ok=True)
     for source in sorted(EXAMPLES.glob("*.toml")):
         text = source.read_text(encoding="utf-8")
@@ -115,12 +118,12 @@ def _make_corpus(out: Path) -> None:
 
 @contextmanager
 def local_ray() -> Iterator[None]:
-    """A local Ray that all stages share: jobs use a running one instead of starting their own."""
+    """Starts a local Ray for all stages: jobs connect to a running one if they find it."""
     import ray
 
     ray.init(
         address="local",
-        num_cpus=max(2, os.cpu_count() or 2),  # two training workers, on one core if need be
+        num_cpus=max(2, os.cpu_count() or 2),  # two training workers, even on one core
         include_dashboard=False,
         log_to_driver=False,
         logging_level="error",

@@ -1,9 +1,9 @@
-"""`tutelage labels`: tools for label sets that exist.
+"""`tutelage labels`: tools for existing label sets.
 
 ``arguments``   the command line of each action; standard library only
 ``commands``    runs an action and prints its result
-``facts``       the table that describes a label set, for `show` and `report`
-``show``        a label set on a terminal
-``report``      one HTML file with plots
-``export``      labels in the file layouts of other trainers
+``facts``       collects the facts on a label set that `show` and `report` print
+``show``        prints a label set on a terminal
+``report``      writes an HTML file with plots
+``export``      writes labels in the file layouts of other trainers
 """

@@ -1,14 +1,14 @@
-"""The command line of `tutelage labels`. Imports only the standard library: help is instant."""
+"""The command line of `tutelage labels`. Imports only the standard library, for instant help."""
 
 import argparse
 from collections.abc import Callable, Iterator
 
 OLDER_THAN_HOURS = 48.0
-"""Well above the minutes that pass between a unit's first byte and its manifest."""
+"""Well above the minutes between a unit's first byte and its manifest."""
 
 
 def add_actions(labels: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """Adds every action to the parser of `labels`, and yields the parser of each."""
+    """Adds every action to the parser of `labels` and yields its parser."""
     actions = labels.add_subparsers(dest="action", metavar="ACTION", required=True)
     for name, (text, add_arguments) in _ACTIONS.items():
         parser = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
@@ -84,7 +84,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer",
         metavar="NAME",
-        help="tokenizer for chat-*, folder or hub name (default: that of the recorded teacher)",
+        help="tokenizer for chat-*, a folder or hub name (default: the recorded teacher's)",
     )
 
 
@@ -109,8 +109,8 @@ def _gc(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=OLDER_THAN_HOURS,
         metavar="HOURS",
-        help="only files last written at least this long ago; must exceed the time that any "
-        f"running job needs for a unit, or the job loses work (default: {OLDER_THAN_HOURS:g})",
+        help="only files last written at least this long ago; must exceed the time a running "
+        f"job needs for a unit, or the job loses work (default: {OLDER_THAN_HOURS:g})",
     )
     parser.add_argument(
         "--delete", action="store_true", help="delete the files instead of listing them"
@@ -124,6 +124,6 @@ _ACTIONS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "view": ("make a view: filter, sample, mix or hold out rows", _view),
     "export": ("write responses or labels in the layout of another trainer", _export),
     "report": ("write an HTML report with plots", _report),
-    "drop": ("remove a damaged unit; the next label job computes it again", _drop),
-    "gc": ("list or delete files that no manifest refers to", _gc),
+    "drop": ("remove a damaged unit; the next label job recomputes it", _drop),
+    "gc": ("list or delete files that no manifest names", _gc),
 }

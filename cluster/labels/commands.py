@@ -13,7 +13,7 @@ def run_action(args: argparse.Namespace) -> Result:
     """Runs one action and prints its result.
 
     Raises:
-        TutelageError: as the action does.
+        TutelageError: the action failed.
     """
     return _ACTIONS[args.action](args)
 
@@ -54,7 +54,7 @@ def _show(args: argparse.Namespace) -> Result:
 
 
 def _verify(args: argparse.Namespace) -> Result:
-    from schemas.console.text import size_text
+    from schemas.console.text import count_text, size_text
     from schemas.maintenance.verify import verify
 
     started = time.monotonic()
@@ -62,19 +62,21 @@ def _verify(args: argparse.Namespace) -> Result:
         result = verify(args.url, progress)
     for problem in result.problems:
         print(f"{problem.what}: {problem.line()}")
-    # A damaged unit often has several problems, but one repair.
+    # A damaged unit often has several problems but only one repair.
     for repair in dict.fromkeys(problem.repair for problem in result.problems):
         print(f"fix: {repair}")
     verdict = "OK:"
     if result.problems:
-        verdict = f"{len(result.problems)} problem{'s' if len(result.problems) > 1 else ''}"
+        verdict = count_text(len(result.problems), "problem")
         if result.units_to_drop:
-            verdict += f" in {len(result.units_to_drop)} of {result.units} units"
+            verdict += f" in {len(result.units_to_drop)} of {count_text(result.units, 'unit')}"
         verdict += ";"
-    garbage = f"; {result.garbage} shards not in any manifest" if result.garbage else ""
+    shards = count_text(result.garbage, "shard")
+    garbage = f"; {shards} not in any manifest" if result.garbage else ""
     print(
-        f"{args.url}: {verdict} checked {result.units:,} units, {result.rows:,} rows, "
-        f"{result.labels:,} labels, {result.bytes:,} bytes in "
+        f"{args.url}: {verdict} checked {count_text(result.units, 'unit')}, "
+        f"{count_text(result.rows, 'row')}, {count_text(result.labels, 'label')}, "
+        f"{count_text(result.bytes, 'byte')} in "
         f"{time.monotonic() - started:.1f} s{garbage}"
     )
     return result.model_dump_json(indent=2), 1 if result.problems else 0
@@ -111,9 +113,9 @@ def _view(args: argparse.Namespace) -> Result:
 
 
 def _sample(text: str | None) -> float:
-    """A fraction or a number of rows; 0 for all, as `Selection.sample` has it.
+    """A fraction or a number of rows; 0 for all, as in `Selection.sample`.
 
-    "1" is one row, but "1.0" is the fraction that keeps every row.
+    "1" means one row, "1.0" the fraction that keeps every row.
     """
     if text is None:
         return 0.0
@@ -138,10 +140,12 @@ def _numbers(option: str, text: str | None) -> tuple[float, ...]:
 
 def _export(args: argparse.Namespace) -> Result:
     from cluster.labels.export.export import export
+    from schemas.console.text import count_text
 
     with _progress("export", "wrote {} of {} rows") as progress:
         done = export(args.url, args.out, args.format, args.tokenizer, progress)
-    print(f"{done.out}: {done.rows:,} rows as {done.format}, {len(done.files)} files; {done.note}")
+    rows, files = count_text(done.rows, "row"), count_text(len(done.files), "file")
+    print(f"{done.out}: {rows} as {done.format}, {files}; {done.note}")
     return done.model_dump_json(indent=2), 0
 
 
@@ -163,7 +167,7 @@ def _drop(args: argparse.Namespace) -> Result:
 
 
 def _gc(args: argparse.Namespace) -> Result:
-    from schemas.console.text import size_text, table
+    from schemas.console.text import count_text, size_text, table
     from schemas.maintenance.garbage import collect_garbage
 
     with _progress("gc", "deleted {} of {} files") as progress:
@@ -174,8 +178,9 @@ def _gc(args: argparse.Namespace) -> Result:
     ]
     if lines:
         print(table(("file", "why", "size", "age"), lines, right=(2, 3)))
-    what = f"{len(lines)} files, {size_text(found.size_bytes)}, older than {args.older_than:g} h"
-    young = f"; {found.too_young} younger ones kept" if found.too_young else ""
+    files = count_text(len(lines), "file")
+    what = f"{files}, {size_text(found.size_bytes)}, older than {args.older_than:g} h"
+    young = f"; kept {found.too_young} younger" if found.too_young else ""
     if found.deleted:
         print(f"{args.url}: deleted {what}{young}")
     else:
@@ -188,7 +193,7 @@ def _gc(args: argparse.Namespace) -> Result:
 def _progress(
     name: str, what: str, number: Callable[[int], str] = "{:,}".format
 ) -> Iterator[Callable[[int, int], None]]:
-    """A callback for the work done and all work, in numbers for the two places in `what`."""
+    """Yields a callback(done, total); both fill the placeholders in `what`."""
     from schemas.console.progress import Progress
 
     with Progress(name, brief=True) as progress:

@@ -1,4 +1,4 @@
-"""Facts about a label set from its spec, manifests and rosters, as text for `show` and `report`."""
+"""Formats facts on a label set, from spec, manifests and rosters, for `show` and `report`."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ RUN_COLUMNS = ("run", "read", "labelled", "reused", "duplicate", "quarantined", 
 
 
 def label_set_facts(label_set: LabelSet) -> list[tuple[str, str]]:
-    """Name and value of each fact."""
+    """Name and text of each fact."""
     manifests = label_set.manifests()
     labels = sum(manifest.num_labels for manifest in manifests)
     size = sum(manifest.size_bytes for manifest in manifests)
@@ -47,7 +47,7 @@ def label_set_facts(label_set: LabelSet) -> list[tuple[str, str]]:
 
 
 def _checks(label_set: LabelSet, manifests: Sequence[Manifest]) -> list[tuple[str, str]]:
-    """Results of the audits and of the parity gate, where these ran."""
+    """Results of the audits and the parity gate, if they ran."""
     facts = []
     audits = [manifest.fidelity for manifest in manifests if manifest.fidelity is not None]
     if audits:
@@ -71,7 +71,7 @@ def _checks(label_set: LabelSet, manifests: Sequence[Manifest]) -> list[tuple[st
 
 
 def run_accounts(label_set: LabelSet) -> dict[str, Accounts]:
-    """The accounts of each finished run, the first run first."""
+    """The accounts of each finished run, oldest first."""
     return {run: read_accounts(label_set, run) for run in finished_runs(label_set)}
 
 
@@ -92,6 +92,6 @@ def run_lines(runs: dict[str, Accounts]) -> list[tuple[str, ...]]:
 
 
 def summary(values: npt.NDArray[np.float64]) -> dict[str, float]:
-    """Count, mean and quantiles of some values."""
+    """Computes count, mean and quantiles."""
     quantiles = {f"q{q:02d}": float(np.quantile(values, q / 100)) for q in (1, 5, 25, 50, 75, 95)}
     return {"n": float(len(values)), "mean": float(values.mean()), **quantiles}

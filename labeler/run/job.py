@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from labeler.config import LabelConfig
 from labeler.run.summary import LabelSummary, describe, summarise
 from schemas.console.progress import Progress
+from schemas.console.text import count_text
 from schemas.errors import ConfigError
 from schemas.label_set.label_set import LabelSet
 from schemas.label_set.roster import close_roster
@@ -53,7 +54,8 @@ def _run(config: LabelConfig, progress: Progress) -> LabelSummary:
     )
     progress.say(
         f"corpus {config.corpus.path}: {sum(piece.size_bytes for piece in pieces):,} bytes in "
-        f"{len(pieces)} pieces; {config.labels} has {len(frozen.committed):,} labelled rows"
+        f"{count_text(len(pieces), 'piece')}; {config.labels} has "
+        f"{count_text(len(frozen.committed), 'labelled row')}"
     )
     reduced = _richer_fields(label_set.spec.record, config.record)
     if reduced:

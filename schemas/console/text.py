@@ -1,4 +1,4 @@
-"""Durations, sizes, hints and tables as text."""
+"""Durations, sizes, counts, hints and tables as text."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -21,6 +21,11 @@ def size_text(size_bytes: float) -> str:
             return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
         size_bytes /= 1000
     return f"{size_bytes:.1f} TB"
+
+
+def count_text(count: int, noun: str) -> str:
+    """Formats a count with its noun: 1 row, 1,581 rows."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

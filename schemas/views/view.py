@@ -17,6 +17,7 @@ import pydantic
 from pydantic import Field
 
 from schemas.config import StrictModel
+from schemas.console.text import count_text
 from schemas.errors import DamagedError, MissingError, StoreError
 from schemas.keys import find_keys
 from schemas.label_set.label_set import LabelSet
@@ -150,7 +151,14 @@ class View:
 
     def __str__(self) -> str:
         """Describes location and size on one line."""
-        counts = f"{self.num_rows:,} rows, {self.num_tokens:,} tokens, {self.num_labels:,} labels"
+        counts = ", ".join(
+            count_text(count, noun)
+            for count, noun in (
+                (self.num_rows, "row"),
+                (self.num_tokens, "token"),
+                (self.num_labels, "label"),
+            )
+        )
         return f"{self.url}: {counts} (view {self.view_hash})"
 
     def check_shards(self) -> None:

@@ -1,6 +1,6 @@
-"""Dense float64 losses, written from their definitions, and labels of random teachers to feed them.
+"""Dense float64 losses, written from their definitions, and random labels to test them with.
 
-Nothing here shares code with the trainer: logits are [T, V], gradients come from autograd.
+Shares no code with the trainer: logits are [T, V] and gradients come from autograd.
 """
 
 import numpy as np
@@ -22,15 +22,15 @@ def random_targets(
     head_sizes: np.ndarray | None = None,
     spread: float = 2.0,
 ) -> SparseTargets:
-    """Labels of random teachers, stored as a record stores them: top entries in float16.
+    """Top entries of random teachers in float16, as a record stores them.
 
     Args:
-        rng: source of everything.
+        rng: random generator.
         num_labels: T.
         vocab_size: V.
-        num_tokens: L, hidden states that the positions point into (each at most once).
-        temperatures: those with a stored normaliser.
-        head_sizes: [T] entries of each position; None: 1 to V // 2 at random.
+        num_tokens: L, number of hidden states; each belongs to at most one position.
+        temperatures: temperatures with a stored normaliser.
+        head_sizes: [T], entries per position; None: random, 1 to V // 2.
         spread: standard deviation of the teacher's logits; larger is sharper.
     """
     if head_sizes is None:
@@ -69,10 +69,14 @@ def drawn_targets(
     num_tokens: int,
     spread: float = 2.0,
 ) -> SparseTargets:
-    """Labels with draws of random teachers, made position by position as section 3 defines them.
+    """Labels of random teachers with tail draws, made position by position.
+
+    Kind ``sampled`` draws as in Random Sampling KD (arXiv 2503.16870); ``threshold`` samples the
+    tail systematically, as `schemas.spec.RecordSpec` defines.
 
     Args:
-        record: of kind sampled or threshold.
+        rng: random generator.
+        record: a record of kind sampled or threshold.
         num_labels, vocab_size, num_tokens, spread: as for `random_targets`.
     """
     logits = rng.normal(0, spread, (num_labels, vocab_size))
@@ -101,7 +105,7 @@ def drawn_targets(
 def _drawn_entries(
     rng: np.random.Generator, record: RecordSpec, logp: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Ids (head, then draws by rising id), how often each was drawn, and the mass off the head."""
+    """Ids (head, then draws by ascending id), draw counts, and the mass outside the head."""
     p_s = np.exp(logp / record.drawn_at)
     p_s /= p_s.sum()
     if record.kind == "sampled":
@@ -124,7 +128,7 @@ def _targets(
     num_tokens: int,
     **entries: Tensor | None,
 ) -> SparseTargets:
-    """Targets of these entries at random places, with random hard labels and weights."""
+    """Targets with these entries at random positions, with random hard labels and weights."""
     num_labels = len(entries["entry_bounds"]) - 1
     return SparseTargets(
         positions=torch.from_numpy(np.sort(rng.permutation(num_tokens)[:num_labels])),
@@ -144,7 +148,7 @@ def dense_loss(
     loss: LossConfig,
     transform: LogitTransform | None = None,
 ) -> Tensor:
-    """The weighted sum over positions, from [T, V] logits in the dtype of `hidden`."""
+    """The weighted sum of losses over positions, from [T, V] logits in the dtype of `hidden`."""
     logits = hidden[targets.positions] @ weight.T
     if bias is not None:
         logits = logits + bias
@@ -193,6 +197,8 @@ def _position_kl(logits: Tensor, targets: SparseTargets, j: int, loss: LossConfi
     if loss.kind == "renormalised":
         w = w / w.sum()
         return (torch.xlogy(w, w) - w * log_q[ids]).sum()
+    if loss.kind != "ghost":
+        raise ValueError(f"no oracle for loss kind {loss.kind!r}")
     kl = (torch.xlogy(w, w) - w * log_q[ids]).sum()
     if tail > 1e-12:
         kl = kl + tail * (tail.log() - torch.logsumexp(log_q[off], 0))
@@ -200,7 +206,7 @@ def _position_kl(logits: Tensor, targets: SparseTargets, j: int, loss: LossConfi
 
 
 def _divergence(p: Tensor, log_q: Tensor, loss: LossConfig) -> Tensor:
-    """Of two distributions over the same few outcomes, the last of which is the bucket."""
+    """Divergence of two distributions over the same outcomes, the last one being the bucket."""
     q = log_q.exp()
     if loss.kind == "tvd":
         return (p - q).abs().sum() / 2
@@ -213,7 +219,7 @@ def _divergence(p: Tensor, log_q: Tensor, loss: LossConfig) -> Tensor:
 
 
 def _kl(a: Tensor, b: Tensor) -> Tensor:
-    """sum a log(a / b) over the outcomes that a has mass at."""
+    """Sum of a log(a / b) over outcomes where a > 0."""
     held = a > 0
     return (a[held] * (a[held].log() - b[held].log())).sum()
 
@@ -221,7 +227,7 @@ def _kl(a: Tensor, b: Tensor) -> Tensor:
 def _position_estimate(
     logits: Tensor, targets: SparseTargets, j: int, temperature: float
 ) -> Tensor:
-    """sum w (log p_T - log q_T) with the Horvitz-Thompson weights of one position's draws."""
+    """Sum of w (log p_T - log q_T) with the Horvitz-Thompson weights of a position's draws."""
     cut = slice(int(targets.entry_bounds[j]), int(targets.entry_bounds[j + 1]))
     record, draws = targets.record, targets.entry_draws[cut]
 

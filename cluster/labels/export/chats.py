@@ -15,15 +15,15 @@ class Chats:
     """Turns rows into chat messages."""
 
     def __init__(self, label_set: LabelSet, tokenizer: str | None) -> None:
-        """Loads the tokenizer, and the origin of every row from the rosters.
+        """Loads the tokenizer, and each row's origin from the rosters.
 
         Raises:
-            ConfigError: the set holds no sampled responses, or its tokenizer cannot be loaded.
+            ConfigError: the set has no sampled responses, or the tokenizer cannot be loaded.
         """
         if label_set.spec.generation is None:
             raise ConfigError(
-                f"{label_set.url}: holds no sampled responses (it was made without [generate]); "
-                "export chats from a label set made with it"
+                f"{label_set.url}: has no sampled responses (it was made without [generate]); "
+                "export chats from a label set made with [generate]"
             )
         self._url = label_set.url
         self._tokenizer = _load(label_set, tokenizer)
@@ -34,7 +34,7 @@ class Chats:
         """One object per row: messages, row_key, source, place, sample.
 
         Raises:
-            ConfigError: prompts are rendered chats whose messages were not kept.
+            ConfigError: the prompts are rendered chats and their messages were not kept.
         """
         return [self._row(rows, number) for number in range(len(rows))]
 
@@ -55,7 +55,7 @@ class Chats:
         }
 
     def _prompt(self, ids: list[int], columns: dict[str, Any]) -> list[dict[str, str]]:
-        """The source's messages if they were kept, else the prompt's text as a user message."""
+        """The source's messages if kept, else the prompt's text as a user message."""
         kept = columns.get("messages")
         if isinstance(kept, str):
             kept = json.loads(kept)
@@ -91,7 +91,7 @@ def _load(label_set: LabelSet, tokenizer: str | None) -> Any:
 
 
 def _check_same(label_set: LabelSet, tokenizer: Any, name: str) -> None:
-    """Refuses a tokenizer with another vocabulary, which would decode the ids to other text."""
+    """Refuses a tokenizer with another vocabulary: it would decode the ids to different text."""
     if not label_set.vocabulary_file:
         return
     try:
@@ -101,13 +101,13 @@ def _check_same(label_set: LabelSet, tokenizer: Any, name: str) -> None:
     count, shown = vocabulary_differences(kept, tokenizer.get_vocab(), "the labels", name)
     if count:
         raise ConfigError(
-            f"the tokenizer {name} is not the one of {label_set.url}: {count} tokens differ "
+            f"the tokenizer {name} does not match {label_set.url}: {count} tokens differ "
             f"({shown}); name the teacher's with --tokenizer"
         )
 
 
 def _read_origins(label_set: LabelSet) -> dict[bytes, tuple[str, int, int, dict[str, Any]]]:
-    """Source, place, sample and kept columns of each row that some run used, by row key."""
+    """Source, place, sample and kept columns of all rows used by finished runs, by row key."""
     found: dict[bytes, tuple[str, int, int, dict[str, Any]]] = {}
     for run in finished_runs(label_set):
         for row in read_roster(label_set, run).to_pylist():

@@ -53,7 +53,7 @@ datasets:
 """
 _DISTILLKIT_CONFIG = """\
 # The part of a DistillKit configuration that reads these files. Sequences lack their last token,
-# so that each row is the teacher's distribution over the next token.
+# because each row is the teacher's distribution over the next token.
 {masked}teacher:
   kind: dataset
   logprob_compressor:
@@ -84,7 +84,7 @@ class Exported(StrictModel):
 
     Attributes:
         files: paths, in order.
-        note: what a reader of the files has to know.
+        note: what readers of the files must know.
     """
 
     format: str
@@ -103,13 +103,13 @@ def export(
         url: the label set.
         out: a file for chats, a folder for labels.
         layout: chat-jsonl, chat-parquet, axolotl or distillkit.
-        tokenizer: folder or hub name, for chats; None: that of the recorded teacher.
-        progress: called with the rows written so far, and all rows.
+        tokenizer: folder or hub name, for chats; None: the recorded teacher's.
+        progress: called with the number of rows written so far, and in all.
 
     Raises:
         RecordError: the layout cannot represent the set's labels, or the set is empty.
-        ConfigError: the set has no sampled responses, or no tokenizer can be found.
-        StoreError: something cannot be read or written.
+        ConfigError: the set has no sampled responses, or no tokenizer can be loaded.
+        StoreError: a file cannot be read or written.
     """
     label_set = LabelSet.open(url)
     if layout.startswith("chat"):
@@ -164,7 +164,7 @@ def _export_axolotl(label_set: LabelSet, out: str, progress: ProgressCallback | 
 def _export_distillkit(label_set: LabelSet, out: str, progress: ProgressCallback | None) -> Written:
     store = Store(out)
     vocab_size = label_set.spec.teacher.vocab_size
-    # All files have the same columns, so every row has to be seen before the first is written.
+    # All files need the same columns, so every row is read before the first file is written.
     is_full = all(is_fully_labelled(batch) for batch in unique_rows(label_set))
 
     def table(batch: LabelRows) -> pa.Table:
@@ -182,7 +182,7 @@ def _export_distillkit(label_set: LabelSet, out: str, progress: ProgressCallback
     store.write_bytes("distillkit.yaml", config.encode())
     note = "sequences lack their last token; every log-probability is exact"
     if not is_full:
-        note += "; `labels` masks the teacher's rows and is no hard label: cross_entropy weight 0"
+        note += "; `labels` only masks the teacher's rows: set the weight of cross_entropy to 0"
     return rows, [*files, "compression_config.yaml", "distillkit.yaml"], note
 
 
@@ -205,8 +205,8 @@ def _write_tables(
 
 @contextmanager
 def _replaced_file(store: Store, name: str) -> Iterator[Any]:
-    """A file to stream to, which appears under its name only when it is complete."""
-    # Object stores show a file only once it is closed; elsewhere a rename does the same.
+    """Yields a file to stream to, which appears under its name only when complete."""
+    # Object stores show a file only once it is closed; local files are renamed instead.
     partial = f"{name}.partial" if store.is_local else name
     try:
         with store.open(partial, "wb") as file:

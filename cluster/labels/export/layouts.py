@@ -1,8 +1,8 @@
-"""Labels in the column layouts that two other trainers read from Parquet.
+"""Converts labels to the Parquet layouts of two other trainers.
 
-Both layouts hold one teacher distribution per input token, aligned with the student's output:
-**row j is the distribution over token j + 1**. Label sets go by the index t of the target token, so
-label t becomes row t - 1.
+Both layouts have one teacher distribution per input token, aligned with the student's output: **row
+j is the distribution over token j + 1**. Label sets index labels by their target token t, so label
+t becomes row t - 1.
 
 axolotl (KD plugin, tokenised data; one row per token, of which the last is padding)::
 
@@ -13,8 +13,8 @@ axolotl (KD plugin, tokenised data; one row per token, of which the last is padd
     target_logprobs   list<list<float32>> [L, K]   nats, temperature 1, not renormalised
     target_mask       list<list<int8>> [L, K] 0 in rows and slots without a teacher
 
-DistillKit (offline teacher, ``logprob_compressor`` with every value exact; one row per token, so
-the sequence loses its last token, which the last row is the distribution over)::
+DistillKit (offline teacher, ``logprob_compressor`` with every value exact; one row per token; the
+last token is dropped, because it is only the target of the last row)::
 
     input_ids            list<uint64> [L - 1]
     compressed_logprobs  list<list<uint8>> [L - 1, 2 K]    little-endian float16
@@ -22,7 +22,7 @@ the sequence loses its last token, which the last row is the distribution over):
     labels               list<int64> [L - 1]  the token where row j has a teacher, else -100; only
                          if some row is partly labelled
 
-Neither layout can hold tail draws with their weights, or the mass of the tail.
+Neither layout can represent weighted tail draws or the tail mass.
 """
 
 import numpy as np
@@ -35,14 +35,14 @@ from schemas.record.spans import offsets_of, target_positions
 from schemas.spec import LabelSetSpec
 
 PADDING_LOGPROB = -1e9
-IGNORED = -100  # the index that torch's cross-entropy skips
+IGNORED = -100  # torch's cross-entropy skips this index
 
 
 def check_exportable(spec: LabelSetSpec, layout: str) -> None:
     """Checks that a layout represents the labels of a set exactly.
 
     Raises:
-        RecordError: it does not; says why, and which label sets it can hold.
+        RecordError: it does not; the message says why and which kinds it can represent.
     """
     record = spec.record
     kinds = {"axolotl": ("topk", "topp"), "distillkit": ("topk",)}[layout]
@@ -51,26 +51,26 @@ def check_exportable(spec: LabelSetSpec, layout: str) -> None:
             "tokens": "it has no teacher labels",
             "topp": "its heads differ in length, but the layout has a single K; padding them "
             "would change the student's share of missing mass",
-        }.get(record.kind, "its draws carry weights, which a top-k layout cannot hold")
+        }.get(record.kind, "its draws carry weights, which a top-k layout cannot represent")
         raise RecordError(
             f'a label set of kind "{record.kind}" cannot be written as {layout}: {why}; expected '
             f"kind {' or '.join(kinds)}"
         )
     if record.teacher_context:
         raise RecordError(
-            f"this label set has tokens that only the teacher saw, which {layout} cannot hold"
+            f"this label set has tokens that only the teacher saw; {layout} cannot represent them"
         )
 
 
 def axolotl_table(rows: LabelRows) -> pa.Table:
-    """Rows in the layout of axolotl."""
+    """Converts rows to axolotl's layout."""
     assert rows.entry_offsets is not None
     assert rows.entry_logprobs is not None
     row, target = _targets(rows)
-    teacher_row = rows.token_offsets[row] + target - 1  # in all tokens of the batch
+    teacher_row = rows.token_offsets[row] + target - 1  # index into all tokens of the batch
     num_tokens = rows.num_tokens
     entries = np.diff(rows.entry_offsets)
-    # Padding rows are as wide as the narrowest label, so that topk has a single K throughout.
+    # Padding rows are as wide as the narrowest label, so that K is constant for topk.
     width = np.full(num_tokens, entries.min() if len(entries) else 1, np.int64)
     width[teacher_row] = entries
     slots = offsets_of(width)
@@ -99,10 +99,10 @@ def axolotl_table(rows: LabelRows) -> pa.Table:
 
 
 def distillkit_table(rows: LabelRows, vocab_size: int) -> pa.Table:
-    """Rows in the layout of DistillKit, without those of a single token, which predict nothing.
+    """Converts rows to DistillKit's layout; drops rows of one token, which predict nothing.
 
     Args:
-        rows: of kind ``topk``.
+        rows: rows of kind ``topk``.
         vocab_size: V, which determines the width of packed ids.
     """
     assert rows.head_len is not None
@@ -113,7 +113,7 @@ def distillkit_table(rows: LabelRows, vocab_size: int) -> pa.Table:
     outer = offsets_of(kept)
     teacher_row = outer[row] + target - 1
     k = int(rows.head_len.max(initial=1))
-    # Rows without a teacher, which `labels` masks, get a valid uniform distribution.
+    # Rows without a teacher are masked by `labels`, but still need a valid distribution.
     ids = np.tile(np.arange(k, dtype=np.int64), (int(outer[-1]), 1))
     logprobs = np.full((int(outer[-1]), k), np.log(1.0 / k), np.float16)
     ids[teacher_row] = rows.entry_ids.reshape(-1, k)

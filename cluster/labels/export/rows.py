@@ -1,4 +1,4 @@
-"""The rows of a label set, each row key once, one row group at a time."""
+"""Iterates over the rows of a label set, each row key once, by row group."""
 
 import itertools
 from collections.abc import Iterator
@@ -15,23 +15,23 @@ from schemas.record.rows import LabelRows
 def unique_rows(
     label_set: LabelSet, progress: ProgressCallback | None = None
 ) -> Iterator[LabelRows]:
-    """Yields the rows of each row group in index order, without copies in later units.
+    """Yields the rows of each row group in index order, without duplicates from later units.
 
     Args:
         label_set: the set to read.
-        progress: called with the rows whose processing is done, and all rows of the set.
+        progress: called with the number of rows processed so far, and in the set.
 
     Raises:
-        RecordError: the set holds no labelled row.
-        DamagedError: a manifest, key file or shard is not what was written.
+        RecordError: the set has no labelled rows.
+        DamagedError: a manifest, key file or shard is damaged.
     """
     index = label_set.index()
     if not len(index):
-        raise RecordError(f"{label_set.url}: holds no labelled row to export")
+        raise RecordError(f"{label_set.url}: has no labelled rows to export")
     shards = index.column("shard").cast("string").to_pylist()
     groups = index.column("row_group").to_numpy()
     rows = index.column("row").to_numpy()
-    # The index is ordered by unit, which has one shard, and by row group: each is one slice.
+    # The index is sorted by unit (one shard each) and row group, so a row group is one slice.
     names = np.unique(shards, return_inverse=True)[1]
     changes = (np.diff(names) != 0) | (np.diff(groups) != 0)
     edges = [0, *(np.flatnonzero(changes) + 1).tolist(), len(index)]

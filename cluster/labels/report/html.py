@@ -1,4 +1,4 @@
-"""`tutelage labels report`: a self-contained HTML file, which can be opened and sent anywhere."""
+"""`tutelage labels report`: writes a self-contained HTML file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +26,7 @@ _UNITS = {
     "target rank": "rank of the real token",
     "entropy": "nats",
 }
-# Values are escaped, because a URL or a teacher's name may hold anything.
+# Values are escaped, because a URL or a teacher's name may contain anything.
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=True,
@@ -49,7 +49,7 @@ def write_report(
         out: HTML file to write; any fsspec URL.
         num_groups: row groups to sample.
         seed: seed of the sample.
-        progress: called with the row groups read so far, and all of the sample.
+        progress: called with the number of row groups read so far, and in the sample.
 
     Raises:
         StoreError: the label set does not exist or is damaged, or the file cannot be written.

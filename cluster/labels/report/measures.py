@@ -1,4 +1,4 @@
-"""Measurements of a report: the teacher's calibration, bytes by column, units over time."""
+"""Measures the teacher's calibration, bytes by column, and units over time, for a report."""
 
 from dataclasses import dataclass
 
@@ -13,20 +13,20 @@ from schemas.record.rows import LabelRows
 
 BINS = 15
 MAX_FOOTERS = 64
-"""Most shards to read the footer of: more would barely change the mean bytes by column."""
+"""Maximum number of shard footers to read; more would barely change the mean."""
 
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How often the teacher's most probable token is the real one, by its probability.
+    """How often the teacher's top token is the real one, by its probability.
 
     Attributes:
         edges: float64 [BINS + 1], equal widths over confidence 0 to 1.
-        counts: int64 [BINS], labels in each bin.
+        counts: int64 [BINS], number of labels in each bin.
         confidence: float64 [BINS], mean probability of the top token; NaN in empty bins.
-        accuracy: float64 [BINS], share of labels whose top token is the real one; likewise.
+        accuracy: float64 [BINS], share of labels whose top token is real; NaN in empty bins.
         ece: expected calibration error, bins weighted by counts (Guo et al. 2017).
     """
 
@@ -38,7 +38,7 @@ class Calibration:
 
 
 def calibration(groups: list[SampledGroup]) -> Calibration | None:
-    """Calibration from the first entry of each head; None for kinds without one."""
+    """Computes calibration from the first entry of each head; None for kinds without heads."""
     parts = [found for group in groups if (found := _first_entries(group.rows)) is not None]
     if not parts:
         return None
@@ -71,7 +71,7 @@ def _first_entries(rows: LabelRows) -> tuple[Floats, npt.NDArray[np.bool_]] | No
 
 
 def bytes_by_column(label_set: LabelSet, seed: int) -> tuple[dict[str, float], int]:
-    """Compressed bytes a label of each column, largest first, and the number of shards read."""
+    """Compressed bytes per label by column, largest first, and the number of shards read."""
     shards = [manifest for manifest in label_set.manifests() if manifest.shard]
     order = np.random.default_rng(seed).permutation(len(shards))[:MAX_FOOTERS]
     sizes: dict[str, int] = {}
@@ -91,12 +91,12 @@ def bytes_by_column(label_set: LabelSet, seed: int) -> tuple[dict[str, float], i
 
 @dataclass(frozen=True)
 class UnitsOverTime:
-    """The units whose provenance records their duration, in the order of their commits.
+    """Units whose provenance records their duration, in commit order.
 
     Attributes:
         minutes: float64 [units], commit time since the first commit.
         tokens: float64 [units].
-        seconds: float64 [units], time that the teacher took.
+        seconds: float64 [units], time the teacher took.
     """
 
     minutes: Floats

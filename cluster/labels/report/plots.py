@@ -1,4 +1,4 @@
-"""The plots of a report, each as an SVG element for an HTML page."""
+"""Draws the plots of a report as SVG elements for an HTML page."""
 
 import io
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ Values = npt.NDArray[np.float64]
 
 
 def histogram(values: Values, title: str, unit: str, log_x: bool = False) -> str:
-    """Share of the values in each of 50 bins, of equal width or, with `log_x`, of equal ratio."""
+    """Share of values in each of 50 bins of equal width or, with `log_x`, equal ratio."""
 
     def draw(axes: Any) -> None:
         bins: Any = 50
@@ -32,7 +32,7 @@ def histogram(values: Values, title: str, unit: str, log_x: bool = False) -> str
 
 
 def calibration(found: Calibration) -> str:
-    """Accuracy against confidence; the area of each dot is its bin's share of the labels."""
+    """Accuracy against confidence; dot areas show the bins' shares of the labels."""
 
     def draw(axes: Any) -> None:
         share = found.counts / found.counts.sum()
@@ -60,11 +60,11 @@ def bars(values: Mapping[str, float], title: str, unit: str) -> str:
 
 
 def throughput(units: UnitsOverTime) -> str:
-    """Tokens a second of each unit against the time of its commit."""
+    """Tokens per second of each unit against its commit time."""
 
     def draw(axes: Any) -> None:
         axes.plot(units.minutes, units.tokens / units.seconds, ".", color=_BLUE)
-        _label_time(axes, "tokens a second of its teacher")
+        _label_time(axes, "teacher tokens per second")
 
     return _svg("units over time", draw)
 
@@ -86,7 +86,7 @@ def _label_time(axes: Any, y_label: str) -> None:
 
 
 def _svg(title: str, draw: Callable[[Any], None]) -> str:
-    """One pair of axes as SVG: text stays text, and equal values give equal bytes."""
+    """Renders one plot as SVG: text stays text, and equal values give equal bytes."""
     import matplotlib
     from matplotlib.figure import Figure
 

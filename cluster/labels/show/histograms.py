@@ -1,4 +1,4 @@
-"""Distributions on a terminal: quantiles and a histogram of block characters, one per line."""
+"""Formats distributions for a terminal: quantiles and a histogram, one line each."""
 
 from collections.abc import Mapping
 
@@ -16,13 +16,13 @@ def histogram(values: npt.NDArray[np.float64], bins: int = HISTOGRAM_BINS) -> st
     """One bar per bin of equal width, from the lowest value to the highest."""
     low, high = float(values.min()), float(values.max())
     counts, _ = np.histogram(values, bins=bins, range=(low, high if high > low else low + 1))
-    # Rounded up, so that a bin with any value at all shows a bar.
+    # Rounded up, so that every bin with a value shows a bar.
     levels = np.ceil((len(BARS) - 1) * counts / counts.max()).astype(int)
     return "".join(BARS[level] for level in levels)
 
 
 def distribution_table(distributions: Mapping[str, npt.NDArray[np.float64]]) -> str:
-    """Count, mean, quantiles and histogram of each named distribution; empty ones are left out."""
+    """Formats count, mean, quantiles and histogram of each non-empty distribution."""
     head = ("", "n", "mean", *(f"{q:.0%}" for q in QUANTILES), "lowest to highest")
     lines = []
     for name, values in distributions.items():

@@ -1,4 +1,4 @@
-"""`tutelage labels show`: a label set's facts, its runs, its distributions and sample rows."""
+"""`tutelage labels show`: facts, runs, distributions and sample rows of a label set."""
 
 import math
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ SHOWN_ENTRIES = 6
 def show(
     url: str, num_groups: int, num_rows: int, num_positions: int, seed: int
 ) -> tuple[str, dict[str, Any]]:
-    """The text to print, and the same facts as plain values.
+    """Returns the text to print, and the same facts as plain values.
 
     Raises:
         StoreError: the label set does not exist or is damaged.
@@ -67,11 +67,11 @@ def _vocabulary(label_set: LabelSet) -> dict[str, int]:
     try:
         return label_set.vocabulary()
     except (MissingError, DamagedError):
-        return {}  # a set with a damaged vocabulary can still be shown, with ids as numbers
+        return {}  # without a vocabulary, tokens are shown as ids
 
 
 def _row(group: SampledGroup, row: int, text: TokenText, num_positions: int) -> str:
-    """One row: an excerpt, then a run of its labels with the teacher's alternatives."""
+    """Formats a row: an excerpt, then consecutive labels with the teacher's alternatives."""
     rows = group.rows
     start, end = rows.token_offsets[row], rows.token_offsets[row + 1]
     excerpt = text.text(rows.token_ids[start : min(end, start + EXCERPT_CHARACTERS)])
@@ -83,7 +83,7 @@ def _row(group: SampledGroup, row: int, text: TokenText, num_positions: int) -> 
         *(f"  | {line}" for line in excerpt.splitlines()),
     ]
     positions = labelled_positions(rows, row)
-    # From the middle of the row, where the teacher has some context.
+    # Labels from the middle of the row, where the teacher has context.
     first = max(0, len(positions) // 2 - num_positions // 2)
     shown = positions[first : first + num_positions]
     if not shown:
@@ -108,7 +108,7 @@ def _position(position: LabelledPosition, text: TokenText) -> tuple[str, ...]:
 
 
 def _entries(entries: Sequence[tuple[int, float, int]], text: TokenText) -> str:
-    """The first (id, log-probability, count) entries, and how many more there are."""
+    """Formats the first (id, log-probability, count) entries, and the number of the rest."""
     cells = [
         f"{_quoted(text, id_)} {_p(logprob)}" + (f" x{count}" if count > 1 else "")
         for id_, logprob, count in entries[:SHOWN_ENTRIES]

@@ -1,8 +1,8 @@
-"""Readable text of token ids, from the vocabulary that a label set keeps.
+"""Decodes token ids to readable text with a label set's vocabulary.
 
-The vocabulary alone does not say how its tokens spell bytes. Two spellings are in use and told
-apart here: the byte-level alphabet of GPT-2, in which a space is ``Ġ``, and that of SentencePiece,
-in which a space is ``▁`` and bytes without a token of their own are ``<0x0A>``.
+A vocabulary does not state how its tokens encode bytes. Two encodings are detected: GPT-2's
+byte-level alphabet, in which a space is ``Ġ``, and SentencePiece's, in which a space is ``▁`` and
+bytes without their own token are ``<0x0A>``.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,14 +18,14 @@ class TokenText:
     def __init__(self, vocabulary: Mapping[str, int]) -> None:
         """
         Args:
-            vocabulary: token -> id; ids that it lacks are shown as numbers.
+            vocabulary: token -> id; unknown ids are shown as numbers.
         """
         self._tokens = {id_: token for token, id_ in vocabulary.items()}
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         is_byte_level = vocabulary.keys() >= set(alphabet) or any(
             token.startswith("Ġ") for token in vocabulary
         )
-        # Not decoders.Metaspace, which drops the space in front of the first token.
+        # Not decoders.Metaspace, which drops the space before the first token.
         sentencepiece = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         self._decoder = decoders.Sequence(
             [decoders.ByteLevel()] if is_byte_level else sentencepiece

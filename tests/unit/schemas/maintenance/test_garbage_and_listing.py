@@ -113,10 +113,10 @@ def test_gc_only_lists_unless_told(tmp_path: Path, capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     assert dropped.shard in shown
     assert "50.0 h" in shown
-    assert "2 younger ones kept; delete them with --delete" in shown
+    assert "kept 2 younger; delete them with --delete" in shown
     assert shard.exists()
     assert main(["labels", "gc", str(tmp_path), "--delete"]) == 0
-    assert "deleted 1 files" in capsys.readouterr().out
+    assert "deleted 1 file," in capsys.readouterr().out
     assert not shard.exists()
 
 
