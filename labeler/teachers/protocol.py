@@ -120,7 +120,7 @@ class Teacher(Protocol):
 
 @runtime_checkable
 class WakeableTeacher(Protocol):
-    """Optional part of a teacher whose engine runs in processes of its own."""
+    """Optional extension of ``Teacher`` for out-of-process engines."""
 
     def wake(self) -> None:
         """Fails the calls that wait for an engine whose process has died."""

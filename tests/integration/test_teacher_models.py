@@ -197,5 +197,5 @@ def test_engine_that_does_not_start_says_why(tiny_model_dir: Path) -> None:
 
 
 def test_make_teacher_needs_a_backend(tiny_model_dir: Path) -> None:
-    with pytest.raises(TeacherError, match="no teacher to make"):
+    with pytest.raises(TeacherError, match="has no teacher"):
         make_teacher(TeacherConfig(backend="none", tokenizer=str(tiny_model_dir)), RECORD)

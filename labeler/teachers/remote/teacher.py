@@ -4,7 +4,7 @@ For teachers too large to start in each job. The API returns the most probable i
 position of a prompt, so such a teacher serves records of kind ``topk`` without entropy; draws and
 normalisers at other temperatures need the full distribution, which no server sends.
 
-Each row is a request of its own; many are in flight, and the server batches them. A server does not
+Each row is a separate request; many are in flight, and the server batches them. A server does not
 reveal its weights, so they are declared (``teacher.weights_digest``, or a folder with the same
 weights); if the folder is available, the parity gate compares the labels with it.
 """
@@ -181,7 +181,7 @@ class RemoteTeacher:
         seeds: Sequence[Sequence[int]],
         on_row: OnRow = ignore_row,
     ) -> list[list[np.ndarray] | RowFailure]:
-        """See ``Teacher.generate``. Each sample is a request of its own, with its own seed."""
+        """See ``Teacher.generate``. Each sample is a separate request with its own seed."""
 
         async def sampled(row: int, prompt: np.ndarray, seed: int) -> np.ndarray | RowFailure:
             answer = await self._complete(self._sample_payload(prompt, generation, seed))
