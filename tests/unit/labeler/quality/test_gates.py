@@ -145,6 +145,9 @@ def test_parity_needs_no_reference_of_the_reference(tiny_model_dir: Path) -> Non
         raise AssertionError("not needed")
 
     assert choose_reference(config_of(tiny_model_dir), never) is None
+    other = config_of(tiny_model_dir).model_copy(update={"backend": "other"})
+    with pytest.raises(TeacherError, match="no parity reference is defined"):
+        choose_reference(other, never)
 
 
 class Comparisons:
