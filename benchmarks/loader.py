@@ -1,8 +1,8 @@
 """Parquet shards to packed batches on one core: ``python -m benchmarks.loader``.
 
-The demo teacher's labels of real text are written to a label set and read for an epoch by the
-trainer's own loader, as training reads it: planned, decoded row group by row group with checksums
-verified, gathered, packed and made into tensors. Nothing is decoded before the clock starts.
+Writes the demo teacher's labels of real text to a label set and reads an epoch with the trainer's
+loader, as training does: planned, decoded by row group with checksums verified, gathered, packed
+and converted to tensors. Nothing is decoded before the clock starts.
 
 All threads of the loader run on one core. Tokens/s are per CPU second of all threads, so a busy
 machine does not matter; padding does not count. The system's file cache is warm.

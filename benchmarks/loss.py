@@ -4,10 +4,10 @@ Forward and backward of the output head and its loss, from hidden states [T, H] 
 
 - fused cross-entropy, the project's own head on hard labels, which defines 1.00;
 - forward_kl on threshold labels of 12 ids, and ghost on top-64 labels, at temperatures 1 and 2;
-- the dense way: all logits at once, log_softmax, and for distillation a dense teacher, by autograd.
+- dense: all logits at once, log_softmax, and for distillation a dense teacher, with autograd.
 
-**Time**: the cases take turns in one process, and each turn is compared with the cross-entropy of
-the same turn. Reported are medians of these ratios, in wall time and in CPU seconds, which a busy
+**Time**: the cases take turns in one process, and each is compared with the cross-entropy of the
+same turn. Results are medians of these ratios, in wall time and in CPU seconds, which a busy
 machine disturbs less. The order changes from turn to turn; an uncounted call on a tiny shape loads
 the libraries.
 
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument(
         "--cases", nargs="+", default=CASES, choices=CASES, help=f"must include {CROSS_ENTROPY}"
     )
-    parser.add_argument("--turns", type=int, default=7, help="most timed turns of all cases")
+    parser.add_argument("--turns", type=int, default=7, help="maximum number of timed turns")
     parser.add_argument(
         "--seconds",
         type=float,
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All results, printed as they come."""
+    """Measures everything and prints results as they arrive."""
     details = []
     for text in args.shapes:
         shape = _shape(text)
@@ -95,7 +95,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _ratios(cases: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Those of the worse of the two losses at temperature 1."""
+    """Ratios of the worse of the two losses at temperature 1."""
     ours = [cases[name] for name in AT_TEMPERATURE_ONE if name in cases]
     ratios = {
         f"kd_{name}": max(case[name] for case in ours)
@@ -112,7 +112,7 @@ def _shape(text: str) -> Shape:
 
 
 def _time_in_turns(args: argparse.Namespace, shape: Shape) -> dict[str, list[Seconds]]:
-    """Seconds of one forward and backward in every turn, by case."""
+    """Seconds of one forward and backward per turn, by case."""
     _warm_up(args, shape, args.cases)
     inputs = _inputs(args, shape)
     cases = {name: inputs.case(name) for name in args.cases}
@@ -129,7 +129,7 @@ def _time_in_turns(args: argparse.Namespace, shape: Shape) -> dict[str, list[Sec
 
 
 def _warm_up(args: argparse.Namespace, shape: Shape, names: Sequence[str]) -> None:
-    """Loads the libraries."""
+    """Loads libraries, with an uncounted call on a tiny shape."""
     tiny = Shape(8, shape.vocab_size, shape.hidden_size)
     for name in names:
         _inputs(args, tiny).case(name)().backward()
@@ -140,7 +140,7 @@ def _inputs(args: argparse.Namespace, shape: Shape) -> Inputs:
 
 
 def _peak(args: argparse.Namespace, shape: str, name: str) -> int:
-    """Peak bytes of one forward and backward of a case, in a fresh process."""
+    """Peak bytes of a case's forward and backward, in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.loss", "--peak-of", name, "--shapes", shape]
     for option in ("chunk_tokens", "device", "dtype", "threads"):
         command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]

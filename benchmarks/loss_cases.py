@@ -1,4 +1,4 @@
-"""The losses that `benchmarks.loss` measures: the same hidden states and head for all of them.
+"""The losses that `benchmarks.loss` measures, on the same hidden states and head.
 
 Teachers are random Zipf distributions (exponents 1 to 2, other ids at every position), labelled by
 the labeller's own arithmetic.
@@ -32,7 +32,7 @@ CASES = (
     "dense_ce",
     DENSE,
 )
-"""``_t1`` and ``_t2``: at distillation temperature 1 and 2. Dense ones hold all logits at once."""
+"""``_t1``, ``_t2``: distillation temperature 1, 2. Dense cases hold all logits at once."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Inputs:
         self._device = torch.device(device)
 
     def case(self, name: str) -> Callable[[], Tensor]:
-        """The forward pass of the named case, with its labels or dense teacher made beforehand."""
+        """Prepares the labels or dense teacher of a case and returns its forward pass."""
         if name == "dense_ce":
             tokens = self.token_ids.to(self._device)
             return lambda: torch.nn.functional.cross_entropy(
@@ -106,7 +106,7 @@ class Inputs:
         return labelled(positions, record, seed=0).to(self._device)
 
     def _teacher_logits(self) -> Tensor:
-        """float32 [T, V], the same at every call: keeping it would count as held memory."""
+        """float32 [T, V], recomputed at every call: kept, it would count as held memory."""
         num_tokens, vocab_size = self._shape.num_tokens, self._shape.vocab_size
         generator = torch.Generator().manual_seed(1)
         exponents = 1.0 + torch.rand(num_tokens, 1, generator=generator)

@@ -1,6 +1,6 @@
 """Student quality by kind of label: ``python -m benchmarks.quality``.
 
-The demo's teacher, corpus, student and schedule. From the same initial weights and in the same
+Uses the demo's teacher, corpus, student and schedule. From the same initial weights and in the same
 order, one student is trained on each target alone, with no hard-label mix: hard labels, 12 and 64
 top ids (with the tail as a bucket), Random Sampling KD and threshold labels of at most 14 ids, and
 the full distribution (a head as wide as the vocabulary). Repeated over seeds of weights and order.
@@ -33,7 +33,7 @@ MEASURES = {"ce": "cross_entropy", "kl": "kl_to_teacher", "ece": "ece"}
 
 @dataclass(frozen=True)
 class Target:
-    """One row of the table: the record of the labels, and the loss that reads it; as TOML."""
+    """One row of the table, as TOML: the record of the labels and the loss that reads it."""
 
     record: str
     loss: str
@@ -68,7 +68,7 @@ def measure(out: Path, seeds: Sequence[int], targets: Sequence[str]) -> dict[str
     write_corpus(out / "corpus", {"students": STUDENT_BYTES, "heldout": HELDOUT_BYTES})
     with local_ray():
         _label(out, "heldout", "threshold")
-        # Hard labels are the tokens of any label set, so they need none of their own.
+        # Hard labels are the tokens of any label set, so they need no set of their own.
         labelled = {"hard": "threshold"} | {name: name for name in targets if name != "hard"}
         ids = {name: _label(out, "students", labelled[name]).ids_per_label for name in targets}
         for seed in seeds:

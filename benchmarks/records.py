@@ -27,14 +27,14 @@ def described(record: RecordSpec) -> str:
 def matched_records(
     logits: Tensor, temperature: float, num_ids: float = IDS_PER_LABEL
 ) -> dict[str, RecordSpec]:
-    """One record of each kind, all keeping the same number of ids, drawn at ``temperature``.
+    """One record of each kind, all keeping the same number of ids, with draws at ``temperature``.
 
     The number of draws is an integer, so ``sampled`` comes as close as it can to ``num_ids`` and
     the other kinds match it.
 
     Args:
         logits: [T, V], the teacher's.
-        temperature: of the draws; above 1 the records store its normaliser too.
+        temperature: draw temperature; above 1, the records also store its normaliser.
         num_ids: mean ids per label.
     """
     p = torch.softmax(logits.double(), 1)
@@ -93,7 +93,7 @@ def sampled_record(rows: TokenRows) -> RecordSpec:
 def _matched(
     rows: TokenRows, record: Callable[[float], RecordSpec], low: float, high: float
 ) -> float:
-    """The argument of ``record`` that keeps 12 ids per label on a twelfth of the rows."""
+    """Finds the argument of ``record`` that keeps 12 ids per label, on a twelfth of the rows."""
     some = rows[:: max(1, len(rows.token_ids) // 12)]
     return bisected(
         lambda value: ids_per_label(label(some, record(value))), IDS_PER_LABEL, low, high, 0.01
@@ -107,11 +107,11 @@ def bisected(
     high: float,
     tolerance: float = 0.0,
 ) -> float:
-    """Where a function that increases from ``low`` to ``high`` reaches ``wanted``.
+    """Bisects for the point at which an increasing function reaches ``wanted``.
 
     Args:
         function: monotonic; decreasing ones take ``low`` above ``high``.
-        tolerance: relative width of the interval at which the search stops.
+        tolerance: relative width of the final interval.
     """
     for _ in range(40):
         middle = (low + high) / 2

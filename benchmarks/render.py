@@ -1,9 +1,9 @@
 """Renders every measured figure of README.md and docs/ from `benchmarks/results/`.
 
-`python -m benchmarks.render` writes the pages, `--check` fails where one is out of date.
+`python -m benchmarks.render` writes the pages; `--check` fails if one is out of date.
 
-`docs/benchmarks.md` is the template `benchmarks/templates/benchmarks.md.j2`. In all other pages a
-template gives the text from `<!-- figures: TEMPLATE ARGUMENT ... -->` to `<!-- /figures -->`.
+`docs/benchmarks.md` is rendered from `benchmarks/templates/benchmarks.md.j2`. In other pages, a
+template fills the text from `<!-- figures: TEMPLATE ARGUMENT ... -->` to `<!-- /figures -->`.
 Templates call `newest(name)` and `runs(name)` for results files, and `file(path)` for examples.
 """
 
@@ -43,7 +43,7 @@ def newest(name: str) -> dict[str, Any]:
 
 
 def provenance(run: dict[str, Any]) -> str:
-    """Where, when and with what a run was measured, as one clause."""
+    """Formats the machine, date and versions of a run as one clause."""
     machine = run["machine"]
     cpu = machine.get("cpu") or "machine not recorded"
     note = f" ({machine['note']})" if machine.get("note") else ""
@@ -59,7 +59,7 @@ def render(template: str, *arguments: str) -> str:
 
     Args:
         template: name of a file in `benchmarks/templates`, without its ending.
-        arguments: what the template knows as `arguments`.
+        arguments: passed to the template as `arguments`.
     """
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -81,7 +81,7 @@ def render(template: str, *arguments: str) -> str:
 
 
 def rendered(page: Path) -> str:
-    """The text that a page should have."""
+    """Renders the current text of a page."""
     if page == ROOT / REPORT:
         return render("benchmarks")
     return BLOCK.sub(
@@ -91,9 +91,9 @@ def rendered(page: Path) -> str:
 
 
 def main() -> int:
-    """Renders or checks all pages; 1 where `--check` finds one out of date."""
+    """Renders or checks all pages; returns 1 if `--check` finds one out of date."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.render", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing, fail on a difference")
+    parser.add_argument("--check", action="store_true", help="fail if a page is out of date")
     check = parser.parse_args().check
     stale = 0
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:

@@ -1,4 +1,4 @@
-"""The divergence that rounding alone adds to labels; no audit is needed for it."""
+"""The KL divergence that rounding alone adds to labels, computed without an audit."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from schemas.spec import RecordSpec
 def rounding_kl(
     labels: Sequence[RowLabels], stored: LabelRows, record: RecordSpec
 ) -> npt.NDArray[np.float64]:
-    """KL from labels before rounding to the rows assembled from them.
+    """KL(labels before rounding, rows assembled from them).
 
     Args:
         labels: one per row, as the teacher returned them.
@@ -42,7 +42,7 @@ def rounding_kl(
 
 
 def _wide(values: npt.NDArray[np.float32], width: int) -> npt.NDArray[np.float32]:
-    """The same rows padded with zeros to a common width."""
+    """Pads rows with zeros to a common width."""
     if values.shape[1] == width:
         return values
     padded = np.zeros((len(values), width), np.float32)

@@ -1,13 +1,13 @@
 """A training step, distilled against hard-label: ``python -m benchmarks.step``.
 
-One student, one DeepSpeed engine as the trainer builds it (a process group of one, without Ray),
-and the demo teacher's labels of real text. A step is the trainer's own
-(`trainer.engine.train_step`): wait for the batch, forward and backward of every micro-batch,
-gradient norm, optimizer. Distilled and hard-label steps alternate in one process, fed by two
+Uses one student, one DeepSpeed engine as the trainer builds it (a process group of one, without
+Ray), and the demo teacher's labels of real text. A step is the trainer's
+`trainer.engine.train_step`: wait for the batch, forward and backward of every micro-batch, gradient
+norm, optimizer. Distilled and hard-label steps alternate in one process, fed by two
 loaders that read the same rows in the same order; which comes first alternates too.
 
-**Time**: the median over turns of the ratio of the two, for each kind of labels; also that of CPU
-seconds of the process, loaders included, and the ratio of the least times, both of which a busy
+**Time**: the median over turns of the ratio of the two, for each kind of labels. Also the same for
+CPU seconds of the process, loaders included, and the ratio of the minimum times, which a busy
 machine disturbs less.
 
 **Waiting**: the share of time that consecutive distilled steps wait for the loader. The first step,
@@ -105,7 +105,7 @@ def _line(one: dict[str, float]) -> str:
 
 @contextmanager
 def _process_group(scratch: Path) -> Iterator[None]:
-    """A process group of this process alone."""
+    """Sets up a process group of this process alone."""
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it; launchers set it
     store = dist.FileStore(str(scratch / "store"), 1)
     backend = "nccl" if DEVICE == "cuda" else "gloo"
@@ -155,7 +155,7 @@ def _measure(view: View, args: argparse.Namespace) -> dict[str, float]:
 def _turns(
     pair: tuple[tuple[TrainStep, Loader], tuple[TrainStep, Loader]], num_turns: int
 ) -> tuple[list[Seconds], list[Seconds]]:
-    """Seconds of both steps in every turn, without an uncounted first one."""
+    """Seconds of both steps in every turn, after an uncounted first one."""
     seconds: tuple[list[Seconds], list[Seconds]] = [], []
     for turn in range(num_turns + SKIPPED):
         for which in (0, 1) if turn % 2 else (1, 0):

@@ -39,7 +39,7 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class Kind:
-    """A record kind under test: its spec, and its labels before rounding."""
+    """A measured kind of record: its spec, and its labels before rounding."""
 
     name: str
     record: RecordSpec
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def measure(num_labels: int) -> dict[str, Any]:
-    """All results, printed as they come."""
+    """Measures everything and prints results as they arrive."""
     rows = real_rows(num_labels)
     print(f"{rows.num_labels} labels in {len(rows.token_ids)} rows of the demo's held-out text\n")
     records = {
@@ -112,7 +112,7 @@ def _read_shard(store: Store, record: RecordSpec) -> None:
 def _measure_shard(
     rows: LabelRows, record: RecordSpec, folder: str
 ) -> tuple[dict[str, float], float, float]:
-    """Bytes per label by column, and the least CPU seconds of writing and of reading."""
+    """Bytes per label by column, and the minimum CPU seconds of writing and of reading."""
     store = Store(folder)
     write_s, read_s = [], []
     for _ in range(REPEATS):
@@ -133,7 +133,7 @@ def _measure_shard(
 
 
 def _kl_added(kind: Kind, rows: TokenRows, bits: int) -> float:
-    """Mean KL(before rounding, after it) per label on head and tail bucket, nats."""
+    """Mean KL(before, after rounding) per label over head and tail bucket, nats."""
     record = kind.record.model_copy(update={"logprob_bits": bits})
     stored = rows.assembled(kind.labels, record)
     return float(rounding_kl(kind.labels, stored, kind.record).mean())
@@ -152,7 +152,7 @@ def _entropy_bytes(rows: LabelRows) -> float:
 
 
 def _bit_packed(rows: LabelRows, record: RecordSpec) -> float:
-    """Bytes of the same content with the fewest bits that hold each value, uncompressed."""
+    """Bytes of the same content with the fewest bits per value, uncompressed."""
     id_bits = math.ceil(math.log2(VOCAB_SIZE))
     logprob_bits = 5 + record.logprob_bits  # no sign bit: never positive
     assert rows.entry_offsets is not None

@@ -1,8 +1,8 @@
-"""Records what the commands of the README and of docs/labels.md print: `python -m benchmarks.tour`.
+"""Records the output of commands in README and docs/labels.md: `python -m benchmarks.tour`.
 
-Runs them on `examples/quickstart` from an empty `runs/quickstart`, and one set of labels is damaged
-on purpose. The result file has the output of each step by name; `python -m benchmarks.render` puts
-them in the pages. About six minutes on two cores.
+Runs them on `examples/quickstart` with an empty `runs/quickstart`; damages one label set on
+purpose. The result file has the output of each step by name; `python -m benchmarks.render` inserts
+it into the pages. About six minutes on two cores.
 """
 
 import json
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def _run(command: str) -> str:
-    """The command as a user types it, and what it prints except for progress."""
+    """Returns a command as the user types it, and its output without progress."""
     words = shlex.split(command)
     done = subprocess.run(
         [sys.executable, "-m", "cluster", *words],

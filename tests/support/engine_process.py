@@ -1,6 +1,6 @@
-"""An engine in a process of its own, which hangs, crashes or is killed over certain tokens.
+"""An engine in a separate process, which hangs, crashes or is killed by certain tokens.
 
-It imports the standard library alone, so that it starts in a fraction of a second.
+Imports only the standard library, so that it starts in a fraction of a second.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ ONCE = "once"
 
 
 def engine(pipe: Connection, folder: Path) -> None:
-    """A process that answers as long as it lives."""
+    """Answers requests until it is killed."""
     with contextlib.suppress(EOFError):
         answer(pipe, folder)
 

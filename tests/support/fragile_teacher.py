@@ -1,4 +1,4 @@
-"""Teachers whose engine dies over a certain token, and requests for them."""
+"""Teachers whose engine dies on a certain token, and requests for them."""
 
 import os
 import threading
@@ -23,7 +23,7 @@ REFUSED = 13
 
 
 class FragileTeacher:
-    """Its engine dies over a certain token, by an error or together with the process."""
+    """Its engine dies on a certain token, with an error or with the process."""
 
     shareable = False
     started = 0
@@ -96,13 +96,13 @@ def supervisor(folder: Path, run: str = "run", **teacher: bool) -> EngineSupervi
 
 
 class SharedTeacher(FragileTeacher):
-    """An engine of several threads: over a certain token it dies for all that are in it."""
+    """A multi-threaded engine: on a certain token, it dies for all requests in flight."""
 
     shareable = True
 
     def __init__(self, expected: int = 1, crash: bool = False) -> None:
         super().__init__()
-        # Where it crashes, units come alone later on, and wait in vain.
+        # After a crash, units arrive one at a time, so a long wait would be in vain.
         self._wait_s = 0.3 if crash else 30.0
         self.most_together = 0
         self._expected = expected
@@ -124,7 +124,7 @@ class SharedTeacher(FragileTeacher):
             self._poisoned |= any(POISON in ids for ids in token_ids)
             self.most_together = max(self.most_together, self._in_flight)
             self._changed.notify_all()
-            # The first calls wait for each other, so that they really are in flight together.
+            # The first calls wait for each other, so that they are in flight together.
             self._changed.wait_for(lambda: self.most_together >= self._expected, self._wait_s)
             if self._poisoned and self._crash:
                 os._exit(11)

@@ -37,7 +37,7 @@ TEACHER_POINTS = (
     "after_link",
     "before_report",
 )
-"""Where a teacher's process may die on its way from labels to a committed unit."""
+"""Points at which a teacher's process may die between labelling and committing a unit."""
 
 JOB_POINTS = ("before_roster", "after_roster")
 LOGPROB_TOLERANCE = 1e-3
@@ -101,7 +101,7 @@ class FaultRun:
         return str(self.folder / name)
 
     def config(self, labels: str, **run: object) -> Path:
-        """The file of a job; ``run`` are further settings of ``[run]``."""
+        """Writes a job's config; ``run`` has additional settings of ``[run]``."""
         settings = {"unit_rows": 2, "stall_s": 120.0, "num_cpus": 2, **run}
         if self._address:
             settings["address"] = self._address
@@ -122,7 +122,7 @@ class FaultRun:
     def job(
         self, *words: str, labels: str = "labels", environment: dict[str, str] | None = None
     ) -> Iterator["Job"]:
-        """A job that runs until somebody ends it; whatever is left of it is killed in the end."""
+        """Starts a job; kills whatever is left of it at the end of the block."""
         known = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         log = self.folder / "job.log"
         with open(log, "ab") as output:
@@ -140,7 +140,7 @@ class FaultRun:
             kill_tree(process)
 
     def note(self, fault: str, when: str) -> None:
-        """Keeps what is committed after a fault, to look for it in the end."""
+        """Records what is committed after a fault, to check for it at the end."""
         keys, open_shards = np.empty(0, "S16"), 0
         if (self.folder / "labels" / LABEL_SET_FILE).exists():
             labels = LabelSet.open(self.url())
@@ -154,7 +154,7 @@ class FaultRun:
     # Faults
 
     def kill_job(self, job: "Job") -> None:
-        """SIGKILL for the job after a few units, or while it starts."""
+        """Sends SIGKILL to the job after a few units, or while it starts."""
         units = self.rng.choice((0, 1, 1, 3, 6))
         delay_s = self.rng.uniform(0.0, 4.0 if not units else 0.3)
         job.wait_for_units(units)
@@ -164,7 +164,7 @@ class FaultRun:
         self.note("SIGKILL of the job", f"{delay_s:.2f}s after {units} units of its own")
 
     def stop_job(self, job: "Job", number: signal.Signals) -> None:
-        """A signal that asks the job to stop; it does, with every unit in work committed."""
+        """Sends a signal to stop the job, which first commits all units in flight."""
         units = self.rng.randrange(1, 6)
         job.wait_for_units(units)
         job.kill(number)
@@ -174,7 +174,7 @@ class FaultRun:
         self.note(f"{number.name} of the job", f"after {units} units; exit code {code}")
 
     def kill_teacher(self, job: "Job") -> None:
-        """SIGKILL for the teacher's process after a few units, or while it starts."""
+        """Sends SIGKILL to the teacher's process after a few units, or while it starts."""
         job.wait_for_teacher()
         units = self.rng.choice((0, 1, 2, 5))
         delay_s = self.rng.uniform(0.0, 2.0 if not units else 0.2)
@@ -185,7 +185,7 @@ class FaultRun:
         self.note("SIGKILL of the teacher actor", f"{delay_s:.2f}s after {units} more units")
 
     def kill_at(self, point: str, job: "Job", what: str) -> None:
-        """SIGKILL for whichever process comes by a point of the code next."""
+        """Kills the next process to reach a fault point."""
         if point in TEACHER_POINTS:
             job.wait_for_units(1)  # the job itself links a file when it makes the label set
         (self._points / point).touch()
@@ -193,7 +193,7 @@ class FaultRun:
         self.note(f"SIGKILL of the {what}", f"at {point}")
 
     def signal_engine(self, job: "Job", number: signal.Signals) -> None:
-        """A signal for the process of the engine."""
+        """Sends a signal to the engine's process."""
         units = self.rng.choice((1, 2, 4))
         job.wait_for_units(units)
         delay_s = self.rng.uniform(0.0, 0.3)
@@ -267,11 +267,11 @@ class Job:
         self._seen = self._units()
 
     def wait_for_teacher(self) -> list[psutil.Process]:
-        """The processes of the teacher actors, of which there is at least one."""
+        """Processes of the teacher actors, at least one."""
         return self._wait_for("_TeacherActor")
 
     def wait_for_engine(self) -> list[psutil.Process]:
-        """The processes of the engines, of which there is at least one."""
+        """Processes of the engines, at least one."""
         return self._wait_for("EngineCore")
 
     def _wait_for(self, name: str) -> list[psutil.Process]:
@@ -289,17 +289,17 @@ class Job:
         self.process.send_signal(number)
 
     def finish(self) -> None:
-        """Waits for the job to end well."""
+        """Waits for the job to succeed."""
         code = self.process.wait(timeout=_LIMIT_S)
         assert code == 0, f"ended with {code}: {self.last_lines()}"
 
     def last_lines(self) -> str:
-        """What it said last."""
+        """The last lines of its output."""
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-12:])
 
 
 def compare(one: LabelSet, other: LabelSet) -> None:
-    """The labels of two sets with the same rows are those of one teacher.
+    """Checks that two sets with the same rows have the same teacher's labels.
 
     Raises:
         AssertionError: Ids differ in more than a small share of the positions, or log-probabilities
@@ -355,7 +355,7 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def kill_tree(process: "subprocess.Popen[bytes]") -> None:
-    """SIGKILL for a process and all that it started."""
+    """Kills a process and all its descendants."""
     try:
         root = psutil.Process(process.pid)
         tree = [*root.children(recursive=True), root]

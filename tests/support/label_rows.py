@@ -1,4 +1,4 @@
-"""Rows of labels as a teacher would give them, from random logits, for tests that need some."""
+"""Labelled rows from random logits, as a teacher would return them."""
 
 from itertools import pairwise
 
@@ -55,7 +55,7 @@ def make_rows(
 def add_labels(
     rows: LabelRows, spec: RecordSpec, logits: np.ndarray, targets: np.ndarray
 ) -> LabelRows:
-    """The labels that a teacher with these logits, [N, V] in row order, gives to the targets."""
+    """Labels of the targets by a teacher with these logits, [N, V] in row order."""
     n = len(logits)
     peak = logits.max(axis=1, keepdims=True)
     logprobs = logits - peak - np.log(np.exp(logits - peak).sum(axis=1, keepdims=True))

@@ -1,4 +1,4 @@
-"""Processes that tests look for, stop and kill; all of them are below the test's own."""
+"""Finds, stops and kills descendants of the test process."""
 
 import contextlib
 import os
@@ -31,7 +31,7 @@ def training_ranks() -> list[int]:
 
 
 def send(pids: list[int], number: signal.Signals) -> None:
-    """Sends a signal to processes that may have ended."""
+    """Sends a signal to processes, ignoring those that have ended."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)

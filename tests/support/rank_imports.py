@@ -1,4 +1,4 @@
-"""What the ranks of a training run import, once, in the process that they are forked from."""
+"""Imports of training ranks, made once in the process that they are forked from."""
 
 import os
 

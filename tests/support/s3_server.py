@@ -37,7 +37,7 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process needs to reach it."""
+        """Environment variables with which a process reaches the server."""
         return {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._port}",
             "AWS_ACCESS_KEY_ID": "test",
@@ -47,12 +47,12 @@ class S3Server:
 
     @property
     def writes(self) -> int:
-        """How many puts came."""
+        """Number of puts received."""
         return int(self._writes.value)
 
     @property
     def ignores_conditions(self) -> bool:
-        """Whether it answers as the stores do that do not know conditional puts."""
+        """Whether it ignores conditions of puts, as some stores do."""
         return bool(self._ignores.value)
 
     @ignores_conditions.setter
@@ -69,7 +69,7 @@ class S3Server:
         self._unavailable.value = int(value)
 
     def stop(self) -> None:
-        """Ends it."""
+        """Stops the server."""
         self._process.terminate()
         self._process.join()
 

@@ -1,4 +1,4 @@
-"""A loopback server that speaks as much of vLLM's API as a remote teacher asks for, on script."""
+"""A scripted loopback server for the part of vLLM's API that a remote teacher uses."""
 
 import json
 import threading
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 POISON = 13
-"""A row with this token is answered with an internal error, always."""
+"""A row with this token always gets an internal error."""
 
 
 def entry(logprob: float, rank: int) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def entry(logprob: float, rank: int) -> dict[str, Any]:
 
 
 def told(head: dict[int, float], token: int, logprob: float, rank: int) -> dict[str, Any]:
-    """One position as vLLM tells it: the token that stands there first, then the head."""
+    """One position as vLLM reports it: first the actual token, then the head."""
     found = {str(token): entry(logprob, rank)}
     for place, (name, value) in enumerate(head.items()):
         found[str(name)] = entry(value, place + 1)

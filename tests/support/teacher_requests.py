@@ -1,4 +1,4 @@
-"""Labelling requests for the tests of teachers, and how two teachers' answers are compared."""
+"""Labelling requests for teacher tests, and comparisons of two teachers' labels."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,7 +57,7 @@ def label(
 
 @contextmanager
 def serving(teacher: Teacher, record: RecordSpec) -> Iterator[None]:
-    """Has a teacher of these tests give labels of another record for a while."""
+    """Temporarily switches a test teacher to another record."""
     usual = teacher._record
     for change in (record, usual):
         if isinstance(teacher, VllmTeacher):

@@ -1,4 +1,4 @@
-"""A model folder small enough to be made for a test: Llama, tokenizer and chat template."""
+"""A model folder small enough to create in a test: Llama, tokenizer and chat template."""
 
 from pathlib import Path
 

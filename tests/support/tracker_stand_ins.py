@@ -1,4 +1,4 @@
-"""As much of wandb and MLflow as the trainer calls, kept in memory.
+"""In-memory stand-ins for the parts of wandb and MLflow that the trainer calls.
 
 The packages themselves are no dependency: wandb brings a 20 MB service, and mlflow-skinny needs
 older versions of what the pinned dependencies contain. Where one is installed, the tests that use

@@ -1,10 +1,10 @@
-"""Faults in a training run, and what is left of it: for the fault suite and its short version.
+"""Injects faults into a training run: for the fault suite and its short version.
 
-A driver is a process of its own, on the Ray instance of the test, so that killing it leaves workers
-that go on for a while. What is killed, and when, follows from a seed.
+The driver is a separate process on the test's Ray instance, so workers keep running for a while
+after it is killed. A seed determines what is killed, and when.
 
-A moment within a save lasts milliseconds. All ranks are stopped when it shows on disk; if it is
-still that moment then, they are killed, and else they go on until the next save.
+A moment within a save lasts milliseconds. When it shows on disk, all ranks are stopped; if the
+moment has not passed by then, they are killed, otherwise they continue until the next save.
 """
 
 import contextlib
@@ -104,36 +104,36 @@ class Trial:
 
     @property
     def num_files(self) -> int:
-        """Of a checkpoint, before its manifest: of all ranks random states, what ZeRO splits."""
+        """Files of a checkpoint before its manifest: model, random states, ZeRO partitions."""
         ranks = self.config.ray.max_workers
         return {0: 1 + ranks, 1: 1 + 2 * ranks, 2: 1 + 2 * ranks, 3: 3 * ranks}[
             self.config.deepspeed.zero_stage
         ]
 
     def stop(self) -> None:
-        """The driver and all its workers, which would go on, perhaps to the end, while it ends."""
+        """Kills the driver and its workers, which are stopped first lest they finish the run."""
         send(self.ranks(), signal.SIGSTOP)
         self.kill_driver()
         send(self.ranks(), signal.SIGKILL)
 
     def is_alive(self) -> bool:
-        """Whether there is a driver, and it has not ended."""
+        """Whether the driver is running."""
         return self._driver is not None and self._driver.poll() is None
 
     def said(self) -> str:
-        """What the drivers printed."""
+        """The output of all drivers."""
         return self._log_path().read_text()
 
     def pause(self) -> None:
-        """A seeded part of about a step."""
+        """Waits for a random fraction of about a step."""
         time.sleep(self._rng.random() * 0.1)
 
     def ranks(self) -> list[int]:
-        """This run's training processes that live; those of a killed driver may be among them."""
+        """Live training processes of this run, perhaps including those of a killed driver."""
         return training_ranks()
 
     def choose(self, ranks: list[int]) -> int:
-        """One of them."""
+        """Picks one rank at random."""
         return self._rng.choice(sorted(ranks))
 
     def note(self, what: str, when: str) -> None:
@@ -145,14 +145,14 @@ class Trial:
         return Path(self._log.name)
 
     def _curve(self) -> int:
-        """Which file (inode) the learning curve is: a run that goes on puts a new one in its place.
+        """Inode of the learning curve: a resumed run replaces the file.
 
-        The driver says so, too, but as much as a second later, which is half of a short run.
+        The driver also reports the resume, but up to a second later, half of a short run.
         """
         return (self.run / "metrics.jsonl").stat().st_ino
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Waits for what a living driver will bring about."""
+        """Waits until a condition holds; fails if the driver dies."""
         deadline = time.monotonic() + PATIENCE_S
         while not condition():
             assert time.monotonic() < deadline, f"{self.run}: {self.said()}"

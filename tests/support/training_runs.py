@@ -65,8 +65,7 @@ def make_config(run: Path, view: Any, tokenizer: str, **sections: dict[str, Any]
     }
     for name, values in sections.items():
         content[name] = {**content.get(name, {}), **values}
-    whole = {"run": str(run), "view": view, **content}
-    return validated(whole, TrainConfig, "test")
+    return validated({"run": str(run), "view": view, **content}, TrainConfig, "test")
 
 
 def curve(run: Path, kind: str) -> list[dict[str, Any]]:

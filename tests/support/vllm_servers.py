@@ -1,4 +1,4 @@
-"""A real ``vllm serve`` on loopback, as somebody else would run it."""
+"""A real ``vllm serve`` on loopback, as a user would run it."""
 
 import os
 import socket
@@ -26,7 +26,7 @@ def free_port() -> int:
 
 @contextmanager
 def vllm_server(model: Path, log: Path) -> Iterator[str]:
-    """The URL of a server of a model, in float32 on the CPU, until the block ends."""
+    """Serves a model in float32 on the CPU for a ``with`` block; yields the URL."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     arguments = {
