@@ -176,7 +176,7 @@ def test_finished_run_returns_its_summary(
 ) -> None:
     run, summary = reference
     assert run_train_job(config(run, view, tokenizer)) == summary
-    assert "is finished already" in capsys.readouterr().err
+    assert "is already finished" in capsys.readouterr().err
 
 
 def test_run_folder_refuses_another_configuration(
@@ -290,7 +290,7 @@ def test_run_resumes_on_another_number_of_workers(
     alone = config(run, view, tokenizer, **short, ray={"num_workers": {"min": 1, "max": 1}})
     summary = train(alone)
     assert (summary.world_size, summary.resumed_from_step) == (1, 4)
-    assert "now on 1 workers instead of 2" in capsys.readouterr().err
+    assert "now on 1 worker instead of 2" in capsys.readouterr().err
     assert losses(run) == pytest.approx(expected, abs=1e-5)
     assert (run / "rows.jsonl").read_text() == (whole / "rows.jsonl").read_text()
 

@@ -1,1 +1,1 @@
-"""The training job: checks before launch, Ray Train, and the loop of each worker."""
+"""The training job: pre-launch checks, Ray Train, and each worker's training loop."""

@@ -18,18 +18,18 @@ from trainer.engine.train_step import TrainStep
 from trainer.run_folder import BAD_BATCH
 
 MAX_PROBED_ROWS = 64
-"""Most rows that each rank runs one by one, those of the worst micro-batches first."""
+"""Maximum rows that each rank runs individually, those of the worst micro-batches first."""
 
 
 class BadRow(StrictModel):
     """One row of the step.
 
     Attributes:
-        view_row: row number in the view; in a mixture counted through all its views.
+        view_row: row number in the view; in a mixture, numbered through all views.
         row_key: hexadecimal.
-        shard, row_group, row: its place in ``label_set``, a URL.
-        lane, rank, micro_batch: its place in the step, each counted from 0.
-        loss: mean per label of the row on its own, nats; None if it is not finite or not known.
+        shard, row_group, row: location in ``label_set``, a URL.
+        lane, rank, micro_batch: position in the step, each counted from 0.
+        loss: mean per label of the row on its own, nats; None if non-finite or unknown.
         is_finite: whether that loss is finite; None if the row was not run on its own.
     """
 
@@ -52,10 +52,10 @@ class BadBatch(StrictModel):
 
     Attributes:
         what: "loss" or "gradient norm" of the step.
-        value: None if it is not finite.
-        median: of the steps before, if the value is a spike.
-        checkpoint: the newest one from before the step; empty if none exists.
-        rows: all rows of the step: first those whose loss is not finite, then by falling loss.
+        value: None if non-finite.
+        median: median of the preceding steps, if the value is a spike.
+        checkpoint: the newest checkpoint before the step; empty if none exists.
+        rows: all rows of the step: first those with a non-finite loss, then by decreasing loss.
     """
 
     step: int
@@ -89,7 +89,7 @@ class BadBatchReport:
         """Writes the rows of the step to the run's folder, on rank 0.
 
         Returns:
-            The error to raise, on every rank, after the file is written.
+            The error for every rank to raise.
         """
         losses = self._row_losses(bad, batch)
         report = BadBatch(
@@ -108,12 +108,12 @@ class BadBatchReport:
     def _row_losses(self, bad: BadStep, batch: StepBatch) -> dict[int, float]:
         """Mean loss per label of single rows, by id, from all ranks; empty after a bad gradient."""
         if bad.what != LOSS:
-            return {}  # the gradient may have reached the weights: no loss would point to a row
+            return {}  # the gradient may have reached the weights, so no loss identifies a row
         reader = RowReader(self._view, self._rows, self._config.loss, self._config.data.cache_bytes)
         mine = self._candidates(bad, batch)
         found: dict[int, float] = {}
         try:
-            # Equally many forward passes on every rank: ZeRO-3 gathers parameters in each.
+            # All ranks run the same number of forward passes: ZeRO-3 gathers parameters in each.
             for number in range(max(gathered([len(mine)]))):
                 ids = mine[number : number + 1]
                 loss = self._row_loss(reader, ids)
@@ -123,7 +123,7 @@ class BadBatchReport:
         return {row: loss for part in gathered([found]) for row, loss in part.items()}
 
     def _candidates(self, bad: BadStep, batch: StepBatch) -> list[int]:
-        """Ids of this rank's rows to run one by one."""
+        """Ids of this rank's rows to run individually."""
         size = self._config.data.micro_batch_size
         packs = batch.packs[dist.get_rank() :: dist.get_world_size()]
         order = sorted(range(len(packs)), key=lambda i: _badness(bad.micro_losses[i // size]))
@@ -164,7 +164,7 @@ class BadBatchReport:
 
 
 def summary(bad: BadStep, report: BadBatch, path: str) -> str:
-    """One line: the bad value, the rows to blame, the checkpoint to resume from, and advice."""
+    """Summarizes in one line: the bad value, its rows, the last good checkpoint, and advice."""
     value = f"{bad.value}" if bad.median is None else f"{bad.value:.4g}"
     what = f"the {bad.what} of step {bad.step} is {value}"
     if bad.median is not None:
@@ -203,7 +203,7 @@ def _advice(bad: BadStep) -> str:
 
 
 def _badness(loss: float) -> float:
-    """Sort key: losses that are not finite first, then by falling loss."""
+    """Sort key: non-finite losses first, then by decreasing loss."""
     return -loss if _finite(loss) is not None else -float("inf")
 
 

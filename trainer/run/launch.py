@@ -1,7 +1,6 @@
-"""Starts a training run: checks everything it can in seconds, then hands over to Ray Train.
+"""Launches a training run: runs all fast checks first, then hands over to Ray Train.
 
-Checked before any cluster is contacted: the configuration, the view and its shards, the vocabulary,
-and the run folder.
+Configuration, view, shards, vocabulary and run folder are checked before contacting any cluster.
 """
 
 from collections.abc import Callable
@@ -20,37 +19,37 @@ from trainer.run_folder import RunFolder, TrainSummary
 from trainer.tracking.external import check_trackers
 
 TrainWorkers = Callable[[TrainConfig, RunFolder, str, int, Progress], None]
-"""Runs all workers to the end: (config, folder, view hash, number of steps, progress)."""
+"""Runs all workers to completion: (config, folder, view hash, number of steps, progress)."""
 
 
 def run_train_job(
     config: TrainConfig, progress: bool = True, train_workers: TrainWorkers | None = None
 ) -> TrainSummary:
-    """Trains the student of a configuration, resuming an interrupted run.
+    """Trains the configured student; resumes an interrupted run.
 
     Args:
         config: the run.
         progress: show progress on standard error.
-        train_workers: runs ``train_worker`` on every rank to the end; None: on Ray Train.
+        train_workers: runs ``train_worker`` on every rank to completion; None: Ray Train.
 
     Returns:
-        The summary, at once if the run is already finished.
+        The summary, immediately if the run is already finished.
 
     Raises:
-        TutelageError: the run cannot start or failed; the message names cause and remedy.
+        TutelageError: the run cannot start or has failed; the message names cause and remedy.
     """
     console = Progress("train", enabled=progress)
-    # Only for its errors: contradictions in the configuration come before any input or output.
+    # Called only for its errors: contradictory configuration fails before any I/O.
     build_deepspeed_config(config, num_parameters=1, world_size=config.ray.max_workers)
     check_trackers(config.log)
     view = open_view(config.view)
     folder = RunFolder(config.run)
     label_sets = [label_set.fingerprint for label_set in view.label_sets]
-    # First of all: a finished run needs neither its shards nor a cluster.
+    # Before the shards are checked: a finished run needs neither them nor a cluster.
     finished = folder.finished(config, view.view_hash, label_sets)
     if finished is not None:
         console.say(
-            f"{config.run} is finished already: {finished.steps} steps, {finished.exported}"
+            f"{config.run} is already finished: {finished.steps} steps, {finished.exported}"
         )
         return finished
     view.check_shards()
@@ -62,10 +61,10 @@ def run_train_job(
     console.say(
         f"{len(rows):,} rows, {int(rows.num_tokens.sum()):,} tokens, {num_steps:,} steps of "
         f"{config.data.sequences_per_step} x {config.data.max_tokens} tokens on "
-        f"{_workers(config.ray)} workers"
+        f"{_workers(config.ray)}"
         + (f"; {rows.num_dropped:,} longer rows are dropped" if rows.num_dropped else ""),
     )
-    # Only now, so that a run refused by a check writes nothing.
+    # After all checks, so that a refused run writes nothing.
     folder.start(config, view.view_hash, label_sets)
     (train_workers or train_on_ray)(config, folder, view.view_hash, num_steps, console)
     summary = folder.summary()
@@ -89,7 +88,7 @@ def _check_labels(config: TrainConfig, view: TrainingView) -> str:
     """Refuses labels that the student or the loss cannot use.
 
     Returns:
-        A line on how the loss approximates its target; empty if it is exact.
+        A note on how the loss is approximated; empty if it is exact.
     """
     from trainer.data.loader import common_record
     from trainer.evaluation.held_out import eval_loss
@@ -129,6 +128,8 @@ def _vocab_size(student: StudentConfig, tokenizer: Any) -> int:
 
 
 def _workers(ray: RayConfig) -> str:
+    if ray.max_workers == 1:
+        return "1 worker"
     if ray.min_workers == ray.max_workers:
-        return str(ray.max_workers)
-    return f"{ray.min_workers} to {ray.max_workers}"
+        return f"{ray.max_workers} workers"
+    return f"{ray.min_workers} to {ray.max_workers} workers"

@@ -1,6 +1,6 @@
 """Runs the workers of a training run on Ray Train.
 
-Workarounds for Ray's own behaviour are here, each with the condition for its removal.
+All workarounds for Ray are in this module, each with the condition for its removal.
 """
 
 import contextlib
@@ -16,25 +16,25 @@ from trainer.config.train import RayConfig, TrainConfig
 from trainer.run_folder import RunFolder
 
 START_ATTEMPTS = 10
-"""Attempts to place the workers, of a minute each; Ray Train's default is to try forever."""
+"""Attempts to place the workers, one minute each; Ray Train retries forever by default."""
 
 RAY_FILES = "ray"
 """Subfolder of the run for Ray Train's own files; deleted at the end."""
 
 IDLE_CALLBACKS = ("PlacementGroupCleanerCallback", "DatasetsCallback")
 """Callbacks of Ray Train 2.60 that a local run omits. The cleaner queries the dashboard, which a
-local Ray does not have, and so delays the end of every run by 12 seconds; its placement groups end
-with the local Ray anyway. The other starts a process for Ray data sets, which are not used. Can go
-when Ray starts neither without need."""
+local Ray lacks, and so delays the end of every run by 12 seconds; placement groups end with the
+local Ray anyway. The other starts a process for Ray Data, which is not used. Remove when Ray starts
+both only on demand."""
 
 
 def train_on_ray(
     config: TrainConfig, folder: RunFolder, view_hash: str, num_steps: int, progress: Progress
 ) -> None:
-    """Runs all workers to the end; Ray Train restarts them when one is lost.
+    """Runs all workers to completion; Ray Train restarts them if one is lost.
 
     Raises:
-        TutelageError: the first error of a worker; a StudentError for any other exception.
+        TutelageError: the first error of a worker; other exceptions become a StudentError.
     """
     from ray.exceptions import RayError
 
@@ -59,7 +59,7 @@ def train_on_ray(
 
 
 def _fit(trainer: Any) -> Exception | None:
-    """Runs to the end; returns the error after which Ray Train gave up."""
+    """Runs to completion; returns the error on which Ray Train gave up."""
     from ray.train import TrainingFailedError
 
     try:
@@ -70,20 +70,20 @@ def _fit(trainer: Any) -> Exception | None:
 
 
 def _unexpected(failure: Exception, config: TrainConfig) -> str:
-    """One line on an exception that is not a TutelageError: that of the lowest rank, no trace."""
+    """Summarizes an exception other than TutelageError in one line: the lowest rank's, no trace."""
     causes = getattr(failure, "worker_failures", None) or {0: failure}
     rank, cause = min(causes.items())
     lines = [line for line in str(cause).strip().splitlines() if line.strip()]
     reason = lines[-1].strip() if lines else type(cause).__name__
     return (
-        f"worker {rank} failed: {reason[:500]}. {config.run} resumes from its last checkpoint when "
-        "started again; Ray's logs of this session have the traceback"
+        f"worker {rank} failed: {reason[:500]}. Start {config.run} again to resume from its last "
+        "checkpoint; Ray's logs of this session have the traceback"
     )
 
 
 @contextlib.contextmanager
 def _connected(config: RayConfig, say: Callable[[str], None]) -> Iterator[None]:
-    """Connects to Ray: an existing connection, the configured cluster, or a new local instance.
+    """Reuses a Ray connection, or connects to the configured cluster or a new local instance.
 
     Args:
         config: where the workers run.
@@ -112,10 +112,10 @@ def _connected(config: RayConfig, say: Callable[[str], None]) -> Iterator[None]:
 def _make_trainer(
     config: TrainConfig, worker: Callable[[Any], None], job: Any, store: Store
 ) -> Any:
-    """A Ray Train trainer that runs ``worker(job)`` on every rank.
+    """Creates a Ray Train trainer that runs ``worker(job)`` on every rank.
 
     Args:
-        store: the run's folder, in which Ray Train keeps files of its own during the run.
+        store: the run's folder, where Ray Train keeps its own files during the run.
     """
     from pyarrow.fs import FSSpecHandler, PyFileSystem
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -148,7 +148,7 @@ def _make_trainer(
             elastic_resize_monitor_interval_s=config.ray.resize_check_s,
         ),
         run_config=RunConfig(
-            # A new name every time: Ray would restore a run of a known name from its own files.
+            # Always a new name: Ray would restore a run with a known name from its own files.
             name=f"train-{uuid.uuid4().hex[:12]}",
             storage_path=os.path.abspath(files) if store.is_local else files,
             storage_filesystem=None if store.is_local else PyFileSystem(FSSpecHandler(store.fs)),
@@ -169,7 +169,7 @@ def _connect(config: RayConfig) -> None:
 
     address = _address(config)
     if not address:
-        # One actor less to start: a single machine is not preempted node by node.
+        # Saves one actor: a single machine is never preempted node by node.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     local: dict[str, Any] = {"address": "local", "include_dashboard": False}
     try:
@@ -181,13 +181,13 @@ def _connect(config: RayConfig) -> None:
     except Exception as error:  # Ray's errors have no common base class
         where = f"at {address}" if address else "on this machine"
         raise ConfigError(
-            f"no Ray cluster {where} ({first_line(error)}); check that it runs and is reachable. "
-            "Without ray.address and RAY_ADDRESS a local one is started"
+            f"no Ray cluster {where} ({first_line(error)}); check that it runs and is reachable, "
+            "or unset ray.address and RAY_ADDRESS to start a local one"
         ) from error
 
 
 def _missing_resources(config: RayConfig, available: dict[str, float]) -> str:
-    """The first resource that the cluster has too little of; empty if it has enough."""
+    """Describes the first resource that the cluster lacks; empty if it has enough."""
     needed = {"CPU": config.min_workers * config.cpus_per_worker}
     if config.use_gpu:
         needed["GPU"] = config.min_workers

@@ -1,4 +1,4 @@
-"""The status of a run across processes: an actor that workers report to and the driver displays."""
+"""Shares the status of a run across processes: workers report to an actor, the driver shows it."""
 
 import contextlib
 import threading
@@ -16,20 +16,20 @@ POLL_INTERVAL_S = 1.0
 
 
 class RunStatusActor(RunStatus):
-    """A `RunStatus` in a Ray actor without a CPU; can be sent to workers.
+    """A `RunStatus` in a Ray actor that reserves no CPU; can be sent to workers.
 
-    Ray Train's own reports are barriers and reach the driver late, and its errors arrive wrapped in
-    the text of remote tracebacks.
+    Ray Train's own reports act as barriers and reach the driver late, and its errors arrive wrapped
+    in remote tracebacks.
     """
 
     def __init__(self) -> None:
-        # On the driver's own node, whose loss ends the run anyway; on any other node the actor
-        # could be lost alone. Not restarted: a new one would not know the error that ended the run.
+        # Pinned to the driver's node: losing that node ends the run anyway, whereas the actor could
+        # be lost alone elsewhere. Not restarted: a new actor would have lost the run's error.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "scheduling_strategy": here}
         self._actor: Any = ray.remote(**options)(RunStatus).remote()
 
-    # Training does not wait for reports; only errors must have arrived before the worker ends.
+    # Reports are fire-and-forget; only errors must arrive before the worker exits.
     def update(self, step: StepStatus) -> None:
         self._actor.update.remote(step)
 
@@ -50,7 +50,7 @@ class RunStatusActor(RunStatus):
 
 @contextlib.contextmanager
 def shown(status: RunStatus, progress: Progress) -> Iterator[None]:
-    """Shows the status of a run for the duration of the block, from a thread."""
+    """Displays the status of a run from a thread while the block runs."""
     done = threading.Event()
     thread = threading.Thread(target=_show, args=(status, progress, done), daemon=True)
     with progress:
@@ -68,7 +68,7 @@ def _show(status: RunStatus, progress: Progress, done: threading.Event) -> None:
         is_last = done.wait(POLL_INTERVAL_S)
         try:
             step, notes = status.news(num_notes)
-        except Exception:  # noqa: BLE001  (losing the display must not end the run)
+        except Exception:  # noqa: BLE001  (a display failure must not end the run)
             continue
         num_notes += len(notes)
         for text in notes:

@@ -1,6 +1,6 @@
-"""Trains on one rank: restore, the loop over steps, checkpoints, export.
+"""Trains on one rank: restore, training loop, checkpoints, export.
 
-Independent of Ray: it needs a default process group and a `RunStatus`.
+Independent of Ray: needs only a default process group and a `RunStatus`.
 """
 
 import contextlib
@@ -50,9 +50,9 @@ class TrainJob:
     """The arguments of every worker.
 
     Attributes:
-        folder: the driver's working directory, to which relative paths refer.
+        folder: the driver's working directory, the base of relative paths.
         owner: from ``RunFolder.claim``.
-        view_hash: of the view that the driver opened.
+        view_hash: hash of the view that the driver opened.
         num_steps: global steps of the run.
         status: receives progress, notes and errors.
     """
@@ -68,13 +68,13 @@ class TrainJob:
 def train_worker(job: TrainJob) -> None:
     """Trains, or resumes training, to the end of the run. Runs on every rank.
 
-    ``LOCAL_RANK`` is the number of the rank on its node.
+    Requires ``LOCAL_RANK``, the index of the rank on its node.
     """
-    # Workers are restarted when one is lost. An error that the user has to fix would only occur
-    # again, so it stays in the status and ends every later attempt at once.
+    # Ray Train restarts the workers after any failure. An error that the user has to fix would
+    # recur, so it stays in the status and ends later attempts immediately.
     if job.status.error() is not None:
         return
-    with contextlib.suppress(OSError):  # the folder may not exist here; absolute paths still work
+    with contextlib.suppress(OSError):  # the folder may be missing here; absolute paths still work
         os.chdir(job.folder)
     try:
         Worker(job).run()
@@ -145,7 +145,7 @@ class Worker:
             result = self._step.run(batch, step, self._lr(step))
         except BadStep as bad:
             self._check_owner()
-            self._writer.wait()  # the error names the last checkpoint, which must be complete
+            self._writer.wait()  # the error message names the last checkpoint: complete it first
             checkpoint, store = self._last_checkpoint, self._folder.store
             raise self._bad_batch.write(store, bad, batch, checkpoint) from None
         seconds = time.perf_counter() - before
@@ -160,7 +160,7 @@ class Worker:
 
     @property
     def _is_over(self) -> bool:
-        """Whether the last step is done, or early stopping ends the run."""
+        """Whether the last step is done or early stopping ended the run."""
         is_early = self._progress.evaluation.is_over(self._config.eval)
         return is_early or self._progress.step >= self._job.num_steps
 
@@ -192,7 +192,7 @@ class Worker:
         if step % every and not self._is_over:
             return
         self._check_owner()
-        # Lines up to a checkpoint must be durable before it: a resumed run starts after them.
+        # Lines must be durable before the checkpoint, because a resumed run continues after them.
         self._reporter.flush()
         progress = self._progress.model_copy(update={"recent": self._guard.recent})
         self._writer.save(self._engine, progress, self._label_sets)
@@ -245,7 +245,7 @@ class Worker:
         )
 
     def _resume(self) -> TrainProgress:
-        """Loads the newest valid checkpoint; without one, the run starts at step 0."""
+        """Loads the newest valid checkpoint, or starts at step 0 if none exists."""
         store = self._folder.store
         is_node_leader = os.environ["LOCAL_RANK"] == "0"
         cache = Path(tempfile.gettempdir(), f"tutelage-{self._attempt}")
@@ -253,15 +253,16 @@ class Worker:
             for line in skipped:
                 self._note(line)
             if folder is None or manifest is None:
-                return self._beginning()
+                return self._initial_progress()
             is_leader = self._rank == 0 if store.is_local else is_node_leader
             self._load(folder, manifest, is_leader)
         saved_by, now = manifest.world_size, self._world_size
-        moved = f", now on {now} workers instead of {saved_by}" if now != saved_by else ""
+        workers = "worker" if now == 1 else "workers"
+        moved = f", now on {now} {workers} instead of {saved_by}" if now != saved_by else ""
         self._note(f"resuming from step {manifest.progress.step} of {self._job.num_steps}{moved}")
         return manifest.progress
 
-    def _beginning(self) -> TrainProgress:
+    def _initial_progress(self) -> TrainProgress:
         return TrainProgress(
             step=0,
             loader=LoaderState(
@@ -275,10 +276,10 @@ class Worker:
         )
 
     def _load(self, folder: Path, manifest: CheckpointManifest, is_leader: bool) -> None:
-        """Loads a checkpoint; its order of rows and its frozen weights must be this run's."""
+        """Loads a checkpoint; refuses it if row order or frozen weights differ from this run's."""
         self._last_checkpoint = self._folder.store.path(FOLDER, folder.name)
         manifest.progress.loader.check_order(
-            self._beginning().loader,
+            self._initial_progress().loader,
             f"checkpoint {self._last_checkpoint}",
             "choose a new run folder: run=...",
         )
@@ -286,7 +287,7 @@ class Worker:
         load_checkpoint(self._engine, folder, manifest, is_leader)
 
     def _make_reporter(self) -> Reporter:
-        """A reporter, with open files on rank 0."""
+        """Creates the reporter; only rank 0 opens files."""
         curve = row_log = None
         if self._rank == 0:
             store, done = self._folder.store, self._progress.step
@@ -301,15 +302,16 @@ class Worker:
 
 
 def _open_view(job: TrainJob) -> TrainingView:
-    """The view of the job.
+    """Opens the job's view.
 
     Raises:
-        ConfigError: its content differs from what the driver opened.
+        ConfigError: its content differs from the view that the driver opened.
     """
     view = open_view(job.config.view)
     if view.view_hash != job.view_hash:
         raise ConfigError(
             f"view {view.url} has hash {view.view_hash} here, {job.view_hash} on the driver; it "
-            "was replaced since the start, or is not on storage that all workers share"
+            "was replaced since the start, or is not on storage that all workers share: start "
+            "the run again"
         )
     return view

@@ -1,1 +1,1 @@
-"""The student model: built or loaded, checked, adapted (LoRA), its vocabulary compared."""
+"""Builds, loads, checks and adapts (LoRA) the student model, and compares its vocabulary."""

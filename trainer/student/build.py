@@ -1,8 +1,8 @@
-"""The student: built from a checkpoint or from a configuration, checked, and run to its loss.
+"""Builds the student from a checkpoint or a configuration, checks it, and computes its loss.
 
 A student is a Hugging Face causal language model whose output head is replaced by a
-`DistillationHead` of the same parameters. Building it proves two things on six tokens: packed
-documents cannot attend to each other, and the head alone gives the logits of the model.
+`DistillationHead` with the same parameters. Two properties are checked on six tokens: packed
+documents cannot attend to each other, and the head alone produces the model's logits.
 
 Shapes: B packed sequences, L their padded length, H hidden size, V vocabulary.
 """
@@ -40,7 +40,7 @@ _LEGACY_FIELDS = frozenset({"rope_theta", "rope_scaling", "attn_implementation",
 
 
 class StudentWithHead(nn.Module):
-    """A causal language model from tokens to the loss, for `deepspeed.initialize`.
+    """A causal language model that maps tokens to the loss, for `deepspeed.initialize`.
 
     Attributes:
         model: the Hugging Face model with the replaced head; save this one.
@@ -58,14 +58,14 @@ class StudentWithHead(nn.Module):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, targets: SparseTargets, loss: LossConfig
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one packed micro-batch.
+        """Computes the loss of one packed micro-batch.
 
         Args:
             input_ids: [B, L] int64, packed documents.
-            position_ids: [B, L] int64, restarting at 0 at the start of every document; this alone
-                keeps attention within documents.
+            position_ids: [B, L] int64, restarting at 0 in every document; this alone keeps
+                attention within documents.
             targets: labels of the micro-batch, on the device of `input_ids`.
-            loss: the training target.
+            loss: the training loss.
 
         Returns:
             See `trainer.head.fused_head.fused_distillation_loss`.
@@ -81,14 +81,14 @@ def build_student(config: StudentConfig) -> tuple[PreTrainedModel, PreTrainedTok
     """Loads or initialises the student and its tokenizer, with adapters if configured.
 
     The same configuration gives the same weights on every rank and machine: a random student is
-    drawn on the CPU in float32 from its own seed, then cast.
+    initialised on the CPU in float32 from its own seed, then cast.
 
     Returns:
         The model, in training mode and on the CPU, and the tokenizer.
 
     Raises:
-        StudentError: the path does not exist, the configuration or the weights do not make a model,
-            or the model cannot train on packed documents.
+        StudentError: the path does not exist, configuration or weights are invalid, or the model
+            cannot train on packed documents.
     """
     tokenizer = load_tokenizer(config.tokenizer or config.path)
     if config.path:
@@ -102,7 +102,7 @@ def build_student(config: StudentConfig) -> tuple[PreTrainedModel, PreTrainedTok
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer from a folder or hub name.
+    """Loads a tokenizer from a folder or hub name.
 
     Raises:
         StudentError: it does not exist or cannot be used.
@@ -112,10 +112,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(path: str, dtype: str, attn_implementation: str = "sdpa") -> PreTrainedModel:
-    """Loads a causal language model, with all its weights, from a folder or hub name.
+    """Loads a causal language model with all its weights from a folder or hub name.
 
     Raises:
-        StudentError: it does not exist or cannot be used, or its files lack weights of the model.
+        StudentError: it does not exist, cannot be used, or lacks some of its weights.
     """
     _check_path(path, "model")
     model, report = _user_call(
@@ -130,39 +130,39 @@ def load_model(path: str, dtype: str, attn_implementation: str = "sdpa") -> PreT
         missing = sorted(report["missing_keys"])
         raise StudentError(
             f"the weights in {path} lack {len(missing)} tensors of the model, first {missing[0]}, "
-            "which would be initialised at random; give a complete checkpoint"
+            "which would be initialised randomly; use a complete checkpoint"
         )
     return model
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """[B, L, H], the hidden states before the head, of packed documents [B, L]."""
-    # With a cache, transformers ignores that restarting position ids start a new document.
+    """Hidden states [B, L, H] before the head, of packed documents [B, L]."""
+    # With a cache, transformers does not treat restarting position ids as a new document.
     output = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     hidden: Tensor = output.last_hidden_state
     return hidden
 
 
 def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """[..., V] float32, the model's transformed logits from its hidden states [..., H]."""
+    """The model's transformed logits, [..., V] float32, from its hidden states [..., H]."""
     logits: Tensor = model.get_output_embeddings()(hidden).float()
     logit_transform(model.config.get_text_config()).apply_(logits)
     return logits
 
 
 def logit_transform(config: PreTrainedConfig) -> LogitTransform:
-    """The model's transformation of its logits, from the fields that Hugging Face configs use."""
+    """Reads the model's logit scale and soft cap from its Hugging Face config."""
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
     return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
 
 
 def install_head(model: PreTrainedModel) -> DistillationHead:
-    """Replaces the model's output head by a `DistillationHead` of the same parameters.
+    """Replaces the model's output head by a `DistillationHead` with the same parameters.
 
     Raises:
-        StudentError: the model has no head, or one with more than a matrix and a bias (LoRA on the
-            head, for example), which the fused loss would ignore.
+        StudentError: the model has no head, or its head is more than a matrix and a bias (with
+            LoRA, for example), which the fused loss would ignore.
     """
     head = model.get_output_embeddings()
     if isinstance(head, DistillationHead):
@@ -181,13 +181,13 @@ def install_head(model: PreTrainedModel) -> DistillationHead:
 
 
 def check_student(model: PreTrainedModel) -> None:
-    """Proves on six tokens that packing is exact and that the head alone gives the logits.
+    """Checks on six tokens that packing is exact and that the head alone produces the logits.
 
     Two documents of three tokens are packed. Changing the first must not change the hidden states
     of the second, and the model's own logits must follow from its hidden states.
 
-    The kernel of flash_attention_2 runs on GPUs only. On a CPU the head is checked with another
-    kernel, and packing is not checked, since flash_attention_2 separates documents in its own way.
+    flash_attention_2 runs only on GPUs. On a CPU the head is checked with another kernel, and
+    packing is not checked, since flash_attention_2 separates documents in its own way.
 
     Raises:
         StudentError: either check fails.
@@ -231,7 +231,7 @@ def _check_head(model: PreTrainedModel) -> None:
     tokens, positions = _six_tokens(model)
     logits = output_logits(model, hidden_states(model, tokens, positions))
     expected = model(input_ids=tokens, position_ids=positions, use_cache=False).logits.float()
-    # Loose, since half precision rounds differently in the two paths.
+    # Loose tolerance: the two paths round differently in half precision.
     if not torch.allclose(logits, expected, rtol=2e-2, atol=2e-2 * float(expected.std())):
         raise StudentError(
             f"{type(model).__name__} computes its logits with more than a head, a scale and a soft "
@@ -266,7 +266,7 @@ def _random_model(config: StudentConfig, tokenizer: PreTrainedTokenizerBase) -> 
             )
 
     model: PreTrainedModel = _user_call("student.config", build)
-    # Only parameters: the rotary frequencies (buffers) of a loaded model are float32 in any dtype.
+    # Parameters only: rotary frequencies (buffers) of a loaded model are float32 in any dtype.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(getattr(torch, config.dtype))
     return model
@@ -282,21 +282,23 @@ def _check_fields(model_type: str, fields: dict[str, Any]) -> None:
     for name in fields:
         if name not in known:
             hint = did_you_mean(name, known)
-            raise StudentError(f"student.config.{name} is no field of a {model_type} config{hint}")
+            raise StudentError(
+                f"student.config.{name}: a {model_type} config has no such field{hint}"
+            )
 
 
 def _check_path(path: str, what: str) -> None:
-    """Refuses the path of a missing folder, which transformers would look up on the hub."""
+    """Refuses the path of a missing folder, which transformers would look for on the hub."""
     looks_local = path.startswith((".", "~", os.sep)) or path.count("/") != 1
     if not Path(path).exists() and (looks_local or Path(path).parent.is_dir()):
         raise StudentError(
-            f"no {what} at {path}: the folder does not exist (looked from {Path.cwd()}); "
-            "give a checkpoint folder or a hub name"
+            f"no {what} at {path}: the folder does not exist (relative to {Path.cwd()}); "
+            "use a checkpoint folder or a hub name"
         )
 
 
 def _user_call(what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls transformers with a user's input; its errors of any kind become one line."""
+    """Calls transformers with user input; turns any exception into a one-line StudentError."""
     try:
         return function(*args, **kwargs)
     except Exception as error:

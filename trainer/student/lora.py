@@ -1,9 +1,8 @@
-"""Low-rank adapters on a student, injected by peft and merged when the student is exported.
+"""Low-rank adapters, injected by peft and merged on export.
 
-The adapters are injected into the layers of the model itself, so it keeps its class, its names and
-its head. Frozen weights cost no gradient work, neither in the layers nor in the fused head.
-Checkpoints hold only the adapters; the base is built from the configuration again, and
-`base_digest` proves that it is the same.
+Adapters are injected into the model's own layers, so the model keeps its class, its names and its
+head. Frozen weights cost no gradient work in the layers or in the fused head. Checkpoints hold only
+the adapters; the base is rebuilt from the configuration, and `base_digest` detects a change in it.
 """
 
 import hashlib
@@ -25,12 +24,12 @@ _SAMPLED = 4096
 def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
     """Freezes a model and injects adapters into it.
 
-    They start at zero, so the model's outputs do not change. The same seed gives the same adapters
-    on every rank.
+    The adapters' products start at zero, so the model's outputs do not change. The same seed gives
+    the same adapters on every rank.
 
     Raises:
-        StudentError: no layer has such a name, or one of them is not an inner linear layer but the
-            head, whose adapter the fused loss would ignore, or an embedding.
+        StudentError: no layer matches; or a match is not an inner linear layer but an embedding or
+            the head, whose adapter the fused loss would ignore.
     """
     import peft
 
@@ -68,20 +67,20 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
 
 
 def scalings(model: nn.Module) -> dict[str, float]:
-    """Factor of each adapter, by the name of its layer."""
+    """Scaling factor of each adapter, by layer name."""
     return {name: float(layer.scaling[ADAPTER]) for name, layer in _adapted(model)}
 
 
 def merged(weights: dict[str, Tensor], factors: dict[str, float]) -> dict[str, Tensor]:
-    """Weights of an equal model without adapters.
+    """Returns the weights of an equivalent model without adapters.
 
     Args:
         weights: state dict of a model with adapters; its tensors are not changed.
         factors: from `scalings`.
 
     Returns:
-        W + factor * B A, computed in float32 and rounded to the type of W, under the names of the
-        base model; other weights unchanged.
+        W + factor * B A, computed in float32 and rounded to the dtype of W, under the base model's
+        names; other weights unchanged.
     """
     result = {
         name.replace(_BASE, "."): value for name, value in weights.items() if ".lora_" not in name
@@ -94,9 +93,9 @@ def merged(weights: dict[str, Tensor], factors: dict[str, float]) -> dict[str, T
 
 
 def base_digest(model: nn.Module) -> str:
-    """Hash of the frozen weights: names, shapes, types, and samples of the values; "" without any.
+    """Hashes the frozen weights: names, shapes, dtypes and sampled values; "" if none is frozen.
 
-    Must be computed before weights are partitioned over ranks or cast.
+    Must be called before weights are partitioned over ranks or cast.
     """
     frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
     if not frozen:
@@ -112,10 +111,10 @@ def base_digest(model: nn.Module) -> str:
 
 
 def check_base(student: StudentConfig, found: str, expected: str) -> None:
-    """Refuses adapters that were trained on another base.
+    """Refuses adapters that were trained on a different base.
 
     Args:
-        student: the configuration of the base.
+        student: configuration of the base.
         found: digest of the frozen weights.
         expected: digest in the checkpoint.
 
@@ -131,5 +130,5 @@ def check_base(student: StudentConfig, found: str, expected: str) -> None:
 
 
 def _adapted(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    # Recognised by an attribute, so that students without adapters need not import peft.
+    # Detected by an attribute, so that students without adapters need not import peft.
     return [(name, layer) for name, layer in model.named_modules() if hasattr(layer, "lora_A")]

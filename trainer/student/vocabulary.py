@@ -11,7 +11,7 @@ def check_vocabularies(
 ) -> None:
     """Refuses a student that maps the ids of labels to other tokens.
 
-    Tokens that only the student has are allowed, since labels never contain their ids.
+    Tokens that exist only in the student are allowed, since labels never contain their ids.
 
     Args:
         student: token -> id of the student's tokenizer.
@@ -20,8 +20,8 @@ def check_vocabularies(
         where: name of the student in the message.
 
     Raises:
-        VocabularyError: a token of the labels has another id in the student, or none; or the
-            student has fewer rows than ids are needed.
+        VocabularyError: a token of the labels has another id in the student or none, or the
+            student's lm_head has too few rows.
     """
     count, shown = vocabulary_differences(labels, student, "the labels", "the student")
     if count:

@@ -233,7 +233,10 @@ def test_student_refuses_a_checkpoint_without_all_weights(tmp_path, tiny_model_d
     ("fields", "message"),
     [
         ({"model_type": "lama"}, "did you mean llama?"),
-        ({"hiden_size": 3}, "hiden_size is no field of a llama config; did you mean hidden_size?"),
+        (
+            {"hiden_size": 3},
+            "hiden_size: a llama config has no such field; did you mean hidden_size?",
+        ),
         ({"hidden_size": 33}, "not a multiple of the number of attention heads"),
         ({"vocab_size": 100}, "vocab_size = 100 is less than the 320 ids"),
     ],
