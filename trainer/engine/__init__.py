@@ -1,1 +1,1 @@
-"""One optimizer step under DeepSpeed, on any number of ranks; only this room imports deepspeed."""
+"""Runs optimizer steps under DeepSpeed on any number of ranks; only this room imports deepspeed."""

@@ -1,9 +1,9 @@
-"""Builds the DeepSpeed configuration; the only place that does.
+"""The only module that builds the DeepSpeed configuration.
 
 DeepSpeed 0.19 changed several defaults (gradient clipping is now 1.0, bfloat16 steps with a
-non-finite gradient are silently skipped), and the dtype of gradient accumulation follows that of
-the model. Everything that affects the result is therefore set here: *fixed*, because another part
-of the configuration determines it, or a *default* that ``deepspeed.native`` may change.
+non-finite gradient are silently skipped), and gradients accumulate in the model's dtype. So every
+value that affects the result is set here: *fixed*, if another part of the configuration determines
+it, or as a *default* that ``deepspeed.native`` may override.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ _OURS_INSTEAD = {
 }
 """Native sections that duplicate a feature of this trainer, and what to use instead."""
 
-_SAID_BY = {
+_DETERMINED_BY = {
     "train_batch_size": "data.sequences_per_step",
     "train_micro_batch_size_per_gpu": "data.micro_batch_size",
     "gradient_accumulation_steps": (
@@ -36,18 +36,18 @@ _SAID_BY = {
     "fp16.enabled": "deepspeed.precision",
     "data_types.grad_accum_dtype": "deepspeed.precision and deepspeed.zero_stage",
 }
-"""The key of ours that fixes a native one; the rest follows from how the trainer works."""
+"""Our keys that determine a native key; other fixed keys follow from how the trainer works."""
 
 
 def build_deepspeed_config(
     config: TrainConfig, num_parameters: int, world_size: int
 ) -> dict[str, Any]:
-    """The complete DeepSpeed configuration of a run.
+    """Builds the complete DeepSpeed configuration of a run.
 
     Args:
         config: the training run.
-        num_parameters: of the student, the limit of bucket sizes: DeepSpeed would allocate
-            buckets of 5e8 elements (2 GB) for any model.
+        num_parameters: parameters of the student, which bounds bucket sizes: DeepSpeed would
+            allocate buckets of 5e8 elements (2 GB) for any model.
         world_size: number of data-parallel ranks.
 
     Raises:
@@ -67,10 +67,10 @@ def build_deepspeed_config(
     for key, ours in flatten(fixed).items():
         theirs = given.get(key, "auto")
         if theirs not in ("auto", ours):
-            said_by = _SAID_BY.get(key, "the way this trainer computes exact token means")
+            source = _DETERMINED_BY.get(key, "the way this trainer computes exact token means")
             raise ConfigError(
                 f"deepspeed.native.{key} = {theirs!r} contradicts {ours!r}, which follows from "
-                f"{said_by}; remove one of them"
+                f"{source}; remove one of them"
             )
     return _merged(_merged(_defaults(config, num_parameters), native), fixed)
 
@@ -79,14 +79,14 @@ def _fixed(config: TrainConfig, world_size: int) -> dict[str, Any]:
     micro_batches = num_micro_batches(config.data, world_size)
     micro_batch_size = config.data.micro_batch_size
     bf16 = config.deepspeed.precision == "bf16"
-    # Stage 0 has no separate gradient buffer: it accumulates in the dtype of the model.
+    # Stage 0 has no separate gradient buffer: it accumulates in the model's dtype.
     grad_accum_dtype = "bf16" if bf16 and config.deepspeed.zero_stage == 0 else "fp32"
     return {
         "train_batch_size": micro_batch_size * micro_batches * world_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": micro_batches,
         "managed_gradient_accumulation": True,
-        # The loss is divided by the labels of the global step: the mean over ranks must be plain.
+        # The loss is already divided by the global step's labels, so ranks need a plain mean.
         "gradient_allreduce_op": "mean",
         "prescale_gradients": False,
         "gradient_clipping": config.deepspeed.gradient_clipping,
@@ -112,7 +112,7 @@ def _defaults(config: TrainConfig, num_parameters: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 31,  # never
         "wall_clock_breakdown": False,
-        # Our checkpoints have names of their own; DeepSpeed's tag is a constant.
+        # Our checkpoints have their own names; DeepSpeed's tag is constant.
         "checkpoint": {"tag_validation": "Ignore"},
     }
 

@@ -1,6 +1,6 @@
-"""The DeepSpeed engine around a student, and DeepSpeed's workarounds.
+"""Builds the DeepSpeed engine around a student; also holds workarounds for DeepSpeed.
 
-DeepSpeed is imported inside the functions: ``DS_ACCELERATOR`` must be set before.
+DeepSpeed is imported inside functions because ``DS_ACCELERATOR`` must be set first.
 """
 
 import logging
@@ -20,7 +20,7 @@ from trainer.student.build import StudentWithHead
 
 
 def prepare_process(config: TrainConfig) -> None:
-    """Configures the worker's process; call it before any tensor is made."""
+    """Configures the worker process; call it before creating any tensor."""
     if not config.ray.use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     # Ray sets OMP_NUM_THREADS, but possibly after torch has read it.
@@ -30,9 +30,9 @@ def prepare_process(config: TrainConfig) -> None:
 
 
 def build_engine(student: StudentWithHead, config: TrainConfig) -> Any:
-    """Wraps a student, which is on the CPU, for training. Collective.
+    """Wraps a student on the CPU for training. Collective.
 
-    Every rank holds the complete student in host memory at first, also under ZeRO-3.
+    Initially every rank holds the full student in host memory, even under ZeRO-3.
     """
     import deepspeed
 
@@ -64,8 +64,8 @@ def build_engine(student: StudentWithHead, config: TrainConfig) -> Any:
 def _train_in_float32(student: nn.Module) -> None:
     """Converts trained weights to float32; frozen ones keep their dtype.
 
-    DeepSpeed keeps float32 masters in its bf16 mode only. Otherwise it would train bfloat16 weights
-    directly and lose every update below half a percent of a weight.
+    DeepSpeed keeps float32 master weights only in bf16 mode. Otherwise it would train bfloat16
+    weights directly and lose every update below half a percent of a weight.
     """
     for parameter in student.parameters():
         if parameter.requires_grad:
@@ -75,7 +75,7 @@ def _train_in_float32(student: nn.Module) -> None:
 def _without_frozen(
     module: nn.Module, state: dict[str, Any], prefix: str, _: dict[str, Any]
 ) -> None:
-    """Removes frozen weights from a state dict; DeepSpeed misses the second name of tied ones."""
+    """Removes frozen weights from a state dict; DeepSpeed misses tied weights' second names."""
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
             state.pop(prefix + name, None)
@@ -84,8 +84,8 @@ def _without_frozen(
 def _exclude_frozen_weights(engine: Any) -> None:
     """Leaves frozen weights out of checkpoints.
 
-    On resume they are loaded from the configured source; `trainer.student.lora.base_digest` proves
-    that they are the same.
+    On resume they are loaded from the configured source; `trainer.student.lora.base_digest` detects
+    changes.
     """
     engine.module.register_state_dict_post_hook(_without_frozen)
     engine.save_checkpoint = partial(engine.save_checkpoint, exclude_frozen_parameters=True)
@@ -93,7 +93,7 @@ def _exclude_frozen_weights(engine: Any) -> None:
 
 
 def _parameter_groups(model: nn.Module, decay: dict[str, float]) -> list[dict[str, Any]]:
-    """Trained parameters: matrices with the options `decay`; norms and biases never decay."""
+    """Groups trained parameters: matrices with the options `decay`; norms and biases undecayed."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.ndim >= 2], **decay},
@@ -103,7 +103,7 @@ def _parameter_groups(model: nn.Module, decay: dict[str, float]) -> list[dict[st
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, fused: bool) -> torch.optim.AdamW:
-    """AdamW in two groups: matrices, which decay, and norms and biases, which do not."""
+    """Builds AdamW with two groups: matrices, which decay, and norms and biases, which do not."""
     return torch.optim.AdamW(
         _parameter_groups(model, {"weight_decay": config.weight_decay}),
         lr=config.lr,
@@ -116,8 +116,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, fused: bool) -> t
 def gradient_norm(engine: Any) -> float | None:
     """Global norm of the reduced gradients, where DeepSpeed does not compute it.
 
-    Call it between the last ``backward`` and ``step``. None where the engine knows the norm after
-    its step: everywhere except in float32 without ZeRO, whose optimizer is torch's own.
+    Call it between the last ``backward`` and ``step``. Returns None where the engine knows the norm
+    after its step: always except in float32 without ZeRO, which uses torch's own optimizer.
     """
     if not isinstance(engine.optimizer, torch.optim.Optimizer):
         return None
@@ -126,19 +126,19 @@ def gradient_norm(engine: Any) -> float | None:
 
 
 def _disable_compiled_ops(deepspeed: Any) -> None:
-    """Stops DeepSpeed from compiling a shared-memory kernel that only inference uses.
+    """Keeps DeepSpeed from compiling a shared-memory kernel that only inference uses.
 
-    Can go when ``deepspeed.comm`` no longer builds ``deepspeed_shm_comm`` at every start on CPU.
+    Remove when ``deepspeed.comm`` no longer builds ``deepspeed_shm_comm`` at every start on CPU.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _disable_initial_step() -> None:
-    """Stops bf16 without ZeRO from beginning with an optimizer step on zero gradients.
+    """Keeps bf16 without ZeRO from starting with an optimizer step on zero gradients.
 
-    DeepSpeed 0.19 does this to allocate the optimizer's state. The step decays every float32 master
+    DeepSpeed 0.19 does this to allocate optimizer state. The step decays float32 master weights
     once and leaves Adam's step count one ahead; the first real step allocates the state anyway, as
-    with ZeRO. Can go when these optimizers no longer step while they are built.
+    with ZeRO. Remove when these optimizers no longer step during construction.
     """
     from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer

@@ -54,7 +54,7 @@ def model_card(
     """README.md of the exported student, with the fingerprints of its training data.
 
     Args:
-        note: how the loss approximates its target: a sentence without its full stop, or empty.
+        note: how the loss is approximated: a sentence without its period, or empty.
     """
     return CARD.format(
         name=Path(config.run).name,
@@ -71,8 +71,8 @@ def model_card(
 def export_student(engine: Any, tokenizer: Any, store: Store, card: str) -> None:
     """Writes the student to the run's folder. Collective; rank 0 writes.
 
-    The write is atomic on a local file system. On an object store it is file by file; only the
-    run's summary, written later, shows that it is complete. Adapters are merged into the weights.
+    The write is atomic on a local file system. On an object store files are written one by one, and
+    only the run's summary, written later, marks them as complete. Adapters are merged.
 
     Args:
         engine: the DeepSpeed engine around a ``StudentWithHead``.
@@ -100,7 +100,7 @@ def export_student(engine: Any, tokenizer: Any, store: Store, card: str) -> None
 
 
 def upload(store: Store, folder: Path, rel: str) -> None:
-    """Replaces a folder of a store with one of this machine, file by file."""
+    """Replaces a folder in a store with a local one, file by file."""
     store.delete(rel)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         target = store.path(rel, path.relative_to(folder).as_posix())
@@ -109,16 +109,16 @@ def upload(store: Store, folder: Path, rel: str) -> None:
 
 
 def _full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict on the CPU, gathered where ZeRO-3 has split it; empty on ranks other than 0.
+    """The full state dict on the CPU, gathered under ZeRO-3; empty on ranks other than 0.
 
-    Parameters are gathered one at a time: a device never holds more than one complete parameter.
+    Parameters are gathered one at a time, so a device never holds more than one full parameter.
     """
     import deepspeed
 
     is_writer = dist.get_rank() == 0
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weights: dict[str, torch.Tensor] = {}
-    copies: dict[int, torch.Tensor] = {}  # tied parameters stay one tensor, which is saved once
+    copies: dict[int, torch.Tensor] = {}  # tied parameters remain one tensor, saved once
     for name, value in model.state_dict(keep_vars=True).items():
         parameter = parameters.get(name)
         if parameter is None or not hasattr(parameter, "ds_id"):

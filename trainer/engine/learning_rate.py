@@ -1,6 +1,6 @@
 """The learning rate as a pure function of the step.
 
-The schedulers of DeepSpeed and torch keep a step counter that checkpoints would have to hold.
+Schedulers of DeepSpeed and torch keep a step counter, which checkpoints would have to store.
 """
 
 import logging
@@ -12,11 +12,11 @@ from trainer.config.train import ScheduleConfig, TrainConfig
 from trainer.engine.native_options import native_section, peak_lr
 
 _NEED_THE_END = ("WarmupDecayLR", "WarmupCosineLR")
-"""DeepSpeed's schedulers that take the number of steps."""
+"""DeepSpeed schedulers that require the total number of steps."""
 
 
 def num_warmup_steps(schedule: ScheduleConfig, num_steps: int) -> int:
-    """Steps of the linear warm-up; at most all of them."""
+    """Steps of the linear warm-up, at most ``num_steps``."""
     steps = schedule.warmup_steps or round(schedule.warmup_ratio * num_steps)
     return min(steps, num_steps)
 
@@ -29,7 +29,7 @@ def lr_factor(schedule: ScheduleConfig, step: int, num_steps: int) -> float:
         num_steps: steps of the run.
 
     Returns:
-        (step + 1) / W in a warm-up of W steps; then, along half a cosine or a line, from 1 to
+        (step + 1) / W during a warm-up of W steps; then a half cosine or a line from 1 to
         ``min_lr_ratio`` at the last step; "constant" stays at 1.
     """
     warmup = num_warmup_steps(schedule, num_steps)
@@ -65,7 +65,7 @@ class LearningRate:
 
 
 class _NativeSchedule:
-    """One of DeepSpeed's schedulers as a function of the step."""
+    """A DeepSpeed scheduler as a function of the step."""
 
     def __init__(self, section: dict[str, Any], peak: float, num_steps: int) -> None:
         import torch
@@ -88,7 +88,7 @@ class _NativeSchedule:
         self._first = float(self._optimizer.param_groups[0]["lr"])
 
     def __call__(self, done: int) -> float:
-        """After ``done`` steps; DeepSpeed's engine steps its scheduler behind the optimizer."""
+        """Learning rate after ``done`` steps; DeepSpeed steps schedulers after the optimizer."""
         if not done:
             return self._first
         self._scheduler.step(done - 1)

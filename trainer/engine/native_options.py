@@ -1,7 +1,7 @@
-"""Optimizers and schedulers of DeepSpeed: ``deepspeed.native.optimizer`` and ``.scheduler``.
+"""DeepSpeed's own optimizers and schedulers: ``deepspeed.native.optimizer`` and ``.scheduler``.
 
-Each replaces a table of ours, ``[optimizer]`` or ``[schedule]``, which must then be absent: two
-sources of one value are an error.
+Each replaces one of our tables, ``[optimizer]`` or ``[schedule]``, which must then be absent:
+setting a value twice is an error.
 """
 
 from typing import Any
@@ -14,11 +14,11 @@ from trainer.config.train import OptimizerConfig, ScheduleConfig, TrainConfig
 OPTIMIZERS = (
     "Adam", "AdamW", "Adagrad", "Lamb", "Lion", "SGD", "RMSprop", "NAdam", "RAdam",
 )  # fmt: skip
-"""DeepSpeed optimizers that need only a name. Its 1-bit optimizers reduce gradients in a way that
-would make token means inexact; its Muon needs marks on parameters."""
+"""DeepSpeed optimizers that need only a name. Its 1-bit optimizers compress gradients, which would
+make token means inexact; its Muon needs annotated parameters."""
 
 SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "LRRangeTest", "OneCycle")
-"""All of DeepSpeed's schedulers; each is a function of the step."""
+"""All of DeepSpeed's schedulers; each is a pure function of the step."""
 
 _KEYS = frozenset({"type", "params"})
 
@@ -35,7 +35,7 @@ def peak_lr(config: TrainConfig) -> float:
 
 
 def check_native_optimizer(config: TrainConfig) -> None:
-    """Refuses native sections that are unsupported or contradict a table of ours.
+    """Refuses native sections that are unsupported or contradict one of our tables.
 
     Raises:
         ConfigError: names both keys.
@@ -47,19 +47,19 @@ def check_native_optimizer(config: TrainConfig) -> None:
         lr = optimizer.get("params", {}).get("lr")
         if isinstance(lr, bool) or not isinstance(lr, int | float) or lr <= 0:
             raise ConfigError(
-                f"deepspeed.native.optimizer.params.lr = {lr!r}; give the peak learning rate, a "
+                f"deepspeed.native.optimizer.params.lr = {lr!r}; set the peak learning rate, a "
                 "positive number"
             )
     scheduler = native_section(config, "scheduler")
     if scheduler:
         _check_section("scheduler", scheduler, SCHEDULERS)
         _refuse_both("scheduler", "[schedule]", config.schedule, ScheduleConfig())
-        # cycle_momentum is on by default and would change the optimizer's betas.
+        # cycle_momentum defaults to true and would change the optimizer's betas.
         if scheduler["type"] == "OneCycle" and scheduler.get("params", {}).get(
             "cycle_momentum", True
         ):
             raise ConfigError(
-                "deepspeed.native.scheduler: OneCycle moves the optimizer's momentum too; set "
+                "deepspeed.native.scheduler: OneCycle also changes the optimizer's momentum; set "
                 "deepspeed.native.scheduler.params.cycle_momentum = false"
             )
 
@@ -83,6 +83,6 @@ def _refuse_both(name: str, table: str, ours: BaseModel, default: BaseModel) -> 
     ]
     if changed:
         raise ConfigError(
-            f"deepspeed.native.{name} replaces {table}, which sets {', '.join(changed)} as well; "
+            f"deepspeed.native.{name} replaces {table}, but {table} sets {', '.join(changed)}; "
             "remove one of them"
         )

@@ -1,12 +1,12 @@
-"""One optimizer step of one rank, with exact means over the labels for any split of the batch.
+"""Runs optimizer steps on one rank, with exact means over labels for any split of the batch.
 
-The loss of a global step is the mean over the labels of all ranks and micro-batches. Their number N
-is summed before the first backward pass. Each micro-batch then runs ``backward(W * loss_sum / N)``:
-the number of ranks W undoes DeepSpeed's mean over ranks, and ``scale_wrt_gas=False`` prevents a
-second division by the number of micro-batches. The gradient depends neither on the split into
-micro-batches nor on the number of workers.
+The loss of a global step is the mean over the labels of all ranks and micro-batches. Their total
+weight N is all-reduced before the first backward pass. Each micro-batch then runs
+``backward(W * loss_sum / N)``: the number of ranks W undoes DeepSpeed's mean over ranks, and
+``scale_wrt_gas=False`` prevents a second division by the number of micro-batches. So the gradient
+depends neither on the split into micro-batches nor on the number of workers.
 
-Needs a process group and an engine, but no Ray.
+Needs a process group and an engine, but not Ray.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from trainer.engine.guards import BadStep, Guard
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of one global step, over all ranks.
+    """Result of one global step, over all ranks.
 
     Attributes:
         loss, ce, kl: weighted sums over the labels, nats; see `trainer.head.fused_head`.
         weight: total weight of the labels.
         grad_norm: global gradient norm before clipping.
-        warning: of the guard, usually empty.
+        warning: the guard's warning, usually empty.
     """
 
     loss: float
@@ -63,9 +63,9 @@ class TrainStep:
             lr: learning rate of every parameter group.
 
         Raises:
-            BadStep: on all ranks alike: the loss or the gradient is not finite, or the guard stops
-                at a spike. The loss is checked before the optimizer's step; so is the gradient
-                where its norm is known by then (float32 without ZeRO).
+            BadStep: on every rank, if the loss or the gradient is non-finite or the guard stops at
+                a spike. The loss is checked before the optimizer's step; the gradient too, if its
+                norm is known by then (float32 without ZeRO).
         """
         engine = self._engine
         weight = self.sum_over_ranks([sum(m.weight for m in batch.micro_batches)])[0]
@@ -78,7 +78,7 @@ class TrainStep:
             engine.backward(loss_sum * scale, scale_wrt_gas=False)
             parts.append(torch.stack([sums["loss"], sums["ce"], sums["kl"]]).double())
             if number < len(batch.micro_batches):
-                engine.step()  # only counts: DeepSpeed updates at the last micro-batch
+                engine.step()  # only counts; DeepSpeed updates at the last micro-batch
         loss, ce, kl = self.sum_over_ranks(torch.stack(parts).sum(0))
         try:
             warning = self._guard.check_loss(step, loss, weight)
@@ -91,16 +91,16 @@ class TrainStep:
     def forward(
         self, batch: MicroBatch, loss: LossConfig | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of one micro-batch and its parts; see ``StudentWithHead.forward``.
+        """Computes the loss of one micro-batch and its parts; see ``StudentWithHead.forward``.
 
         Args:
-            loss: the target; None: that of the training.
+            loss: the loss to compute; None: the training loss.
         """
         device = self._engine.device
         input_ids = batch.input_ids.to(device, non_blocking=True)
         position_ids = batch.position_ids.to(device, non_blocking=True)
         if self._config.student.attn_implementation == "flash_attention_2":
-            # Its kernel finds documents by position ids in a single sequence only.
+            # Its kernel finds documents by position ids only within a single sequence.
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
         targets = batch.targets.to(device, non_blocking=True)
         result: tuple[torch.Tensor, dict[str, torch.Tensor]] = self._engine(
@@ -110,7 +110,7 @@ class TrainStep:
 
     @contextlib.contextmanager
     def without_dropout(self) -> Iterator[None]:
-        """Puts the student into evaluation mode for the block."""
+        """Puts the student into evaluation mode while the block runs."""
         self._engine.eval()
         try:
             yield
@@ -129,7 +129,7 @@ class TrainStep:
         return norm, self._guard.check_gradient(step, norm)
 
     def sum_over_ranks(self, values: list[float] | torch.Tensor) -> list[float]:
-        """The float64 sums of a few numbers over all ranks."""
+        """Sums a few numbers over all ranks in float64. Collective."""
         total = torch.as_tensor(values, dtype=torch.float64, device=self._engine.device)
         dist.all_reduce(total)
         return total.tolist()

@@ -1,4 +1,4 @@
-"""DeepSpeed's converter to universal checkpoints, which any number of ranks can load."""
+"""Converts DeepSpeed checkpoints to universal checkpoints, which any number of ranks can load."""
 
 import argparse
 import contextlib
@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 def to_universal(folder: Path, to: Path) -> None:
-    """Converts the checkpoint in `folder`, in this process and without output.
+    """Converts the checkpoint in `folder`, in this process and silently.
 
     Writes one file per state and parameter into the new folder `to`.
     """
     from deepspeed.checkpoint import ds_to_universal
 
     to.mkdir(parents=True)
-    # One worker: its pool would fork a process that has threads of gloo and Ray.
+    # One worker: a pool would fork this process, which runs threads of gloo and Ray.
     arguments = argparse.Namespace(
         input_folder=str(folder),
         output_folder=str(to),
