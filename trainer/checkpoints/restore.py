@@ -1,19 +1,19 @@
 """Loads a checkpoint on any number of workers.
 
-ZeRO splits the optimizer's state over the ranks. On the number of ranks that saved it, each rank
-loads its own part. On another number, the checkpoint is first converted, once, into DeepSpeed's
-universal form (one file per state and parameter), in ``RUN/checkpoints/universal_<checkpoint>/``,
-or beside a node's download from an object store. Without ZeRO every rank has all of the state, and
-any number of ranks loads the same file.
+ZeRO splits the optimizer's state over the ranks. If the number of ranks is unchanged, each rank
+loads its own part. Otherwise the checkpoint is first converted, once, to DeepSpeed's universal form
+(one file per state and parameter), in ``RUN/checkpoints/universal_<checkpoint>/`` or next to a
+node's download from an object store. Without ZeRO every rank has the full state, and any number of
+ranks loads the same file.
 
-The universal form lacks some of the state. Hyperparameters of the optimizer's groups come from the
-configuration (DeepSpeed gives all groups of stage 3 those of the first); frozen parameters and
-buffers from the checkpoint's model file, or, for parameters under stage 3, from the student's
+The universal form lacks part of the state. Hyperparameters of the optimizer's groups come from the
+configuration (under stage 3 DeepSpeed gives all groups those of the first). Frozen parameters and
+buffers come from the checkpoint's model file or, for parameters under stage 3, from the student's
 source.
 
 **Random numbers** (dropout): on the same number of ranks each rank resumes its own stream, so the
-run is the same to the bit. On another number, new streams start from seed, step and rank. Without
-dropout nothing in training is random.
+run is bitwise identical. On another number, new streams are seeded from seed, step and rank.
+Without dropout nothing in training is random.
 """
 
 import hashlib
@@ -51,8 +51,8 @@ def load_checkpoint(
         is_leader: whether this rank converts, among those that see the same folder.
 
     Raises:
-        ConfigError: the number of workers changed, and the universal form cannot hold the state of
-            this optimizer.
+        ConfigError: the number of workers changed, and the universal form cannot store this
+            optimizer's state.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     groups = [_hyperparameters(group) for group in engine.optimizer.param_groups]
@@ -61,7 +61,7 @@ def load_checkpoint(
     else:
         check_universal(engine.optimizer_name(), manifest.world_size)
         _load_universal(engine, _universal_copy(folder, manifest, is_leader))
-    # Hyperparameters come from the configuration, not from the checkpoint: they may change.
+    # Hyperparameters come from the configuration, not the checkpoint, since they may change.
     for group, hyperparameters in zip(engine.optimizer.param_groups, groups, strict=True):
         group.update(hyperparameters)
     if manifest.world_size == world_size:
@@ -90,7 +90,7 @@ def check_universal(optimizer: str, saved_by: int) -> None:
 
 
 def _load_universal(engine: Any, folder: Path) -> None:
-    # For this load only: from DeepSpeed's configuration the flag would apply to every load.
+    # Set for this load only: in DeepSpeed's configuration the flag would apply to every load.
     engine._config.load_universal_checkpoint = True
     try:
         engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
@@ -101,10 +101,10 @@ def _load_universal(engine: Any, folder: Path) -> None:
 
 
 def _separate_step_counts(optimizer: torch.optim.Optimizer) -> None:
-    """Gives the state of each parameter a step count of its own.
+    """Gives each parameter's state its own step count.
 
-    DeepSpeed 0.19 shares one tensor between all states of stage 3, which torch then increments once
-    per group in every step. Can go when a run with two groups keeps its losses without it.
+    Under stage 3, DeepSpeed 0.19 shares one tensor between all states, which torch then increments
+    once per group in every step. Remove when a run with two groups keeps its losses without it.
     """
     for state in optimizer.state.values():
         if isinstance(state.get("step"), torch.Tensor):
@@ -136,7 +136,7 @@ def _universal_copy(folder: Path, manifest: CheckpointManifest, is_leader: bool)
     """Folder of the checkpoint's universal form, converted unless it exists. Collective."""
     copy = folder.with_name(f"{UNIVERSAL_PREFIX}{folder.name}")
     if is_leader and not _is_complete(copy):
-        # Converted under another name and renamed, so that a killed conversion leaves no copy.
+        # Convert under a temporary name and rename, so that a killed conversion leaves no copy.
         partial = folder.with_name(f".{copy.name}.{os.getpid()}")
         for leftover in folder.parent.glob(f".{copy.name}.*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -144,7 +144,7 @@ def _universal_copy(folder: Path, manifest: CheckpointManifest, is_leader: bool)
         to_universal(folder, partial)
         paths = sorted(path for path in partial.rglob("*") if path.is_file())
         converted = manifest.model_copy(update={"files": [describe(partial, p) for p in paths]})
-        # No fsync: after a power cut the hashes show what is missing, and it is converted again.
+        # No fsync: after a power cut the hashes reveal missing data, and conversion is repeated.
         (partial / MANIFEST).write_text(converted.model_dump_json(indent=2))
         partial.rename(copy)
     dist.barrier()

@@ -1,10 +1,10 @@
-"""Checkpoints of a run in its folder: list, verify, download, delete.
+"""Lists, verifies, downloads and deletes the checkpoints of a run.
 
-``RUN/checkpoints/step_<n>-<attempt>/`` holds what DeepSpeed saves on every rank, the random states
-of the ranks, and ``manifest.json``. The manifest has size and SHA-256 of every other file and is
-written last, atomically: a folder without one is an unfinished save. Each start of the workers, an
-attempt, has a name and writes only to folders of that name, so that workers that outlive their
-driver cannot touch the files of the next attempt; a checkpoint that they still finish is valid.
+``RUN/checkpoints/step_<n>-<attempt>/`` holds the files that DeepSpeed saves on every rank, the
+ranks' random states, and ``manifest.json``. The manifest lists size and SHA-256 of every other file
+and is written last, atomically; a folder without it is an unfinished save. Each start of the
+workers is an attempt with its own name and writes only to folders of that name. So workers that
+outlive their driver cannot touch the next attempt's files, and a checkpoint they finish is valid.
 
 `trainer.checkpoints.writer` saves checkpoints, `trainer.checkpoints.restore` loads them.
 """
@@ -55,7 +55,7 @@ def checkpoint_name(step: int, attempt: str) -> str:
 
 
 def list_checkpoints(store: Store) -> list[tuple[int, str]]:
-    """Step and name of every checkpoint folder, newest first, finished or not."""
+    """Lists step and name of every checkpoint folder, newest first, finished or not."""
     found = []
     for rel in store.folders(FOLDER):
         name = rel.rpartition("/")[2]
@@ -66,7 +66,7 @@ def list_checkpoints(store: Store) -> list[tuple[int, str]]:
 
 
 def read_manifest(store: Store, name: str) -> tuple[CheckpointManifest | None, str]:
-    """The manifest of a checkpoint, or None and the reason."""
+    """Returns the manifest of a checkpoint, or None and the reason."""
     try:
         data = store.read_bytes(f"{FOLDER}/{name}/{MANIFEST}")
         return CheckpointManifest.model_validate_json(data), ""
@@ -81,8 +81,8 @@ def find_checkpoint(
 ) -> tuple[Path | None, CheckpointManifest | None, list[str]]:
     """Finds the newest checkpoint whose files all match their hashes. Collective.
 
-    On a file system that all ranks share, each rank hashes a part of the files. From an object
-    store one rank of every node downloads them and hashes them on the way.
+    On a shared file system each rank hashes some of the files. From an object store one rank per
+    node downloads all files and hashes them in transit.
 
     Args:
         store: the run's folder.
@@ -90,11 +90,11 @@ def find_checkpoint(
         is_node_leader: whether this rank downloads.
 
     Returns:
-        Its folder on this machine and its manifest, or None twice; and a line for each newer
-        checkpoint that was skipped.
+        Its local folder and its manifest, or None and None; and a line for each newer checkpoint
+        that was skipped.
     """
     skipped: list[str] = []
-    # Rank 0 lists for all: nodes may see different listings of a shared file system.
+    # Only rank 0 lists: nodes may see different listings of a shared file system.
     for _, name in from_rank_0(list_checkpoints(store) if dist.get_rank() == 0 else None):
         manifest, problem = from_rank_0(read_manifest(store, name) if dist.get_rank() == 0 else 0)
         folder = Path(store.path(FOLDER, name)) if store.is_local else cache / name
@@ -117,12 +117,12 @@ def find_checkpoint(
 def local_checkpoint(
     store: Store, cache: Path, is_node_leader: bool
 ) -> Iterator[tuple[Path | None, CheckpointManifest | None, list[str]]]:
-    """Calls ``find_checkpoint`` and deletes the download at the end of the block. Collective."""
+    """Calls ``find_checkpoint``; deletes the download when the block ends. Collective."""
     try:
         yield find_checkpoint(store, cache, is_node_leader)
-        dist.barrier()  # the ranks of a node read one copy
+        dist.barrier()  # all ranks of a node read the same copy
     finally:
-        # Also if this rank failed; other ranks of the node then fail on the missing copy.
+        # Even if this rank failed; other ranks of the node then fail on the missing copy.
         if is_node_leader:
             shutil.rmtree(cache, ignore_errors=True)
 
@@ -130,9 +130,9 @@ def local_checkpoint(
 def delete_old_checkpoints(
     store: Store, name: str, manifest: CheckpointManifest, config: CheckpointConfig
 ) -> None:
-    """Deletes what the configuration does not keep, after checkpoint ``name`` was finished.
+    """Deletes old checkpoints after checkpoint ``name`` is complete.
 
-    Kept are this one, the newest before it up to ``keep`` in all, and the ``keep_best`` best.
+    Keeps this one, the newest before it (``keep`` in total), and the ``keep_best`` best.
     """
     step = manifest.progress.step
     before: dict[int, str] = {}
@@ -142,7 +142,7 @@ def delete_old_checkpoints(
     kept = {name, *list(before.values())[: config.keep - 1]}
     if config.keep_best:
         kept.update(_best(store, name, manifest, list(before.values()), config))
-    # Checkpoints of later steps go, too: they were skipped at the restart, or are unfinished.
+    # Later steps are deleted too: they were skipped on restart or are unfinished.
     for _, old in list_checkpoints(store):
         if old not in kept:
             delete_checkpoint(store, old)
@@ -153,13 +153,13 @@ def delete_old_checkpoints(
 
 
 def delete_checkpoint(store: Store, name: str) -> None:
-    """Deletes a checkpoint, its manifest first, so that a part of one is never taken for valid."""
+    """Deletes a checkpoint, manifest first, so that a partial one never looks valid."""
     store.delete(f"{FOLDER}/{name}/{MANIFEST}")
     store.delete(f"{FOLDER}/{name}")
 
 
 def find_damage(folder: Path, file: CheckpointFile) -> str:
-    """Compares a file on this machine with the manifest; empty where it matches."""
+    """Compares a local file with its manifest entry; returns "" if it matches."""
     try:
         return _difference(file, describe(folder, folder / file.path))
     except FileNotFoundError:
@@ -167,7 +167,7 @@ def find_damage(folder: Path, file: CheckpointFile) -> str:
 
 
 def describe(folder: Path, path: Path) -> CheckpointFile:
-    """Size and SHA-256 of a file on this machine."""
+    """Returns size and SHA-256 of a local file."""
     with path.open("rb") as file:
         sha256, size = digest_stream(file)
     rel = path.relative_to(folder).as_posix()
@@ -200,7 +200,7 @@ def _best(
 
 
 def _download(store: Store, name: str, manifest: CheckpointManifest, folder: Path) -> list[str]:
-    """Copies a checkpoint to this node. Returns the damage of each file."""
+    """Copies a checkpoint to this node. Returns each file's damage, "" if intact."""
     shutil.rmtree(folder, ignore_errors=True)
 
     def one(file: CheckpointFile) -> str:

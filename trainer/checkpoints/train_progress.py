@@ -1,4 +1,4 @@
-"""The part of a run's state that every checkpoint's manifest holds: counters and early stopping."""
+"""The run state stored in every checkpoint's manifest: counters and early stopping."""
 
 from pydantic import Field
 
@@ -8,11 +8,11 @@ from trainer.data.row_order import LoaderState
 
 
 class EarlyStopping(StrictModel):
-    """Held-out values so far, as far as early stopping needs them.
+    """State of early stopping.
 
     Attributes:
         best: lowest value of ``eval.metric`` so far, nats per label; None before the first.
-        best_step: step at which it was measured.
+        best_step: step of ``best``.
         without_improvement: evaluations since then.
     """
 
@@ -21,7 +21,7 @@ class EarlyStopping(StrictModel):
     without_improvement: int = 0
 
     def after(self, step: int, value: float, config: EvalConfig) -> "EarlyStopping":
-        """The state after one more evaluation, which measured ``value`` at ``step``."""
+        """Returns the state after an evaluation that measured ``value`` at ``step``."""
         if self.best is None or value < self.best - config.min_improvement:
             return EarlyStopping(best=value, best_step=step)
         return self.model_copy(update={"without_improvement": self.without_improvement + 1})
@@ -32,17 +32,17 @@ class EarlyStopping(StrictModel):
 
 
 class TrainProgress(StrictModel):
-    """Progress of a run: everything to resume from but weights and optimizer.
+    """Progress of a run: everything needed to resume, except weights and optimizer.
 
     Attributes:
         step: global steps done.
         tokens: tokens of the rows trained on.
         labels: labelled positions among them.
         pending: sums since the last line of metrics.jsonl, by name.
-        recent: latest values per guard, which spikes are measured against.
-        metrics: latest measurements by name: ``loss``, ``ce`` and ``kl`` of the last line of
-            metrics.jsonl, and those of an evaluation. Empty before the first.
-        base_digest: of the frozen weights, which checkpoints do not hold; empty: none is frozen.
+        recent: the guard's latest values, the reference for spikes.
+        metrics: latest metrics by name: ``loss``, ``ce`` and ``kl`` of the last line of
+            metrics.jsonl, and those of the last evaluation. Empty before the first.
+        base_digest: digest of the frozen weights, which checkpoints omit; empty: none is frozen.
     """
 
     step: int

@@ -1,12 +1,12 @@
-"""Saves checkpoints in the background of the training.
+"""Saves checkpoints in the background while training continues.
 
-Training waits only while its state is copied to host memory. A thread of each rank then writes its
-files and hashes them on the way; when the threads of all ranks are done, rank 0 writes the
-manifest. The threads use a process group of their own, since the training communicates at the same
-time. One checkpoint is written at a time: a save waits for the one before it.
+Training blocks only while its state is copied to host memory. A thread on each rank then writes and
+hashes its files; once the threads of all ranks are done, rank 0 writes the manifest. The threads
+use their own process group, since training communicates concurrently. Only one checkpoint is in
+flight: a save waits for the previous one.
 
-An error in the thread is raised in the training at its next step: a failure of the store as a
-StudentError for the user; the loss of another rank unchanged, so that the workers are restarted.
+An error in the thread is raised in the training loop at its next step: a store failure as a
+StudentError for the user, the loss of another rank unchanged, so that the workers are restarted.
 """
 
 import contextlib
@@ -42,9 +42,9 @@ class CheckpointWriter:
     """Saves this rank's part of the checkpoints of an attempt.
 
     Attributes:
-        blocked_s: seconds that the training waited for checkpoints so far.
-        copied_s: seconds of copying to host memory, for which the training always waits.
-        busy_s: seconds of writing, whether the training waited or not.
+        blocked_s: seconds that training has waited for checkpoints.
+        copied_s: seconds spent copying to host memory, which always blocks training.
+        busy_s: seconds spent writing, whether or not training waited.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class CheckpointWriter:
 
     @property
     def hidden_share(self) -> float:
-        """Share of the time spent on checkpoints during which the training continued."""
+        """Share of the checkpoint time that overlapped with training."""
         total = self.copied_s + self.busy_s
         return max(0.0, 1.0 - self.blocked_s / total) if total else 0.0
 
@@ -82,19 +82,19 @@ class CheckpointWriter:
 
         Raises:
             TutelageError: the previous checkpoint could not be written. If another rank was lost
-                meanwhile, torch's own error.
+                in the meantime, torch's own error is raised instead.
         """
         before = time.perf_counter()
         self._join()
         joined = time.perf_counter()
         states = snapshot(engine)
         self.copied_s += time.perf_counter() - joined
-        # Here, not in the thread: the training advances the generators meanwhile.
+        # Not in the thread: training advances the generators in the meantime.
         states[f"random_state_{self._rank}.pt"] = random_state()
         manifest = CheckpointManifest(
             world_size=self._world_size, label_sets=label_sets, progress=progress, files=[]
         )
-        # A daemon: a store that hangs must not keep a failed worker alive.
+        # A daemon thread, so that a hanging store cannot keep a failed worker alive.
         self._thread = threading.Thread(
             target=self._run, args=(states, manifest), name="checkpoint", daemon=True
         )
@@ -104,12 +104,12 @@ class CheckpointWriter:
         self.blocked_s += time.perf_counter() - before
 
     def check(self) -> None:
-        """Raises the error of a thread that has failed; does not wait."""
+        """Raises the error of a failed save; does not wait."""
         if self._thread is not None and not self._thread.is_alive():
             self._join()
 
     def wait(self) -> None:
-        """Waits until the last save is finished; raises its error."""
+        """Waits for the last save to finish; raises its error."""
         before = time.perf_counter()
         self._join()
         self.blocked_s += time.perf_counter() - before
@@ -135,7 +135,7 @@ class CheckpointWriter:
         folder = f"{FOLDER}/{name}"
         with self._store_failures(step):
             self._check_owner()
-            # pop: the memory of each state is freed once it is written.
+            # pop frees each state's memory once it is written.
             files = [write_state(self._store, folder, p, states.pop(p)) for p in sorted(states)]
         files = sorted(gathered(files, self._group), key=lambda file: file.path)
         if self._rank == 0:
@@ -150,10 +150,10 @@ class CheckpointWriter:
 
     @contextlib.contextmanager
     def _store_failures(self, step: int) -> Iterator[None]:
-        """Turns failures of the store into a StudentError that says what to do.
+        """Turns store failures into a StudentError with a remedy.
 
-        Communication between ranks must stay outside: it fails if a rank is lost, after which the
-        workers are restarted, while a StudentError would end the run.
+        Keep communication between ranks outside: its failure means a lost rank, which should
+        restart the workers, whereas a StudentError ends the run.
         """
         try:
             yield
@@ -169,7 +169,7 @@ class CheckpointWriter:
 
 
 def write_state(store: Store, folder: str, path: str, state: Any) -> CheckpointFile:
-    """Writes one file durably. Returns its size and SHA-256, of the bytes as written."""
+    """Writes one file durably. Returns size and SHA-256 of the bytes written."""
     rel = f"{folder}/{path}"
     with store.open(rel, "wb") as file:
         hashing = HashingWriter(file)
@@ -179,16 +179,16 @@ def write_state(store: Store, folder: str, path: str, state: Any) -> CheckpointF
 
 
 def snapshot(engine: Any) -> dict[str, Any]:
-    """Copies to host memory what ``engine.save_checkpoint`` would write on this rank. Collective.
+    """Copies this rank's checkpoint content to host memory. Collective.
 
     Returns:
-        Content by file name.
+        What ``engine.save_checkpoint`` would write, by file name.
     """
     snapshots = _Snapshots()
     original = engine.checkpoint_engine
     engine.checkpoint_engine = snapshots
     try:
-        # The folder only receives scripts that DeepSpeed copies beside a checkpoint.
+        # The folder receives only scripts that DeepSpeed copies next to a checkpoint.
         with tempfile.TemporaryDirectory() as scratch:
             engine.save_checkpoint(scratch, tag="step", save_latest=False)
     finally:
@@ -197,7 +197,7 @@ def snapshot(engine: Any) -> dict[str, Any]:
 
 
 def random_state() -> dict[str, torch.Tensor]:
-    """The states of this process's random generators."""
+    """Returns the states of this process's random generators."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -227,9 +227,9 @@ class _Snapshots:
 
 
 def _host_copy(item: Any, copies: dict[Any, torch.Tensor]) -> Any:
-    """Copies all tensors of an item to host memory; one that occurs twice is copied once.
+    """Copies all tensors of an item to host memory; repeated tensors are copied once.
 
-    Only the tensor is copied, not the rest of its storage, often a flat buffer of many tensors.
+    Copies only the tensor, not its entire storage, which is often a flat buffer of many tensors.
     """
     if isinstance(item, torch.Tensor):
         key = (item.data_ptr(), item.shape, item.stride(), item.dtype, item.device)

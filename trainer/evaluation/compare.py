@@ -1,7 +1,7 @@
-"""Compares students with their teacher on held-out rows, on full distributions of every model.
+"""Compares students with their teacher on held-out rows, using full distributions.
 
-All models stay loaded, so that the teacher runs once per batch for any number of students. Rows are
-padded on the right; causal attention needs no mask for that.
+All models stay loaded, so the teacher runs only once per batch for any number of students. Rows are
+right-padded, which needs no mask under causal attention.
 """
 
 import math
@@ -64,7 +64,7 @@ def run_evaluate(config: EvaluateConfig, progress: bool = True) -> EvaluateSumma
     for name, path in paths.items():
         console.say(f"loading {name} ({path})")
         runners[name] = _load(name, path, config, view, device)
-    with console:  # only now: transformers draws bars of its own while it loads
+    with console:  # only now, since transformers draws its own bars while loading
         for batch in _batches(view, rows, config.batch_tokens, device):
             _measure(runners, batch, config.chunk_tokens)
             _show(console, runners, len(rows), total)
@@ -84,7 +84,7 @@ def run_evaluate(config: EvaluateConfig, progress: bool = True) -> EvaluateSumma
 
 
 def format_table(summary: EvaluateSummary) -> str:
-    """The result as aligned plain text."""
+    """Formats the result as aligned plain text."""
     head = ["model", "parameters", "perplexity", "CE", "KL to teacher", "agreement", "accuracy"]
     head += ["ECE", "tokens/s"]
     lines = [
@@ -178,7 +178,7 @@ class _Runner:
         )
 
     def _wait(self) -> None:
-        # CUDA kernels are asynchronous: their time would count for whatever runs next.
+        # CUDA kernels are asynchronous; without a sync their time would count for the next block.
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -187,7 +187,7 @@ class _Runner:
 def _measure(runners: dict[str, _Runner], batch: _Batch, chunk_tokens: int) -> None:
     """Adds one batch to every model's tally."""
     states = {name: runner.states(batch) for name, runner in runners.items()}
-    # By chunk: full [T, V] logits of a batch, twice, would outgrow the models themselves.
+    # In chunks: two full [T, V] logit tensors of a batch would outgrow the models themselves.
     for start in range(0, len(batch.token_ids), chunk_tokens):
         part = slice(start, start + chunk_tokens)
         teacher = runners[TEACHER].logits(states[TEACHER][part])
@@ -259,7 +259,7 @@ def _batches(
 
 
 def _groups(lengths: np.ndarray, batch_tokens: int) -> Iterator[slice]:
-    """Splits rows of rising length into batches of `batch_tokens` padded tokens, or of one row."""
+    """Splits rows of increasing length into batches of `batch_tokens` padded tokens or one row."""
     start = 0
     for stop in range(1, len(lengths) + 1):
         if stop == len(lengths) or (stop + 1 - start) * lengths[stop] > batch_tokens:

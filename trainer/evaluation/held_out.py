@@ -19,24 +19,24 @@ from trainer.tracking.learning_curve import EvalPoint
 
 
 class HeldOut:
-    """Evaluation of the student on the held-out rows. Collective."""
+    """Evaluates the student on the held-out rows. Collective."""
 
     def __init__(self, config: TrainConfig, step: TrainStep, vocab_size: int) -> None:
         """
         Args:
-            config: with ``eval``.
+            config: must have ``eval``.
             step: runs the student.
-            vocab_size: rows of its output head.
+            vocab_size: rows of the student's output head.
 
         Raises:
-            ConfigError: the metric needs a teacher's labels and the view has none, or no row fits.
+            ConfigError: the metric needs a teacher's labels but the view has none, or no row fits.
         """
         assert config.eval is not None
         self._step, self._vocab_size = step, vocab_size
         self._view = View.open(config.eval.view)
         loss = eval_loss(self._view, config)
         self._has_teacher = loss.kind != "hard"
-        # Packed into the same lanes as in training: sums do not depend on the number of workers.
+        # Packed into lanes as in training, so sums do not depend on the number of workers.
         data = config.data.model_copy(
             update={"epochs": 1, "steps": None, "long_rows": "drop", "seed": 0}
         )
@@ -47,7 +47,7 @@ class HeldOut:
     def measure(self, step: int) -> EvalPoint:
         """Measures the student after ``step`` steps, without changing it."""
         before = time.perf_counter()
-        # Always from the first row, so that every evaluation measures the same rows.
+        # Always start at the first row, so that every evaluation measures the same rows.
         start = LoaderState(view_hash=self._view.view_hash, seed=0, epoch=0, step=0)
         loader = Loader(
             self._config,
@@ -81,10 +81,10 @@ class HeldOut:
 
 
 def eval_loss(view: View, config: TrainConfig) -> LossConfig:
-    """The loss to evaluate: the ghost target bounds the KL from below for every kind of label.
+    """The loss to evaluate: the ghost objective, a lower bound of the KL for all kinds of labels.
 
     Raises:
-        ConfigError: the KL to the teacher is requested, and the labels are tokens only.
+        ConfigError: the KL to the teacher is requested but the labels are tokens only.
     """
     assert config.eval is not None
     has_teacher = common_record(view).kind != "tokens"

@@ -1,7 +1,6 @@
 """Metrics of a model over labelled positions, from full-vocabulary logits at temperature 1.
 
-The divergence from the teacher is the KL of full distributions; cached entries would only give a
-lower bound.
+The KL to the teacher uses full distributions; cached entries would give only a lower bound.
 
 Shapes: T positions, V vocabulary.
 """
@@ -19,8 +18,8 @@ NUM_BINS = 15
 class Calibration:
     """Expected calibration error of the most probable token (Guo et al., arXiv 1706.04599).
 
-    Confidences fall into 15 bins of equal width over (0, 1]. The error is the gap between mean
-    confidence and accuracy of a bin, averaged over the bins by their number of positions.
+    Confidences fall into 15 bins of equal width over (0, 1]. The error is the gap between a bin's
+    mean confidence and accuracy, averaged over bins weighted by their number of positions.
 
     Attributes:
         counts, confidences, hits: [15] float64, sums per bin.
@@ -35,7 +34,7 @@ class Calibration:
 
         Args:
             confidence: [T], probability of the most probable token.
-            hit: [T] bool, whether it is the token of the text.
+            hit: [T] bool, whether that token is the text's.
         """
         confidence = confidence.double().cpu()  # float32 sums lose digits over many positions
         # Bins are open below: a confidence of exactly k / 15 belongs to bin k.
@@ -59,10 +58,10 @@ class Tally:
     Attributes:
         num_labels: positions.
         ce: cross-entropy with the text, nats.
-        kl: KL(teacher || model), nats, over the ids that both have.
-        agreements: positions where model and teacher have the same most probable token.
-        hits: positions where the model's most probable token is that of the text.
-        calibration: of the model's most probable token.
+        kl: KL(teacher || model), nats, over the shared ids.
+        agreements: positions where model and teacher agree on the most probable token.
+        hits: positions where the model's most probable token is the text's.
+        calibration: calibration of the model's most probable token.
     """
 
     num_labels: int = 0
@@ -106,5 +105,5 @@ def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
     log_p = torch.log_softmax(teacher[:, :shared], 1)
     log_q = torch.log_softmax(student[:, :shared], 1)
     p = log_p.exp()
-    # Where p underflows to 0, the difference of the logs may be infinite.
+    # The difference of logs may be infinite where p underflows to 0.
     return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(1)

@@ -1,1 +1,1 @@
-"""What a run reports while it trains: learning curve, row log, progress, external trackers."""
+"""Reports a run in progress: learning curve, row log, status, external trackers."""

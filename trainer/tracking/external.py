@@ -22,17 +22,17 @@ class Tracker(Protocol):
     NAME: str
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Adds the values of a step; a resumed run may log a step again."""
+        """Logs the values of a step; a resumed run may log a step twice."""
 
     def close(self) -> None:
         """Ends the tracker's run."""
 
 
 def check_trackers(config: LogConfig) -> None:
-    """Checks, without importing them, that the packages of the configured trackers exist.
+    """Checks that the configured trackers' packages are installed, without importing them.
 
     Raises:
-        ConfigError: a package is not installed; names the command that installs it.
+        ConfigError: a package is missing; names the install command.
     """
     for package in _configured(config):
         if importlib.util.find_spec(package) is None:
@@ -43,10 +43,10 @@ def check_trackers(config: LogConfig) -> None:
 
 
 def open_trackers(config: TrainConfig) -> list[Tracker]:
-    """The configured trackers.
+    """Opens the configured trackers.
 
     Raises:
-        ConfigError: a package is not installed on this node, or the tracker refuses the run.
+        ConfigError: a package is not installed on this node, or the tracker rejects the run.
     """
     check_trackers(config.log)
     trackers: list[Tracker] = []
@@ -75,7 +75,7 @@ class Trackers:
             except Exception as error:  # noqa: BLE001  (an unreachable server must not end a run)
                 self._trackers.remove(tracker)
                 problems.append(
-                    f"{tracker.NAME} failed at step {step} and gets no more points "
+                    f"{tracker.NAME} failed at step {step} and receives no more points "
                     f"({first_line(error)}); metrics.jsonl has all of them"
                 )
         return problems
@@ -92,13 +92,13 @@ def _configured(config: LogConfig) -> list[str]:
 
 
 def _run_id(config: TrainConfig) -> str:
-    """An id that a run keeps when it is resumed, from any working directory."""
+    """An id that stays the same when a run is resumed, from any working directory."""
     run = config.run if "://" in config.run else os.path.abspath(config.run)
     return hashlib.sha256(run.rstrip("/").encode()).hexdigest()[:16]
 
 
 class _WandbRun:
-    """A run of Weights & Biases; honours WANDB_MODE and its other variables."""
+    """A Weights & Biases run; honours WANDB_MODE and the other WANDB variables."""
 
     NAME = "Weights & Biases"
 
@@ -124,7 +124,7 @@ class _WandbRun:
 
 
 class _MlflowRun:
-    """A run of MLflow, found by a tag when training resumes."""
+    """An MLflow run, found by its tag when training resumes."""
 
     NAME = "MLflow"
     EXPERIMENT = "tutelage"

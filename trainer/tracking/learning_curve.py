@@ -19,14 +19,14 @@ class Point(StrictModel):
     Attributes:
         step: global steps done.
         tokens: tokens of the rows trained on so far.
-        loss: the training loss per label.
-        ce: cross-entropy of the tokens in the text, nats per label.
-        kl: divergence from the teacher as the target defines it, nats per label; 0 for hard labels.
+        loss: training loss per label.
+        ce: cross-entropy with the text, nats per label.
+        kl: value of the objective, nats per label; 0 for hard labels.
         lr: learning rate of the last step.
         grad_norm: global gradient norm of the last step, before clipping.
-        tokens_per_s: of all workers.
+        tokens_per_s: throughput of all workers.
         data_wait_share: share of the time spent waiting for data.
-        peak_rss_bytes: peak memory of any worker's process.
+        peak_rss_bytes: peak memory of any worker process.
         peak_gpu_bytes: peak memory of the tensors on any worker's GPU; 0 without GPUs.
     """
 
@@ -49,9 +49,9 @@ class EvalPoint(StrictModel):
 
     Attributes:
         step: global steps done.
-        ce: cross-entropy of the tokens in the text, nats per label.
-        kl: a lower bound of KL(teacher || student), nats per label: over the cached ids and one
-            bucket for all others (the ghost target at temperature 1). None for labels that are
+        ce: cross-entropy with the text, nats per label.
+        kl: a lower bound of KL(teacher || student), nats per label, on the cached ids and one
+            bucket for all others (the ghost objective at temperature 1). None if the labels are
             tokens only.
         labels: labelled positions evaluated.
         seconds: duration of the evaluation.
@@ -68,9 +68,9 @@ class EvalPoint(StrictModel):
 class LearningCurve:
     """Writes points. Only one process may have it open.
 
-    On a local file system every point is durable at once. On an object store, which cannot append,
-    points are durable after ``flush``, which precedes every checkpoint: no point before a
-    checkpoint is lost.
+    On a local file system every point is durable immediately. On an object store, which cannot
+    append, points are durable after ``flush``, which precedes every checkpoint, so no point before
+    a checkpoint is lost.
     """
 
     def __init__(self, store: Store, config: TrainConfig, done: int) -> None:
@@ -125,5 +125,5 @@ def _summary_writer(folder: Path, done: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    # TensorBoard hides the points of a killed process from purge_step on: they come again.
+    # TensorBoard hides points of a killed process from purge_step on, since they are repeated.
     return SummaryWriter(str(folder), purge_step=done + 1)

@@ -1,4 +1,4 @@
-"""Reports the steps of a rank: the learning curve on disk, and the status that the user sees."""
+"""Reports a rank's steps: the learning curve on disk, and the status shown to the user."""
 
 import resource
 import sys
@@ -25,22 +25,22 @@ RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
 
 
 def no_sums() -> dict[str, float]:
-    """Sums of no steps."""
+    """Returns zero for every sum."""
     return dict.fromkeys(SUMS, 0.0)
 
 
 class Reporter:
-    """Sums up steps. Every rank has one, since checkpoints hold the sums; only rank 0 writes."""
+    """Accumulates steps. Every rank has one, since checkpoints store the sums; rank 0 writes."""
 
     def __init__(
         self, status: RunStatus, curve: LearningCurve | None, row_log: RowLog | None, num_steps: int
     ) -> None:
         """
         Args:
-            status: receives the state of the training and lines for the user.
-            curve: of rank 0; None on the others.
-            row_log: of rank 0 with ``log.rows``, else None.
-            num_steps: of the run.
+            status: receives the training state and lines for the user.
+            curve: on rank 0, else None.
+            row_log: on rank 0 with ``log.rows``, else None.
+            num_steps: steps of the run.
         """
         self._status, self._curve, self._row_log = status, curve, row_log
         self._files = [file for file in (curve, row_log) if file is not None]
@@ -50,12 +50,12 @@ class Reporter:
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens per second of all workers since this process began."""
+        """Tokens per second of all workers since this process started."""
         return ratio(self._own["tokens"], self._own["seconds"])
 
     @property
     def seconds(self) -> float:
-        """Time of the steps since this process began."""
+        """Seconds spent in steps since this process started."""
         return self._own["seconds"]
 
     @property
@@ -143,7 +143,7 @@ class Reporter:
         )
 
     def send_status(self, progress: TrainProgress) -> None:
-        """Sends the state of the training; call it before ``add_point``, which resets the sums."""
+        """Sends the training state; call it before ``add_point``, which resets the sums."""
         now = time.perf_counter()
         is_last = progress.step == self._num_steps
         if self._curve is None or (now - self._status_at < STATUS_INTERVAL_S and not is_last):
@@ -182,7 +182,7 @@ class Reporter:
 
 
 def peak_memory() -> tuple[int, int]:
-    """Peak bytes of any rank's process and of any rank's GPU tensors. Collective."""
+    """Peak bytes over ranks, of the process and of its GPU tensors. Collective."""
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT_BYTES
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # NCCL reduces GPU tensors only

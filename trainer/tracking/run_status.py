@@ -1,11 +1,11 @@
-"""What the workers of a run report to its driver: progress, notes, and the error that ended it."""
+"""Status that workers report to the driver: progress, notes, and the error that ended the run."""
 
 from schemas.config import StrictModel
 from schemas.errors import TutelageError
 
 
 class StepStatus(StrictModel):
-    """State of the training after a step.
+    """Training state after a step.
 
     Attributes:
         step: global steps done, of ``num_steps``.
@@ -22,9 +22,9 @@ class StepStatus(StrictModel):
 
 
 class RunStatus:
-    """Holds the reports of the workers until the driver fetches them.
+    """Holds the workers' reports until the driver fetches them.
 
-    Workers are other processes: they hold a subclass that forwards the calls.
+    Workers run in other processes and use a subclass that forwards the calls.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class RunStatus:
         self._error: TutelageError | None = None
 
     def update(self, step: StepStatus) -> None:
-        """Replaces the state of the training."""
+        """Replaces the training state."""
         self._step = step
 
     def note(self, text: str) -> None:
@@ -41,13 +41,13 @@ class RunStatus:
         self._notes.append(text)
 
     def fail(self, error: TutelageError) -> None:
-        """Records an error that a restart cannot fix: the first; others follow from it."""
+        """Records an error that a restart cannot fix; keeps the first, which causes the others."""
         self._error = self._error or error
 
     def error(self) -> TutelageError | None:
-        """The error that ended the run."""
+        """Returns the error that ended the run, or None."""
         return self._error
 
     def news(self, num_notes: int) -> tuple[StepStatus | None, list[str]]:
-        """The latest state, and the notes after the first ``num_notes``."""
+        """Returns the latest state and the notes after the first ``num_notes``."""
         return self._step, self._notes[num_notes:]

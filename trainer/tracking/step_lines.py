@@ -1,6 +1,6 @@
-"""Files of JSON lines, one per step, that a resumed run continues: the base of both logs of a run.
+"""JSON-lines files, keyed by step, that a resumed run continues.
 
-`StepLines` is metrics.jsonl's file; `RowLog` writes rows.jsonl.
+`StepLines` backs metrics.jsonl; `RowLog` writes rows.jsonl.
 """
 
 import json
@@ -19,23 +19,23 @@ from trainer.run_folder import ROWS
 class StepLines:
     """Appends lines. Only one process may have a file open.
 
-    On a local file system each line is written at once. An object store cannot append: there
-    ``flush`` writes all lines.
+    On a local file system each line is written immediately. An object store cannot append, so
+    ``flush`` rewrites all lines.
     """
 
     def __init__(self, store: Store, name: str, done: int) -> None:
         """
         Args:
             store: the run's folder.
-            name: of the file in it.
-            done: steps of the checkpoint that the run resumes from; later lines, of a process that
-                was killed, are removed, since those steps run again.
+            name: name of the file.
+            done: step of the checkpoint that the run resumes from; later lines, left by a killed
+                process, are removed because those steps run again.
         """
         self._store, self._name = store, name
         text = store.read_bytes(name).decode() if store.exists(name) else ""
         self._lines = [line for line in text.splitlines() if _step(line) <= done]
         self._write_all()
-        # Local files are appended to; the lines are kept only where they must be written again.
+        # Local files are appended to; elsewhere the lines are kept to be rewritten.
         self._file = open(store.path(name), "a") if store.is_local else None  # noqa: SIM115
 
     def append(self, line: str) -> None:
@@ -64,10 +64,10 @@ class StepLines:
 
 
 class RowLog(StepLines):
-    """rows.jsonl: the rows of every step, to compare two runs sample by sample.
+    """rows.jsonl: the rows of every step, for comparing two runs sample by sample.
 
-    A line is ``{"step": 1, "rows": ["<row key in hex>", ...]}``: lane by lane, each in the order of
-    its pack, for any number of workers.
+    A line is ``{"step": 1, "rows": ["<row key in hex>", ...]}``: lane by lane in pack order,
+    independent of the number of workers.
     """
 
     def __init__(self, store: Store, view: TrainingView, data: DataConfig, done: int) -> None:
@@ -84,7 +84,7 @@ class RowLog(StepLines):
         """Adds a step.
 
         Args:
-            packs: for every lane the ids of its rows.
+            packs: row ids of each lane.
         """
         numbers = view_rows(self._view, self._data, np.concatenate(packs))
         keys = [bytes(key).hex() for key in key_array(self._view.table.take(numbers), "row_key")]
@@ -92,7 +92,7 @@ class RowLog(StepLines):
 
 
 def _step(line: str) -> float:
-    """Step of a line; infinity for one that was cut short."""
+    """Step of a line; infinity if the line is truncated."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError):

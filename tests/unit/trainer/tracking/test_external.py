@@ -156,6 +156,6 @@ def test_failing_tracker_is_dropped_with_a_warning() -> None:
     trackers = Trackers([away])
     said = [trackers.log({"train/loss": 1.0}, step) for step in (1, 2, 3)]
     assert said[0] == said[2] == []
-    assert "Away failed at step 2 and gets no more points (no route)" in said[1][0]
+    assert "Away failed at step 2 and receives no more points (no route)" in said[1][0]
     assert away.steps == [1]
     Trackers([away]).close()
