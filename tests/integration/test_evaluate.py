@@ -178,7 +178,8 @@ def test_evaluate_names_what_is_missing(view, tiny_model_dir, student_dir, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("students", "message"), [({}, "students is empty"), ({"teacher": "x"}, "teacher's own")]
+    ("students", "message"),
+    [({}, "students is empty"), ({"teacher": "x"}, "reserved for the teacher")],
 )
 def test_config_refuses_unusable_student_names(students, message):
     with pytest.raises(ValueError, match=message):

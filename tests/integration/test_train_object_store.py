@@ -81,7 +81,7 @@ def test_run_folder_works_on_s3(server: S3Server, tmp_path: Path) -> None:
     folder.start(make_config(tmp_path, "view", "tokenizer"), "hash", ["set"])
     first, second = folder.claim(), folder.claim()
     folder.check_owner(second)
-    with pytest.raises(StudentError, match="started again"):
+    with pytest.raises(StudentError, match="was restarted by process"):
         folder.check_owner(first)
     lines = StepLines(folder.store, "rows.jsonl", 0)
     for step in (1, 2, 3):
