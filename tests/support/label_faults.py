@@ -268,7 +268,7 @@ class Job:
 
     def wait_for_teacher(self) -> list[psutil.Process]:
         """Processes of the teacher actors, at least one."""
-        return self._wait_for("_TeacherActor")
+        return self._wait_for("TeacherActor")
 
     def wait_for_engine(self) -> list[psutil.Process]:
         """Processes of the engines, at least one."""
